@@ -1,0 +1,67 @@
+"""How wrong an inverse may be, in the norm that matters: || I - B^1/2 X B^1/2 || for B = A + damping I.
+
+Below 1 it proves that X is positive definite and bounds every preconditioned gradient in the energy norm:
+(1 - e) B^-1 <= X <= (1 + e) B^-1. All functions are batched, shapes (B, n, n) and (B,).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Measured over five families of spectra, n = 16 to 256, condition numbers to 1e8: the estimate below is 0.45 to 25 times the
+# error of an fp32 Cholesky inverse, and 1.4 times or more that of an exact inverse rounded once.
+COMPUTED, ROUNDED = 2.5, 1.0
+
+
+def mirror(matrix: Tensor) -> Tensor:
+    """Symmetric matrix from the lower triangle, bitwise."""
+    return matrix.tril() + matrix.tril(-1).mT
+
+
+def damped(factor: Tensor, damping: Tensor) -> Tensor:
+    """A + damping I."""
+    out = factor.clone()
+    out.diagonal(dim1=-2, dim2=-1).add_(damping.to(out.dtype).unsqueeze(-1))
+    return out
+
+
+def rounding_error(damped_factor: Tensor, inverse_diagonal: Tensor, dtype: torch.dtype, safety: float = COMPUTED) -> Tensor:
+    """Energy-norm error (B,) that working in dtype leaves in an inverse: u sum_k B_kk X_kk.
+
+    By Cauchy-Schwarz it bounds the noise of L^T dX L for any dX whose entries are rounded relative to sqrt(X_ii X_jj); like
+    Cholesky itself, it does not change when rows and columns are rescaled.
+    """
+    diagonal = damped_factor.diagonal(dim1=-2, dim2=-1)
+    return safety * (torch.finfo(dtype).eps / 2) * (diagonal * inverse_diagonal.abs()).sum(-1)
+
+
+def inverse_residual(damped_factor: Tensor, inverse: Tensor) -> Tensor:
+    """Bound (B,) on the energy-norm error of a symmetric approximate inverse: truncation plus rounding.
+
+    R = I - B X is not symmetric, and its Frobenius norm is loose by the square root of the condition number; tr(R R) is
+    exactly the squared Frobenius norm of the symmetric I - B^1/2 X B^1/2.
+    """
+    residual = -(damped_factor @ inverse)
+    residual.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    truncation = (residual * residual.mT).sum((-2, -1)).clamp_min(0).sqrt()
+    return truncation + rounding_error(damped_factor, inverse.diagonal(dim1=-2, dim2=-1), inverse.dtype)
+
+
+def root_residual(damped_factor: Tensor, root: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For X = T^T T: M = T B T^T (mirrored), its distance ||I - M||_F and the rounding error, each per matrix."""
+    energy = mirror(root @ damped_factor @ root.mT)
+    distance = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device) - energy
+    rounding = rounding_error(damped_factor, root.square().sum(-2), root.dtype)
+    return energy, torch.linalg.matrix_norm(distance), rounding
+
+
+def probe_error(damped_factor: Tensor, inverse: Tensor) -> Tensor:
+    """Energy-norm error (B,) seen by one fixed random vector v: |1 - w^T X w / v^T w|, w = B v.
+
+    Two matrix-vector products: no proof, but a wrong result of a library routine does not pass it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(damped_factor.shape[-1], 1, generator=generator, dtype=torch.float64).to(damped_factor)
+    w = damped_factor @ v
+    return (1 - (w * (inverse @ w)).sum((-2, -1)) / (v * w).sum((-2, -1))).abs()

@@ -1,0 +1,68 @@
+"""Warm refresh of the inverse Cholesky factor, batched: T lower triangular with T^T T close to (A + damping I)^-1.
+
+    M = T (A + damping I) T^T,   R = I - M,   T <- (I + Phi(R)) T,   Phi = strictly lower part + half the diagonal.
+
+Quadratic, self-correcting, matrix products only, and T^T T is positive semidefinite whatever is rounded. After one step
+||R'||_F <= 1.5 ||R||_F^2 + 0.5 ||R||_F^3: the residual of the factor that came in bounds the one that goes out.
+(Niklasson, PRB 70, 193102 (2004) refines an inverse factor in this way; Rubensson et al., JCP 128, 104105 (2008).)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .certificate import damped, root_residual
+
+_SCALE_ABOVE = 0.5  # the unscaled step contracts below this norm; above it the spectrum is centred on 1 first
+_PROBES, _POWER_STEPS = 8, 3
+
+
+def _spectral_bounds(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Estimates (lower, upper), each (B,), of the extreme eigenvalues of symmetric positive matrices, by power iteration."""
+    n = matrix.shape[-1]
+    generator = torch.Generator().manual_seed(0)  # fixed probes: a refresh is a function of its inputs
+    probes = torch.randn(n, min(n, _PROBES), generator=generator, dtype=torch.float64).to(matrix)
+
+    def top(operator: Tensor) -> Tensor:
+        block = probes.expand(len(matrix), -1, -1)
+        for _ in range(_POWER_STEPS):
+            block = operator @ block
+            block = block / torch.linalg.vector_norm(block, dim=-2, keepdim=True).clamp_min(1e-30)
+        return torch.linalg.vector_norm(operator @ block, dim=-2).amax(-1)
+
+    upper = 1.05 * top(matrix)
+    shifted = upper[:, None, None] * torch.eye(n, dtype=matrix.dtype, device=matrix.device) - matrix
+    lower = (upper - 1.05 * top(shifted)).clamp_min(1e-3 * upper)
+    return lower, upper
+
+
+def factored_newton_refresh_reference(
+    factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tolerance: float, max_steps: int
+) -> None:
+    """Plain-torch twin of the kernel: fallback, CPU path and oracle. See `kfac_triton.kernels.ops.factored_newton_refresh`."""
+    target = damped(factor, damping)
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    current = root.clone()
+    bound = torch.full_like(residual, math.inf)
+    running = torch.ones_like(bound, dtype=torch.bool)
+    for _ in range(max_steps):
+        energy, distance, rounding = root_residual(target, current)
+        lower, upper = _spectral_bounds(energy)
+        scale = torch.where(distance > _SCALE_ABOVE, 2 / (lower + upper), torch.ones_like(distance))
+        gap = identity - scale[:, None, None] * energy
+        distance = torch.linalg.matrix_norm(gap)
+        phi = gap.tril(-1) + torch.diag_embed(0.5 * gap.diagonal(dim1=-2, dim2=-1))
+        step = (scale.sqrt()[:, None, None] * (current + phi @ current)).tril()
+        after = (1.5 * distance**2 + 0.5 * distance**3 + rounding).nan_to_num(nan=math.inf)
+        # A step that does not contract keeps the factor it came from, and says so in the residual.
+        taken = running & torch.isfinite(after)
+        current = torch.where(taken[:, None, None], step, current)
+        bound = torch.where(running, after, bound)
+        running = running & (after > tolerance)
+        if not factor.is_cuda and not bool(running.any()):
+            break
+    root.copy_(current)
+    residual.copy_(bound)

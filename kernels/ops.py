@@ -1,0 +1,199 @@
+"""The four operations of K-FAC as torch operators: tensors in, results written to tensors that the caller owns.
+
+Registered with `torch.library.Library.define` and `impl` (2 us a call; `custom_op` costs 26). The plain-torch references serve
+every device; a kernel for one device takes its place by registering itself under that device's dispatch key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .covariance import ROWS, WINDOW, covariance_ema_reference, window
+from .factored_newton import factored_newton_refresh_reference
+from .newton_schulz import newton_schulz_inverse_reference
+from .precondition import precondition_reference
+
+__all__ = [
+    "ROWS",
+    "WINDOW",
+    "covariance_ema",
+    "factored_newton_refresh",
+    "newton_schulz_inverse",
+    "precondition",
+    "window",
+]
+
+# The registrations live as long as this object does.
+LIBRARY = torch.library.Library("kfac_triton", "DEF")
+
+_SCHEMAS = {
+    "covariance_ema(Tensor(a!)[] factors, Tensor[] inputs, Tensor alpha, Tensor beta, bool[] ones_column, int[] windows,"
+    " Tensor? accept=None) -> ()": covariance_ema_reference,
+    "newton_schulz_inverse(Tensor factor, Tensor damping, Tensor(a!) inverse, Tensor(b!) residual, float tolerance,"
+    " int max_steps) -> ()": newton_schulz_inverse_reference,
+    "factored_newton_refresh(Tensor factor, Tensor damping, Tensor(a!) root, Tensor(b!) residual, float tolerance,"
+    " int max_steps) -> ()": factored_newton_refresh_reference,
+    "precondition(Tensor gradient, Tensor left, Tensor right, Tensor(a!) out, Tensor(b!) product, bool factored)"
+    " -> ()": precondition_reference,
+}
+
+
+def _no_result(*args: object, **kwargs: object) -> None:
+    """Shape function: every operator writes to its arguments and returns nothing."""
+
+
+for _schema, _reference in _SCHEMAS.items():
+    LIBRARY.define(_schema)
+    _name = _schema.partition("(")[0]
+    LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kfac_triton::{_name}", _no_result, lib=LIBRARY)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_stack(name: str, stack: Tensor) -> None:
+    _require(
+        stack.dim() == 3 and stack.shape[1] == stack.shape[2],
+        f"{name} must be a stack of square matrices (B, n, n), but has shape {tuple(stack.shape)}",
+    )
+
+
+def _require_like(name: str, tensor: Tensor, shape: tuple[int, ...], other: Tensor) -> None:
+    _require(
+        tuple(tensor.shape) == shape and tensor.dtype == other.dtype and tensor.device == other.device,
+        f"{name} must have shape {shape}, dtype {other.dtype} and device {other.device}, but has "
+        f"{tuple(tensor.shape)}, {tensor.dtype} and {tensor.device}",
+    )
+
+
+def covariance_ema(
+    factors: list[Tensor],
+    inputs: list[Tensor],
+    alpha: Tensor,
+    beta: Tensor,
+    ones_column: Sequence[bool],
+    windows: Sequence[int],
+    accept: Tensor | None = None,
+) -> None:
+    """A <- beta A + alpha X^T X for every layer of a list, in place (Martens and Grosse 2015, section 5).
+
+    Args:
+        factors: per layer a symmetric matrix (N, N), fp32 or fp64, N at least the number of columns of X. Only the leading
+            block that X reaches is written; it comes out bitwise symmetric. With beta = 0 the old content is not read.
+        inputs: per layer X (rows, n), or the input (N, C, *spatial) of a convolution, whose patches are the rows. Any strides;
+            bf16 and fp16 are summed in the factor's precision.
+        alpha: weight of the new statistics, (layers,), on the factors' device.
+        beta: weight of the old factor, (layers,).
+        ones_column: per layer, whether X gets a last column of ones (the bias).
+        windows: `WINDOW` integers per layer, from `window(...)` for a convolution and `ROWS` for a matrix.
+        accept: optional (layers,) flags; a factor whose flag is false stays as it is.
+
+    Raises:
+        ValueError: if the lists differ in length or a factor is too small for its input.
+    """
+    count = len(factors)
+    _require(
+        len(inputs) == count and len(ones_column) == count and len(windows) == count * WINDOW,
+        f"factors, inputs, ones_column and windows must describe the same number of layers, but have {count}, "
+        f"{len(inputs)}, {len(ones_column)} and {len(windows)}/{WINDOW}",
+    )
+    _require(
+        alpha.shape == (count,) and beta.shape == (count,),
+        f"alpha and beta must have shape ({count},), but have {tuple(alpha.shape)} and {tuple(beta.shape)}",
+    )
+    for i, (factor, source) in enumerate(zip(factors, inputs, strict=True)):
+        kernel = windows[i * WINDOW : i * WINDOW + 3]
+        columns = source.shape[1] * (1 if source.dim() == 2 else kernel[0] * kernel[1] * kernel[2])
+        columns += bool(ones_column[i])
+        _require(
+            factor.dim() == 2 and factor.shape[0] == factor.shape[1] and factor.shape[0] >= columns,
+            f"factors[{i}] must be square and at least {columns} wide for inputs[{i}] of shape {tuple(source.shape)}, "
+            f"but has shape {tuple(factor.shape)}",
+        )
+    torch.ops.kfac_triton.covariance_ema(factors, inputs, alpha, beta, ones_column, windows, accept)
+
+
+def newton_schulz_inverse(
+    factor: Tensor,
+    damping: Tensor,
+    inverse: Tensor,
+    residual: Tensor,
+    tolerance: float = 1e-3,
+    max_steps: int = 40,
+) -> None:
+    """Cold start: inverse <- (factor + damping I)^-1 by coupled Newton-Schulz with damped-Chebyshev coefficients.
+
+    Args:
+        factor: symmetric positive semidefinite stack (B, n, n), exactly symmetric, fp32 or fp64.
+        damping: (B,), positive: the lower bound of the damped spectrum that the schedule is built on.
+        inverse: output (B, n, n).
+        residual: output (B,): the certificate, a bound on ||I - B^1/2 X B^1/2|| of the damped factor B, truncation and
+            rounding included. Below 1 the inverse is positive definite; infinite where nothing useful came out.
+        tolerance: distance of the smallest eigenvalue of X B from 1 at which a matrix stops.
+        max_steps: most doublings; condition number 1e8 takes 16.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices disagree.
+    """
+    _require_stack("factor", factor)
+    _require_like("inverse", inverse, tuple(factor.shape), factor)
+    _require_like("damping", damping, (factor.shape[0],), factor)
+    _require_like("residual", residual, (factor.shape[0],), factor)
+    torch.ops.kfac_triton.newton_schulz_inverse(factor, damping, inverse, residual, tolerance, max_steps)
+
+
+def factored_newton_refresh(
+    factor: Tensor,
+    damping: Tensor,
+    root: Tensor,
+    residual: Tensor,
+    tolerance: float = 0.05,
+    max_steps: int = 3,
+) -> None:
+    """Warm refresh in place of T, lower triangular with T^T T close to (factor + damping I)^-1 (see `factored_newton`).
+
+    Args:
+        factor: symmetric positive semidefinite stack (B, n, n), fp32 or fp64.
+        damping: (B,), positive.
+        root: T, (B, n, n), updated in place; a matrix whose step does not contract keeps its last finite T.
+        residual: output (B,): bound on the energy-norm error of T^T T after the refresh; infinite asks for a refactoring.
+        tolerance: residual at which a matrix stops.
+        max_steps: most Newton steps; one is taken in any case.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices disagree.
+    """
+    _require_stack("factor", factor)
+    _require_like("root", root, tuple(factor.shape), factor)
+    _require_like("damping", damping, (factor.shape[0],), factor)
+    _require_like("residual", residual, (factor.shape[0],), factor)
+    torch.ops.kfac_triton.factored_newton_refresh(factor, damping, root, residual, tolerance, max_steps)
+
+
+def precondition(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor, factored: bool = False) -> None:
+    """V = G^-1 W A^-1 for a stack of layers of one shape, and the products <V, W> (Martens and Grosse 2015, section 4.2).
+
+    Args:
+        gradient: W, (B, m, n), fp32 or fp64.
+        left: G^-1 (B, m, m), or its root T with G^-1 = T^T T.
+        right: A^-1 (B, n, n), or its root.
+        out: output V, (B, m, n).
+        product: output <V, W>, (B,).
+        factored: whether left and right are roots.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices disagree.
+    """
+    _require(gradient.dim() == 3, f"gradient must have shape (B, m, n), but has {tuple(gradient.shape)}")
+    batch, m, n = gradient.shape
+    _require_like("left", left, (batch, m, m), gradient)
+    _require_like("right", right, (batch, n, n), gradient)
+    _require_like("out", out, (batch, m, n), gradient)
+    _require_like("product", product, (batch,), gradient)
+    torch.ops.kfac_triton.precondition(gradient, left, right, out, product, factored)

@@ -1,0 +1,27 @@
+"""Preconditioned gradient V = G^-1 W A^-1 and the product <V, W> of the KL clip, batched over layers of one shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LOOP_FROM = 256  # on a CPU, batched products of matrices this large are slower than a loop of single ones
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    if a.is_cuda or a.shape[-1] < _LOOP_FROM:
+        return torch.bmm(a, b)
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    for i in range(len(a)):
+        torch.mm(a[i], b[i], out=out[i])
+    return out
+
+
+def precondition_reference(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor, factored: bool) -> None:
+    """Plain-torch twin of the kernel: fallback, CPU path and oracle. See `kfac_triton.kernels.ops.precondition`."""
+    if factored:
+        inner = _product(_product(left, gradient), right.mT)
+        out.copy_(_product(_product(left.mT, inner), right))
+    else:
+        out.copy_(_product(_product(left, gradient), right))
+    product.copy_((out * gradient).sum((-2, -1)))
