@@ -1,0 +1,11 @@
+"""K-FAC (Kronecker-factored approximate curvature) for PyTorch.
+
+`KFAC` is an optimizer; `KFACPreconditioner` is the same engine in front of any other optimizer.
+"""
+
+from .optimizer import KFAC
+from .preconditioner import KFACPreconditioner
+
+__version__ = "0.1.0"
+
+__all__ = ["KFAC", "KFACPreconditioner", "__version__"]

@@ -1,0 +1,31 @@
+"""How one damping is split between the two factors of a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SplitDamping:
+    """Damping of A and of G, and the pi that split it; tensors (layers,)."""
+
+    a: Tensor
+    g: Tensor
+    pi: Tensor
+
+
+def pi_split(trace_a: Tensor, size_a: Tensor, trace_g: Tensor, size_g: Tensor, damping: float | Tensor) -> SplitDamping:
+    """Factored Tikhonov damping (Martens and Grosse 2015, section 6.3), all arguments of shape (layers,).
+
+        (G + sqrt(damping) / pi I)^-1 W (A + sqrt(damping) pi I)^-1,   pi^2 = (tr A / size A) / (tr G / size G)
+
+    A zero or non-finite trace (a layer that is dead, or without statistics) gives pi = 1.
+    """
+    pi = ((trace_a / size_a) / (trace_g / size_g)).sqrt()
+    usable = torch.isfinite(pi) & (pi > 0)
+    pi = torch.where(usable, pi, torch.ones_like(pi))
+    root = torch.as_tensor(damping, dtype=pi.dtype, device=pi.device).sqrt()
+    return SplitDamping(a=root * pi, g=root / pi, pi=pi)

@@ -1,0 +1,140 @@
+"""Inverses of the damped factors of one stack: a method, its certificates, and the way back when one is missing.
+
+Each method returns a bound on the energy-norm error ||I - B^1/2 X B^1/2|| per matrix. What exceeds `ACCEPT` is done again by
+Cholesky in float32, in float64, and then with ten times the damping until it is certified: a matrix that float32 cannot
+invert gets the least damping at which it can.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kernels import ops
+from .kernels.certificate import (
+    COMPUTED,
+    ROUNDED,
+    damped,
+    inverse_residual,
+    mirror,
+    probe_error,
+    root_residual,
+    rounding_error,
+)
+from .kernels.triangular import symmetric_product, triangular_inverse
+
+METHODS = ("auto", "newton_schulz", "factored", "cholesky", "eigh")
+
+# K-FAC trains as well with an energy error of 0.3 as with none; below 1 the inverse is positive definite.
+ACCEPT = 0.3
+_DAMPING_TRIES = 100  # from the smallest float32 number to the largest in steps of ten
+
+
+def resolve(method: str, device: torch.device) -> str:
+    """The method that "auto" stands for: the warm refresh is all tensor-core products, which a CPU does not have."""
+    if method != "auto":
+        return method
+    return "factored" if device.type == "cuda" else "cholesky"
+
+
+def cholesky(factor: Tensor, damping: Tensor, as_root: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(inverse or its root T, residual) by Cholesky in the factor's precision, to be kept in dtype."""
+    target = damped(factor, damping)
+    lower, info = torch.linalg.cholesky_ex(target)
+    failed = (info != 0) | ~torch.isfinite(lower.diagonal(dim1=-2, dim2=-1).sum(-1))
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    lower = torch.where(failed[:, None, None], identity, lower)
+    result = triangular_inverse(lower)
+    if as_root:
+        _, distance, _ = root_residual(target, result.to(dtype).to(factor.dtype))
+        residual = distance
+    else:
+        result = symmetric_product(result)
+        safety = COMPUTED if factor.dtype == dtype else ROUNDED
+        residual = rounding_error(target, result.diagonal(dim1=-2, dim2=-1), dtype, safety)
+        residual = torch.maximum(residual, probe_error(target, result))
+    result = result.to(dtype)
+    failed = failed | ~torch.isfinite(result.sum((-2, -1)))
+    return result, residual.to(dtype).masked_fill(failed, torch.inf)
+
+
+def eigh(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """(inverse, residual) from the eigenbasis; negative eigenvalues of a rounded factor count as zero."""
+    try:
+        values, vectors = torch.linalg.eigh(factor)
+    except torch.linalg.LinAlgError:  # did not converge for one of the stack: the caller has other ways
+        return torch.zeros_like(factor), torch.full_like(damping, torch.inf)
+    scaled = vectors / (values.clamp_min(0) + damping[:, None]).unsqueeze(-2)
+    inverse = mirror(scaled @ vectors.mT)
+    return inverse, inverse_residual(damped(factor, damping), inverse).nan_to_num(nan=torch.inf)
+
+
+class InverseStack:
+    """Damped inverses of a stack of factors, refreshed in place.
+
+    Attributes:
+        values: (B, n, n), X = (A + damping I)^-1, or T with X = T^T T when `factored`.
+        residual: certificate (B,) of values; infinite where there is none, and values are then zero.
+        damping: the damping (B,) that values were made with.
+        fallbacks: how often the method's own result was refused, (B,).
+        raised: how often damping had to be raised, (B,).
+    """
+
+    def __init__(self, factors: Tensor, method: str, tolerance: float) -> None:
+        self.method = resolve(method, factors.device)
+        self.factored = self.method == "factored"
+        self.tolerance = tolerance
+        self.values = torch.zeros_like(factors)
+        batch = factors.shape[0]
+        self.residual = factors.new_full((batch,), torch.inf)
+        self.damping = factors.new_zeros(batch)
+        self.fallbacks = torch.zeros(batch, dtype=torch.long, device=factors.device)
+        self.raised = torch.zeros_like(self.fallbacks)
+
+    def refresh(self, factors: Tensor, damping: Tensor) -> None:
+        """Inverts factors (B, n, n) + damping (B,) I; afterwards every matrix is certified, or zero."""
+        damping = damping.to(factors)
+        self.damping.copy_(damping)
+        cold = ~(self.residual <= ACCEPT)  # nothing to refresh from
+        if self.method == "newton_schulz":
+            ops.newton_schulz_inverse(factors, damping, self.values, self.residual, tolerance=0.1 * self.tolerance)
+        elif self.method == "factored":
+            if not bool(cold.all()):
+                ops.factored_newton_refresh(factors, damping, self.values, self.residual, tolerance=self.tolerance)
+            self.residual.masked_fill_(cold, torch.inf)
+        else:
+            invert = eigh if self.method == "eigh" else _cholesky_inverse
+            values, residual = invert(factors, damping)
+            self.values.copy_(values)
+            self.residual.copy_(residual)
+        refused = ~(self.residual <= ACCEPT)
+        if bool(refused.any()):
+            expected = cold if self.factored else torch.zeros_like(cold)
+            self.fallbacks += refused & ~expected
+            self._fall_back(factors, refused.nonzero().squeeze(-1))
+
+    def _fall_back(self, factors: Tensor, remaining: Tensor) -> None:
+        """Cholesky for the matrices in remaining: float32, float64, then float64 with growing damping."""
+        attempts = [factors.dtype] if self.method != "cholesky" else []
+        attempts += [torch.float64] * _DAMPING_TRIES
+        damping = self.damping.double()
+        for attempt, dtype in enumerate(attempts):
+            if attempt > len(attempts) - _DAMPING_TRIES:
+                damping[remaining] *= 10
+                self.raised[remaining] += 1
+            values, residual = cholesky(
+                factors[remaining].to(dtype), damping[remaining].to(dtype), self.factored, factors.dtype
+            )
+            certified = residual <= ACCEPT
+            self.values[remaining[certified]] = values[certified]
+            self.residual[remaining[certified]] = residual[certified]
+            remaining = remaining[~certified]
+            if not len(remaining):
+                break
+        self.values[remaining] = 0.0
+        self.residual[remaining] = torch.inf
+        self.damping.copy_(damping)
+
+
+def _cholesky_inverse(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    return cholesky(factor, damping, as_root=False, dtype=factor.dtype)

@@ -1,0 +1,177 @@
+"""KFAC: natural-gradient training as a torch.optim.Optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import state, tail
+from .engine import Engine
+from .face import EngineFace
+from .settings import Settings
+
+
+class KFAC(EngineFace, Optimizer):
+    r"""Kronecker-factored approximate curvature (Martens and Grosse 2015) with an SGD-momentum or AdamW tail.
+
+    For each covered layer with weight matrix W = [weight | bias] and gradient dW the step goes along
+
+        V = (G + sqrt(damping) / pi I)^-1  dW  (A + sqrt(damping) pi I)^-1
+
+    with A = E[a a^T] of its inputs and G = E[g g^T] of its output gradients, exponential moving averages that forward hooks
+    keep. Covered are Linear, Conv1d, Conv2d and Conv3d; every other parameter goes along its gradient. Make the optimizer
+    before the first run of a compiled model.
+
+    Args:
+        model: the module to train.
+        params: parameters or parameter groups to optimize, as for any optimizer; None takes all trainable ones.
+            A group may set lr, momentum, nesterov, weight_decay, tail, betas and eps for itself.
+        lr: learning rate. With a KL clip, 1 is the natural start: the clip then sets the length of early steps.
+        momentum: of the SGD tail, in [0, 1).
+        nesterov: Nesterov momentum.
+        weight_decay: decoupled (Loshchilov and Hutter 2019).
+        tail: "sgd" or "adamw".
+        betas: of the AdamW tail.
+        eps: of the AdamW tail.
+        damping: Tikhonov damping of the Fisher of the mean loss, split by pi between the factors. Its unit is that of a
+            squared gradient of the loss over a squared parameter.
+        kl_clip: bound on lr^2 <V, dW>, twice the KL divergence of a step; None for no bound.
+        ema_decay: weight of the past in the factors' moving averages, bias-corrected.
+        statistics_every: steps between statistics.
+        inverse_every: steps between inverses. Fresh ones allow lower damping and longer steps.
+        weight_sharing: "expand" or "reduce" for positions and tokens (Eschenhagen et al. 2023).
+        inverse: "auto", "newton_schulz", "factored", "cholesky" or "eigh".
+        inverse_tolerance: energy-norm error that the iterative inverses stop at.
+        loss_reduction: "mean" or "sum", how the loss goes over its terms.
+        loss_terms: "examples", or "tokens" when each position has a loss of its own (language models).
+        loss_scale: factor on the loss when gradients were captured: a number, or a callable such as
+            `torch.amp.GradScaler.get_scale`.
+
+    Raises:
+        TypeError: if an argument has the wrong type.
+        ValueError: if an argument is outside its range, or the model has no layer that K-FAC covers.
+
+    Example:
+        >>> import torch
+        >>> from kfac_triton import KFAC
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> optimizer = KFAC(model, lr=0.1, damping=0.1)
+        >>> loss = torch.nn.functional.cross_entropy(model(torch.randn(16, 4)), torch.randint(2, (16,)))
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> optimizer.close()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float | Tensor = 0.1,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        tail: str = "sgd",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        damping: float = Settings.damping,
+        kl_clip: float | None = Settings.kl_clip,
+        ema_decay: float = Settings.ema_decay,
+        statistics_every: int = Settings.statistics_every,
+        inverse_every: int = Settings.inverse_every,
+        weight_sharing: str = Settings.weight_sharing,
+        inverse: str = Settings.inverse,
+        inverse_tolerance: float = Settings.inverse_tolerance,
+        loss_reduction: str = Settings.loss_reduction,
+        loss_terms: str = Settings.loss_terms,
+        loss_scale: float | Callable[[], float] = Settings.loss_scale,
+    ) -> None:
+        settings = Settings(
+            damping=damping,
+            kl_clip=kl_clip,
+            ema_decay=ema_decay,
+            statistics_every=statistics_every,
+            inverse_every=inverse_every,
+            weight_sharing=weight_sharing,
+            inverse=inverse,
+            inverse_tolerance=inverse_tolerance,
+            loss_reduction=loss_reduction,
+            loss_terms=loss_terms,
+            loss_scale=loss_scale,
+        )
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
+        if params is None:
+            params = [p for p in model.parameters() if p.requires_grad]
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "tail": tail,
+            "betas": betas,
+            "eps": eps,
+        }
+        super().__init__(params, defaults)
+        self._model = model
+        self.engine = Engine(model, settings, self._parameters())
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; layers whose weights it brings are covered from then on, the others keep their factors."""
+        tail.validate_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for parameter in group["params"]:
+            self.state[parameter].update(tail.initial_state(parameter, group["tail"]))
+        if "engine" in self.__dict__:  # not while the base class builds its first groups
+            before = self.engine
+            before.close()
+            self.engine = Engine(self._model, before.settings, self._parameters())
+            state.restore_factors(self.engine, state.export_factors(before))
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step: statistics into factors, inverses when due, and the tail along the preconditioned gradients.
+
+        Args:
+            closure: evaluates the model and returns the loss, with gradients; run once, before the step.
+
+        Raises:
+            RuntimeError: if the optimizer is closed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        learning_rates = {p: group["lr"] for group in self.param_groups for p in group["params"]}
+        preconditioned = dict(self.engine.precondition(lambda p: learning_rates.get(p, 0.0)))
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            gradients = [preconditioned[p].to(p.dtype) if p in preconditioned else p.grad for p in params]
+            tail.apply(group, params, gradients, [self.state[p] for p in params])
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimizer's, with the factors in the state of each covered weight (float32 whatever the weight's type)."""
+        return state.with_factors(super().state_dict(), self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave; inverses are made from the factors at the next step."""
+        plain, factors = state.without_factors(state_dict)
+        super().load_state_dict(plain)
+        state.restore_factors(self.engine, state.factors_by_layer(self, factors))

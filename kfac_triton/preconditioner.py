@@ -1,0 +1,103 @@
+"""KFACPreconditioner: the engine in front of any optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from . import validation
+from .engine import Engine
+from .face import EngineFace
+from .settings import Settings
+
+
+class KFACPreconditioner(EngineFace):
+    """Replaces gradients by K-FAC's preconditioned ones, for another optimizer to step along.
+
+    Either call `precondition_()` between backward and the optimizer's step, or `attach(optimizer)` once.
+
+    Args:
+        model: the module to train.
+        lr: learning rate that the KL clip reckons with while no optimizer is attached; an attached one's own rates win.
+        settings: curvature settings by name, the same as for `KFAC` (damping, kl_clip, ema_decay, statistics_every,
+            inverse_every, weight_sharing, inverse, inverse_tolerance, loss_reduction, loss_terms, loss_scale).
+
+    Raises:
+        TypeError: if an argument has the wrong type or an unknown name.
+        ValueError: if an argument is outside its range, or the model has no layer that K-FAC covers.
+
+    Example:
+        >>> import torch
+        >>> from kfac_triton import KFACPreconditioner
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> preconditioner = KFACPreconditioner(model, damping=0.1)
+        >>> handle = preconditioner.attach(optimizer)
+        >>> model(torch.randn(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> preconditioner.close()
+    """
+
+    def __init__(self, model: nn.Module, *, lr: float = 0.1, **settings: Any) -> None:
+        self.lr = validation.real("lr", lr)
+        self.engine = Engine(model, Settings(**settings))
+        self._attached: list[tuple[Optimizer, RemovableHandle]] = []
+
+    def precondition_(self) -> None:
+        """Overwrites the gradients of covered layers, in place, with the KL-clipped preconditioned ones.
+
+        Raises:
+            RuntimeError: if the preconditioner is closed.
+        """
+        rates: dict[nn.Parameter, float | Tensor] = {
+            p: group["lr"] for optimizer, _ in self._attached for group in optimizer.param_groups for p in group["params"]
+        }
+        for parameter, update in self.engine.precondition(lambda p: rates.get(p, self.lr)):
+            assert parameter.grad is not None
+            parameter.grad.copy_(update)
+
+    def attach(self, optimizer: Optimizer) -> RemovableHandle:
+        """Preconditions at the start of every step of the optimizer, from now on.
+
+        A step with a closure evaluates it first and hands the optimizer its result: optimizers that evaluate a closure more
+        than once (LBFGS) cannot be preconditioned in this way. With `torch.amp.GradScaler` it sees unscaled gradients, and a
+        skipped step does not call it.
+
+        Returns:
+            A handle; its remove() detaches.
+
+        Raises:
+            TypeError: if optimizer is none.
+        """
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is {type(optimizer).__name__}")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError("optimizer must evaluate its closure once a step; LBFGS evaluates it many times")
+        handle = optimizer.register_step_pre_hook(self._before_step)
+        self._attached.append((optimizer, handle))
+        return handle
+
+    def close(self) -> None:
+        """Removes the hooks from the model and from attached optimizers; safe to call twice."""
+        for _, handle in self._attached:
+            handle.remove()
+        self._attached.clear()
+        super().close()
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # The hook runs before the closure would, when there are no gradients yet: so it runs the closure itself.
+        closure: Callable[[], Any] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self.precondition_()
+            return None
+        with torch.enable_grad():
+            loss = closure()
+        self.precondition_()
+        return (optimizer,), {"closure": lambda: loss}
