@@ -154,7 +154,7 @@ def factored_newton_refresh(
     root: Tensor,
     residual: Tensor,
     tolerance: float = 0.05,
-    max_steps: int = 3,
+    max_steps: int = 8,
 ) -> None:
     """Warm refresh in place of T, lower triangular with T^T T close to (factor + damping I)^-1 (see `factored_newton`).
 

@@ -46,8 +46,8 @@ def cholesky(factor: Tensor, damping: Tensor, as_root: bool, dtype: torch.dtype)
     lower = torch.where(failed[:, None, None], identity, lower)
     result = triangular_inverse(lower)
     if as_root:
-        _, distance, _ = root_residual(target, result.to(dtype).to(factor.dtype))
-        residual = distance
+        _, distance, rounding = root_residual(target, result.to(dtype).to(factor.dtype))
+        residual = distance + rounding  # adding the damping was rounded, too, and the distance does not see that
     else:
         result = symmetric_product(result)
         safety = COMPUTED if factor.dtype == dtype else ROUNDED
