@@ -150,12 +150,14 @@ class KFAC(EngineFace, Optimizer):
             closure: evaluates the model and returns the loss, with gradients; run once, before the step.
 
         Raises:
-            RuntimeError: if the optimizer is closed.
+            RuntimeError: if the optimizer is closed, or a gradient is sparse; nothing is changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if any(p.grad is not None and p.grad.is_sparse for p in self._parameters()):
+            raise RuntimeError("KFAC does not support sparse gradients; make the embedding with sparse=False")
         learning_rates = {p: group["lr"] for group in self.param_groups for p in group["params"]}
         preconditioned = dict(self.engine.precondition(lambda p: learning_rates.get(p, 0.0)))
         for group in self.param_groups:
@@ -171,7 +173,13 @@ class KFAC(EngineFace, Optimizer):
         return state.with_factors(super().state_dict(), self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave; inverses are made from the factors at the next step."""
-        plain, factors = state.without_factors(state_dict)
+        """Loads what `state_dict` gave; inverses are made from the factors at the next step.
+
+        Raises:
+            ValueError: if the state does not fit, or a factor is not finite; nothing is changed then.
+        """
+        plain, by_weight = state.without_factors(state_dict)
+        factors = state.factors_by_layer(self, by_weight)
+        state.check_factors(self.engine, factors)
         super().load_state_dict(plain)
-        state.restore_factors(self.engine, state.factors_by_layer(self, factors))
+        state.restore_factors(self.engine, factors)

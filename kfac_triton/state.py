@@ -34,27 +34,35 @@ def export_factors(engine: Engine) -> dict[str, dict[str, Tensor]]:
     return result
 
 
-def restore_factors(engine: Engine, factors: dict[str, dict[str, Tensor]]) -> None:
-    """Writes exported factors into an engine; layers without any keep theirs. Inverses follow at the next step.
+def check_factors(engine: Engine, factors: dict[str, dict[str, Tensor]]) -> None:
+    """Whether `restore_factors` could use them.
 
     Raises:
-        ValueError: if a factor has the wrong shape or is not finite; nothing is changed then.
+        ValueError: if a factor has the wrong shape or is not finite.
     """
-    numbers = {layer.name: i for i, layer in enumerate(engine.layers)}
-    starts = [sum(layer.groups for layer in engine.layers[:i]) for i in range(len(engine.layers))]
-    known = {name: values for name, values in factors.items() if name in numbers}
-    for name, values in known.items():
-        layer = engine.layers[numbers[name]]
+    for layer in engine.layers:
+        values = factors.get(layer.name)
+        if values is None:
+            continue
+        name = layer.name
         for key, size in (("kfac_A", layer.input_size), ("kfac_G", layer.output_size)):
             expected = (layer.groups, size, size)
             if tuple(values[key].shape) != expected:
                 raise ValueError(f"{key} of layer {name!r} must have shape {expected}, but has {tuple(values[key].shape)}")
             if not bool(torch.isfinite(values[key]).all()):
                 raise ValueError(f"{key} of layer {name!r} has values that are not finite; load another checkpoint")
-    for name, values in known.items():
-        number = numbers[name]
-        for group in range(engine.layers[number].groups):
-            block = starts[number] + group
+
+
+def restore_factors(engine: Engine, factors: dict[str, dict[str, Tensor]]) -> None:
+    """Writes factors that passed `check_factors`; layers without any keep theirs. Inverses follow at the next step."""
+    first = 0
+    for number, layer in enumerate(engine.layers):
+        start, first = first, first + layer.groups
+        values = factors.get(layer.name)
+        if values is None:
+            continue
+        for group in range(layer.groups):
+            block = start + group
             a, g = engine.bank.block(block)
             a.copy_(values["kfac_A"][group])
             g.copy_(values["kfac_G"][group])

@@ -58,12 +58,7 @@ def apply(group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], 
         params: parameters that have a gradient.
         gradients: what to move along, one a parameter; not changed.
         states: from `initial_state`, one a parameter.
-
-    Raises:
-        RuntimeError: if a gradient is sparse.
     """
-    if any(gradient.is_sparse for gradient in gradients):
-        raise RuntimeError("KFAC does not support sparse gradients")
     lr, decay = group["lr"], group["weight_decay"]
     if group["tail"] == "adamw":
         adamw(
