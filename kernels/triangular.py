@@ -1,4 +1,4 @@
-"""Inverses from a Cholesky factor by large matrix products.
+"""Inverses from a Cholesky factor by large matrix products that skip what is known to be zero.
 
 LAPACK's potri (torch.cholesky_inverse) synchronises its threads thousands of times: as fast as this on an idle CPU, a
 hundred times slower on a busy one.
@@ -6,17 +6,29 @@ hundred times slower on a busy one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-_LEAF = 256  # triangles up to this size are solved directly
-_BLOCK = 256
+_LEAF = 64  # triangles up to this size are solved directly
+_BLOCK = 128  # columns per product
+_LOOP_FROM = 256  # larger matrices of a batch are taken one by one: on a CPU, a batched product is slower than single ones
+
+
+def _blocks(start: int, stop: int) -> Iterator[slice]:
+    for first in range(start, stop, _BLOCK):
+        yield slice(first, min(first + _BLOCK, stop))
 
 
 def triangular_inverse(lower: Tensor) -> Tensor:
-    """T = L^-1 for lower triangular L, (B, n, n), by halves: L21 contributes -T22 L21 T11."""
+    """T = L^-1 for lower triangular L, (B, n, n), by halves: the block below the diagonal is -T22 L21 T11."""
     out = torch.zeros_like(lower)
-    _invert_into(lower, out)
+    if lower.shape[-1] <= _LOOP_FROM:
+        _invert_into(lower, out)
+    else:
+        for matrix, inverse in zip(lower, out, strict=True):
+            _invert_into(matrix, inverse)
     return out
 
 
@@ -27,23 +39,37 @@ def _invert_into(lower: Tensor, out: Tensor) -> None:
         out.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
         return
     half = (n // 2 + 15) // 16 * 16
-    top, bottom = slice(None, half), slice(half, None)
-    _invert_into(lower[:, top, top], out[:, top, top])
-    _invert_into(lower[:, bottom, bottom], out[:, bottom, bottom])
-    out[:, bottom, top] = -(out[:, bottom, bottom] @ (lower[:, bottom, top] @ out[:, top, top]))
+    _invert_into(lower[..., :half, :half], out[..., :half, :half])
+    _invert_into(lower[..., half:, half:], out[..., half:, half:])
+    product = lower.new_empty(*lower.shape[:-2], n - half, half)
+    for columns in _blocks(0, half):  # T11 is zero above its diagonal
+        torch.matmul(
+            lower[..., half:, columns.start : half], out[..., columns.start : half, columns], out=product[..., columns]
+        )
+    for rows in _blocks(half, n):  # and so is T22
+        known = slice(half, rows.stop)
+        torch.matmul(out[..., rows, known], product[..., : rows.stop - half, :], out=out[..., rows, :half])
+    out[..., half:, :half].neg_()
 
 
 def symmetric_product(root: Tensor) -> Tensor:
-    """X = T^T T for lower triangular T, (B, n, n): only the blocks that are not zero, mirrored, so bitwise symmetric."""
-    n = root.shape[-1]
+    """X = T^T T for lower triangular T, (B, n, n), mirrored, so bitwise symmetric."""
     out = torch.empty_like(root)
-    for start in range(0, n, _BLOCK):
-        for row in range(start, n, _BLOCK):
-            columns, rows = slice(start, min(start + _BLOCK, n)), slice(row, min(row + _BLOCK, n))
-            block = root[:, row:, rows].mT @ root[:, row:, columns]  # T is zero above its diagonal
-            if row == start:
-                out[:, rows, columns] = (block + block.mT).mul_(0.5)
-            else:
-                out[:, rows, columns] = block
-                out[:, columns, rows] = block.mT
+    if root.shape[-1] <= _LOOP_FROM:
+        _multiply_into(root, out)
+    else:
+        for matrix, product in zip(root, out, strict=True):
+            _multiply_into(matrix, product)
     return out
+
+
+def _multiply_into(root: Tensor, out: Tensor) -> None:
+    n = root.shape[-1]
+    for columns in _blocks(0, n):
+        for rows in _blocks(columns.start, n):
+            block = root[..., rows.start :, rows].mT @ root[..., rows.start :, columns]  # T is zero above its diagonal
+            if rows == columns:
+                out[..., rows, columns] = (block + block.mT).mul_(0.5)
+            else:
+                out[..., rows, columns] = block
+                out[..., columns, rows] = block.mT

@@ -43,7 +43,8 @@ def cholesky(factor: Tensor, damping: Tensor, as_root: bool, dtype: torch.dtype)
     lower, info = torch.linalg.cholesky_ex(target)
     failed = (info != 0) | ~torch.isfinite(lower.diagonal(dim1=-2, dim2=-1).sum(-1))
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    lower = torch.where(failed[:, None, None], identity, lower)
+    if lower.is_cuda or bool(failed.any()):  # where the host may not look, or has seen one
+        lower = torch.where(failed[:, None, None], identity, lower)
     result = triangular_inverse(lower)
     if as_root:
         _, distance, rounding = root_residual(target, result.to(dtype).to(factor.dtype))

@@ -21,8 +21,8 @@ class Settings:
         ValueError: if a value is outside its range.
     """
 
-    damping: float = 1e-2
-    kl_clip: float | None = 1e-2
+    damping: float = 3e-2
+    kl_clip: float | None = 1e-3
     ema_decay: float = 0.95
     statistics_every: int = 1
     inverse_every: int = 1
