@@ -93,7 +93,7 @@ def test_closure_runs_once_with_gradients_enabled_and_its_loss_comes_back() -> N
         loss.backward()
         return loss.item()
 
-    expected = float(_loss(model))
+    expected = _loss(model).item()
     assert optimizer.step(closure) == expected
     assert calls == [True]
 

@@ -1,68 +1,149 @@
-"""Linear layers: A and G of inputs with any number of shared dimensions, expand and reduce, examples and tokens."""
+"""Rows of nn.Linear: factors by brute force, any number of dimensions between examples and features."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers import relative_error
-from torch import nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
-from kfac_triton import KFACPreconditioner
-from kfac_triton.layers import find_layers
+from kfac_triton.kernels import ops
+from kfac_triton.layers.linear import LinearLayer
+
+SHAPES = [(), (1,), (5,), (3, 4), (1, 4), (3, 1), (3, 2, 4), (2, 1, 3, 2)]
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("loss_terms", ["examples", "tokens"])
+def run(shape: tuple[int, ...], bias: bool = True) -> tuple[nn.Linear, Tensor, Tensor]:
+    """Module with gradients, its input and the gradient of its output."""
+    module = nn.Linear(4, 3, bias=bias, dtype=torch.float64)
+    x = torch.randn(*shape, 4, dtype=torch.float64)
+    output = module(x)
+    gradient = torch.randn_like(output)
+    output.backward(gradient)
+    return module, x, gradient
+
+
+def factors(layer: LinearLayer, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    rows = layer.rows(x, gradient)
+    sums = [torch.full((n, n), torch.nan, dtype=torch.float64) for n in (layer.input_size, layer.output_size)]
+    ops.covariance_ema(
+        sums,
+        rows.inputs + rows.gradients,
+        torch.ones(2, dtype=torch.float64),
+        torch.zeros(2, dtype=torch.float64),
+        [layer.has_bias, False],
+        [*rows.input_window, *rows.gradient_window],
+    )
+    return sums[0], sums[1]
+
+
 @pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
-@pytest.mark.parametrize("shape", [(5,), (7, 5), (7, 3, 5), (4, 3, 2, 5)])
-def test_factors(shape: tuple[int, ...], weight_sharing: str, loss_terms: str, bias: bool) -> None:
-    layer = nn.Linear(5, 4, bias=bias).double()
-    x = torch.randn(shape, dtype=torch.float64)
-    with KFACPreconditioner(layer, weight_sharing=weight_sharing, loss_terms=loss_terms) as preconditioner:
-        out = layer(x)
-        (gradient,) = torch.autograd.grad(out.sin().mean(), out, retain_graph=True)
-        out.sin().mean().backward()
-        preconditioner.precondition_()
-        a, g = preconditioner.factors()[""]
-
-    rows, gradients = x.reshape(shape[0] if len(shape) > 1 else 1, -1, 5), gradient.reshape(len(x) if x.dim() > 1 else 1, -1, 4)
-    examples, positions = rows.shape[:2]
-    if weight_sharing == "reduce":
-        rows, gradients = rows.mean(1), gradients.sum(1)
-    rows, gradients = rows.reshape(-1, 5), gradients.reshape(-1, 4)
-    if bias:
-        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-    terms = examples * positions if loss_terms == "tokens" else examples
-    assert relative_error(a, rows.T @ rows / len(rows)) <= 1e-12
-    assert relative_error(g, terms * gradients.T @ gradients) <= 1e-12
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_factors(shape: tuple[int, ...], bias: bool, weight_sharing: str) -> None:
+    """One loop over examples and positions, outer products one by one."""
+    module, x, gradient = run(shape, bias)
+    a_sum, g_sum = factors(LinearLayer("layer", module, weight_sharing, "examples"), x, gradient)
+    examples = x.reshape(shape[0] if shape else 1, -1, 4)
+    gradients = gradient.reshape(len(examples), -1, 3)
+    a_truth, g_truth = torch.zeros_like(a_sum), torch.zeros_like(g_sum)
+    for a, g in zip(examples, gradients, strict=True):
+        if bias:
+            a = torch.cat([a, torch.ones(len(a), 1, dtype=torch.float64)], 1)
+        pairs = zip(a, g, strict=True) if weight_sharing == "expand" else [(a.mean(0), g.sum(0))]
+        for input_row, gradient_row in pairs:
+            a_truth += torch.outer(input_row, input_row)
+            g_truth += torch.outer(gradient_row, gradient_row)
+    torch.testing.assert_close(a_sum, a_truth, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(g_sum, g_truth, rtol=1e-12, atol=1e-12)
 
 
-def test_noncontiguous_inputs() -> None:
-    layer = nn.Linear(5, 4).double()
-    x = torch.randn(5, 6, 3, dtype=torch.float64).movedim(0, 2)
-    results = []
-    for each in (x, x.contiguous()):
-        with KFACPreconditioner(layer) as preconditioner:
-            layer(each).sin().sum().backward()
-            preconditioner.precondition_()
-            results.append(preconditioner.factors()[""])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other)
+@settings(max_examples=60, deadline=None)
+@given(shape=st.lists(st.integers(1, 5), max_size=4), order=st.permutations(range(5)), seed=st.integers(0, 2**32))
+def test_rows_add_up_to_the_weight_gradient(shape: list[int], order: list[int], seed: int) -> None:
+    """It is sum g a^T over rows, whatever the strides of input and gradient."""
+    torch.manual_seed(seed)
+    module, x, gradient = run(tuple(shape))
+    by_stride = [i for i in order if i < x.dim()]
+    back = [by_stride.index(i) for i in range(x.dim())]
+    x = x.permute(by_stride).contiguous().permute(back)
+    layer = LinearLayer("layer", module, "expand", "examples")
+    rows = layer.rows(x, gradient)
+    (a,), (g,) = rows.inputs, rows.gradients
+    assert len(a) == len(g) == rows.input_count
+    torch.testing.assert_close(g.T @ a, module.weight.grad)
+    torch.testing.assert_close(g.sum(0), module.bias.grad)
 
 
-@pytest.mark.parametrize("frozen_bias", [False, True])
-@pytest.mark.parametrize("bias", [True, False])
-def test_write_gradient_and_read_update_are_inverse(bias: bool, frozen_bias: bool) -> None:
-    module = nn.Linear(5, 4, bias=bias)
-    if bias and frozen_bias:
+@pytest.mark.parametrize(
+    ("shape", "weight_sharing", "loss_terms", "input_count", "terms"),
+    [
+        ((), "expand", "examples", 1, 1),
+        ((5,), "expand", "examples", 5, 5),
+        ((5,), "reduce", "tokens", 5, 5),
+        ((3, 4), "expand", "examples", 12, 3),
+        ((3, 4), "expand", "tokens", 12, 12),
+        ((3, 4), "reduce", "examples", 3, 3),
+        ((3, 4), "reduce", "tokens", 3, 12),
+        ((3, 2, 4), "expand", "tokens", 24, 24),
+        ((3, 2, 4), "reduce", "examples", 3, 3),
+    ],
+)
+def test_counts(shape: tuple[int, ...], weight_sharing: str, loss_terms: str, input_count: int, terms: int) -> None:
+    module, x, gradient = run(shape)
+    rows = LinearLayer("layer", module, weight_sharing, loss_terms).rows(x, gradient)
+    assert (rows.input_count, rows.terms) == (input_count, terms)
+
+
+@pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (0, 2, 4)], ids=str)
+def test_an_empty_batch_has_no_rows(shape: tuple[int, ...], weight_sharing: str) -> None:
+    """torch.nn takes it, and so must a hook in its backward pass."""
+    module, x, gradient = run(shape)
+    layer = LinearLayer("layer", module, weight_sharing, "examples")
+    rows = layer.rows(x, gradient)
+    assert (rows.input_count, rows.terms) == (0, 0)
+    assert all((total == 0).all() for total in factors(layer, x, gradient))
+
+
+@pytest.mark.parametrize("bias", ["trained", "frozen", "none"])
+def test_reading_what_was_written_gives_the_gradients(bias: str) -> None:
+    """write_gradient and read_update are inverse to one another; the pad is neither written nor read."""
+    module, _, _ = run((5,), bias != "none")
+    if bias == "frozen":
         module.bias.requires_grad_(False)
-    (layer,), _ = find_layers(module)
-    assert layer.input_size == 5 + (bias and not frozen_bias)
-    module(torch.randn(6, 5)).sin().sum().backward()
-    block = torch.full((8, 9), torch.nan)
-    layer.write_gradient(0, block)
-    result = layer.read_update([block])
-    assert len(result) == 1 + (bias and not frozen_bias)
-    for parameter, value in result:
-        assert parameter.grad is not None
-        assert torch.equal(value, parameter.grad)
+    layer = LinearLayer("layer", module, "expand", "examples")
+    out = torch.full((8, 9), 7.0, dtype=torch.float64)
+    layer.write_gradient(0, out)
+    assert (out[3:] == 7).all()
+    assert (out[:, layer.input_size :] == 7).all()
+    updates = dict(layer.read_update([out]))
+    trained = [p for p in module.parameters() if p.requires_grad]
+    assert list(updates) == trained
+    assert all(torch.equal(updates[p], p.grad) for p in trained)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_writing_what_was_read_gives_the_block(bias: bool) -> None:
+    module, _, _ = run((5,), bias)
+    layer = LinearLayer("layer", module, "expand", "examples")
+    block = torch.randn(3, 4 + bias, dtype=torch.float64)
+    for parameter, update in layer.read_update([block]):
+        assert update.shape == parameter.shape
+        parameter.grad = update.clone()
+    out = torch.full_like(block, torch.nan)
+    layer.write_gradient(0, out)
+    assert torch.equal(out, block)
+
+
+def test_a_bias_without_gradient_leaves_no_old_one_behind() -> None:
+    """The buffer is that of the last step; a bias that was frozen since then must not go on moving the weight."""
+    module, _, _ = run((5,))
+    layer = LinearLayer("layer", module, "expand", "examples")
+    out = torch.zeros(3, 5, dtype=torch.float64)
+    layer.write_gradient(0, out)
+    module.bias.grad = None
+    layer.write_gradient(0, out)
+    assert torch.equal(out[:, :4], module.weight.grad)
+    assert (out[:, 4] == 0).all()
