@@ -33,6 +33,11 @@ def window(
     return three(kernel, 1) + three(stride, 1) + three(padding, 0) + three(dilation, 1)
 
 
+def kernel_size(images: Tensor, geometry: Sequence[int]) -> Sequence[int]:
+    """Kernel sides, one a spatial dimension of images (N, C, *spatial)."""
+    return geometry[3 - (images.dim() - 2) : 3]
+
+
 def patch_matrix(images: Tensor, geometry: Sequence[int]) -> Tensor:
     """Patches of images (N, C, *spatial) as columns: (C * kernel elements, N * positions), in the order of a conv weight."""
     spatial = images.dim() - 2
@@ -67,15 +72,14 @@ def symmetric_update(factor: Tensor, rows: Tensor, alpha: float, beta: float) ->
         factor[start:stop, stop:].copy_(factor[stop:, start:stop].T)
 
 
-def _row_chunks(source: Tensor, geometry: Sequence[int]) -> list[Tensor]:
+def _row_chunks(source: Tensor, geometry: Sequence[int]) -> Sequence[Tensor]:
     """Rows of one input, as views where it already is a matrix; patches of a few images at a time otherwise."""
     if source.dim() == 2:
         return [source]
-    spatial = source.dim() - 2
-    kernel, stride = geometry[3 - spatial : 3], geometry[6 - spatial : 6]
-    per_image = source[0].numel() * math.prod(kernel) // max(1, math.prod(stride))
+    kernel, stride = kernel_size(source, geometry), geometry[6 - (source.dim() - 2) : 6]
+    per_image = source.shape[1:].numel() * math.prod(kernel) // max(1, math.prod(stride))
     count = max(1, _PATCH_CHUNK // max(1, per_image))
-    return list(source.split(count))
+    return source.split(count) if len(source) else ()
 
 
 def _accumulate(factor: Tensor, source: Tensor, geometry: Sequence[int], alpha: float, beta: float, ones: bool) -> None:
@@ -91,9 +95,10 @@ def _accumulate(factor: Tensor, source: Tensor, geometry: Sequence[int], alpha: 
             border[n] = (beta * border[n] if beta else 0.0) + alpha * rows.shape[0]
             factor[:n, n].copy_(border[:n])
         beta = 1.0
-    # no rows at all (an empty batch): only the decay is left to apply
-    if source.shape[0] == 0 and source.dim() > 2:
-        factor.mul_(beta)
+    if source.dim() > 2 and len(source) == 0:  # no patches: only the decay is left to apply
+        n = source.shape[1] * math.prod(kernel_size(source, geometry)) + ones
+        block = factor[:n, :n]
+        block.mul_(beta) if beta else block.zero_()
 
 
 def covariance_ema_reference(

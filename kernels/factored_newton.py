@@ -23,6 +23,8 @@ _PROBES, _POWER_STEPS = 8, 3
 def _spectral_bounds(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Estimates (lower, upper), each (B,), of the extreme eigenvalues of symmetric positive matrices, by power iteration."""
     n = matrix.shape[-1]
+    unit = matrix.diagonal(dim1=-2, dim2=-1).amax(-1)  # their largest entry; squares of it may be beyond the dtype
+    matrix = matrix / unit[:, None, None]
     generator = torch.Generator().manual_seed(0)  # fixed probes: a refresh is a function of its inputs
     probes = torch.randn(n, min(n, _PROBES), generator=generator, dtype=torch.float64).to(matrix)
 
@@ -36,7 +38,7 @@ def _spectral_bounds(matrix: Tensor) -> tuple[Tensor, Tensor]:
     upper = 1.05 * top(matrix)
     shifted = upper[:, None, None] * torch.eye(n, dtype=matrix.dtype, device=matrix.device) - matrix
     lower = (upper - 1.05 * top(shifted)).clamp_min(1e-3 * upper)
-    return lower, upper
+    return lower * unit, upper * unit
 
 
 def factored_newton_refresh_reference(
@@ -54,9 +56,10 @@ def factored_newton_refresh_reference(
         scale = torch.where(distance > _SCALE_ABOVE, 2 / (lower + upper), torch.ones_like(distance))
         gap = identity - scale[:, None, None] * energy
         distance = torch.linalg.matrix_norm(gap)
+        rounding = rounding * scale  # of the scaled root
         phi = gap.tril(-1) + torch.diag_embed(0.5 * gap.diagonal(dim1=-2, dim2=-1))
         step = (scale.sqrt()[:, None, None] * (current + phi @ current)).tril()
-        after = (1.5 * distance**2 + 0.5 * distance**3 + rounding).nan_to_num(nan=math.inf)
+        after = (1.5 * distance**2 + 0.5 * distance**3 + rounding).nan_to_num(nan=math.inf, posinf=math.inf)
         # A step that does not contract keeps the factor it came from, and says so in the residual.
         taken = running & torch.isfinite(after)
         current = torch.where(taken[:, None, None], step, current)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .certificate import damped, inverse_residual, mirror
+from .certificate import MULTIPLIED, damped, frobenius_norm, inverse_residual, mirror
 
 # No eigenvalue is ever sent below this share of the top: pure Chebyshev steps send large ones near zero and lose digits.
 _FLOOR = 0.35
@@ -36,7 +36,7 @@ def newton_schulz_inverse_reference(
 ) -> None:
     """Plain-torch twin of the kernel: fallback, CPU path and oracle. See `kfac_triton.kernels.ops.newton_schulz_inverse`."""
     target = damped(factor, damping)
-    upper = torch.linalg.matrix_norm(target)  # Frobenius: rigorous, and at most sqrt(n) loose
+    upper = frobenius_norm(target)  # a rigorous bound of the spectrum, and at most sqrt(n) loose
     m = target / upper[:, None, None]
     x = torch.diag_embed((1 / upper)[:, None].expand(-1, factor.shape[-1]))
     lower = (damping.double() / upper.double()).clamp(torch.finfo(torch.float32).tiny, 1.0)
@@ -50,4 +50,4 @@ def newton_schulz_inverse_reference(
         m = h0 * m + h1 * mirror(m @ m)
         lower = torch.where(running, after, lower)
     inverse.copy_(x)
-    residual.copy_(inverse_residual(target, x).nan_to_num(nan=math.inf))
+    residual.copy_(inverse_residual(target, x, MULTIPLIED).nan_to_num(nan=math.inf, posinf=math.inf))

@@ -6,6 +6,7 @@ every device; a kernel for one device takes its place by registering itself unde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -57,7 +58,15 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_digits(name: str, tensor: Tensor) -> None:
+    _require(
+        tensor.dtype in (torch.float32, torch.float64),
+        f"{name} must be float32 or float64, but is {tensor.dtype}; convert it (16 bits have too few digits to keep a factor)",
+    )
+
+
 def _require_stack(name: str, stack: Tensor) -> None:
+    _require_digits(name, stack)
     _require(
         stack.dim() == 3 and stack.shape[1] == stack.shape[2],
         f"{name} must be a stack of square matrices (B, n, n), but has shape {tuple(stack.shape)}",
@@ -70,6 +79,30 @@ def _require_like(name: str, tensor: Tensor, shape: tuple[int, ...], other: Tens
         f"{name} must have shape {shape}, dtype {other.dtype} and device {other.device}, but has "
         f"{tuple(tensor.shape)}, {tensor.dtype} and {tensor.device}",
     )
+
+
+def _columns(i: int, source: Tensor, geometry: Sequence[int]) -> int:
+    """Columns of X for the input of layer i, once the input and its window are known to fit."""
+    shape = tuple(source.shape)
+    _require(
+        2 <= source.dim() <= 5,
+        f"inputs[{i}] must be a matrix of rows or (N, C, *spatial) with 1 to 3 spatial dimensions, but has shape {shape}",
+    )
+    if source.dim() == 2:
+        return source.shape[1]
+    spatial = source.dim() - 2
+    kernel, stride, padding, dilation = (geometry[j * 3 + 3 - spatial : j * 3 + 3] for j in range(4))
+    _require(
+        min(kernel) > 0 and min(stride) > 0 and min(dilation) > 0 and min(padding) >= 0,
+        f"windows of inputs[{i}], of shape {shape}, must come from window(...), but has kernel {list(kernel)}, stride "
+        f"{list(stride)}, padding {list(padding)} and dilation {list(dilation)}",
+    )
+    _require(
+        all(size + 2 * p > d * (k - 1) for size, k, p, d in zip(shape[2:], kernel, padding, dilation, strict=True)),
+        f"inputs[{i}] of shape {shape} must be at least as large as its kernel, but that is {list(kernel)} with dilation "
+        f"{list(dilation)} and padding {list(padding)}",
+    )
+    return source.shape[1] * math.prod(kernel)
 
 
 def covariance_ema(
@@ -95,7 +128,8 @@ def covariance_ema(
         accept: optional (layers,) flags; a factor whose flag is false stays as it is.
 
     Raises:
-        ValueError: if the lists differ in length or a factor is too small for its input.
+        ValueError: if the lists differ in length, a factor is too small or has too few digits, an input does not fit its
+            window, or devices differ.
     """
     count = len(factors)
     _require(
@@ -103,18 +137,24 @@ def covariance_ema(
         f"factors, inputs, ones_column and windows must describe the same number of layers, but have {count}, "
         f"{len(inputs)}, {len(ones_column)} and {len(windows)}/{WINDOW}",
     )
-    _require(
-        alpha.shape == (count,) and beta.shape == (count,),
-        f"alpha and beta must have shape ({count},), but have {tuple(alpha.shape)} and {tuple(beta.shape)}",
-    )
+    for name, vector in (("alpha", alpha), ("beta", beta)) + ((("accept", accept),) if accept is not None else ()):
+        _require(
+            vector.shape == (count,) and all(vector.device == factor.device for factor in factors[:1]),
+            f"{name} must have shape ({count},) and be on the factors' device, but has shape {tuple(vector.shape)} and is on "
+            f"{vector.device}",
+        )
     for i, (factor, source) in enumerate(zip(factors, inputs, strict=True)):
-        kernel = windows[i * WINDOW : i * WINDOW + 3]
-        columns = source.shape[1] * (1 if source.dim() == 2 else kernel[0] * kernel[1] * kernel[2])
-        columns += bool(ones_column[i])
+        _require_digits(f"factors[{i}]", factor)
+        columns = _columns(i, source, windows[i * WINDOW : (i + 1) * WINDOW]) + bool(ones_column[i])
         _require(
             factor.dim() == 2 and factor.shape[0] == factor.shape[1] and factor.shape[0] >= columns,
             f"factors[{i}] must be square and at least {columns} wide for inputs[{i}] of shape {tuple(source.shape)}, "
             f"but has shape {tuple(factor.shape)}",
+        )
+        _require(
+            source.device == factor.device == factors[0].device,
+            f"inputs[{i}] must be on the device of all factors, {factors[0].device}, but is on {source.device} "
+            f"(factors[{i}] on {factor.device})",
         )
     torch.ops.kfac_triton.covariance_ema(factors, inputs, alpha, beta, ones_column, windows, accept)
 
@@ -190,6 +230,7 @@ def precondition(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, pro
     Raises:
         ValueError: if shapes, dtypes or devices disagree.
     """
+    _require_digits("gradient", gradient)
     _require(gradient.dim() == 3, f"gradient must have shape (B, m, n), but has {tuple(gradient.shape)}")
     batch, m, n = gradient.shape
     _require_like("left", left, (batch, m, m), gradient)

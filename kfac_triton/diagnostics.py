@@ -46,7 +46,7 @@ def diagnostics(engine: Engine) -> dict[str, Any]:
             condition = (traces[slots] + damping[slots]) / damping[slots]
             entry[f"trace_{side}"] = float(traces[slots].sum())
             entry[f"damping_{side}"] = _worst(damping[slots])
-            entry[f"condition_{side}"] = _worst(condition.nan_to_num(nan=torch.inf))
+            entry[f"condition_{side}"] = _worst(condition.nan_to_num(nan=torch.inf, posinf=torch.inf))
             entry[f"residual_{side}"] = _worst(residual[slots])
             entry[f"fallbacks_{side}"] = int(fallbacks[slots].sum())
             entry[f"raised_{side}"] = int(raised[slots].sum())

@@ -196,7 +196,7 @@ class Engine:
         order = [i for stack in self.gradients for i in stack.indices]
         rates = [learning_rate(self.blocks[i].layer.weight) for i in order]
         if any(isinstance(rate, Tensor) for rate in rates):
-            rate_vector = torch.stack([torch.as_tensor(rate).to(products) for rate in rates])
+            rate_vector = torch.stack([torch.as_tensor(rate).to(products).reshape(()) for rate in rates])
         else:
             rate_vector = torch.tensor(rates, dtype=products.dtype, device=products.device)
         self.nu = kl_clip_scale(products, rate_vector, self.settings.kl_clip)

@@ -17,7 +17,10 @@ def real(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, ope
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a real number, but is {value!r} ({type(value).__name__})")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond the largest float
+        number = math.inf
     if not math.isfinite(number) or number < low or number >= high or (open_low and number == low):
         bounds = f"{'greater than' if open_low else 'at least'} {low:g}" + (
             f" and less than {high:g}" if high < math.inf else ""

@@ -48,3 +48,14 @@ class TokenModel(nn.Module):
         if self.pool:
             return self.head(torch.relu(x).mean(1))
         return self.head(torch.relu(x)).movedim(-1, 1)  # (N, classes, tokens), as cross_entropy wants it
+
+
+def batch_for_mlp(seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(12, 5, generator=generator, dtype=torch.float64), torch.randint(4, (12,), generator=generator)
+
+
+def backward_of_mlp(model: nn.Module, seed: int = 0) -> None:
+    x, y = batch_for_mlp(seed)
+    model.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()

@@ -1,29 +1,17 @@
-"""The engine: schedules, bad numbers, missing statistics, channel groups, the KL clip."""
+"""The engine: schedules, channel groups, shared stacks, the KL clip, types."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import conv_net, mlp, relative_error
+from helpers import backward_of_mlp, conv_net, mlp, relative_error
 from torch import Tensor, nn
 
 from kfac_triton import KFAC, KFACPreconditioner
 from kfac_triton.engine import Engine
 from kfac_triton.settings import Settings
-
-
-def _data(seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(12, 5, generator=generator, dtype=torch.float64), torch.randint(4, (12,), generator=generator)
-
-
-def _backward(model: nn.Module, seed: int = 0) -> None:
-    x, y = _data(seed)
-    model.zero_grad()
-    nn.functional.cross_entropy(model(x), y).backward()
 
 
 def _snapshot(engine: Engine) -> list[Tensor]:
@@ -40,7 +28,7 @@ def test_statistics_every_and_inverse_every() -> None:
     updates, changed = [], []
     before = [i.values.clone() for i in engine.inverses]
     for step in range(7):
-        _backward(model, seed=step)
+        backward_of_mlp(model, seed=step)
         preconditioner.precondition_()
         updates.append(int(engine.bank.updates[0]))
         changed.append(any(not torch.equal(a, b.values) for a, b in zip(before, engine.inverses, strict=True)))
@@ -52,9 +40,9 @@ def test_statistics_every_and_inverse_every() -> None:
 def test_forward_passes_off_schedule_leave_no_statistics() -> None:
     model = mlp()
     preconditioner = KFACPreconditioner(model, statistics_every=2)
-    _backward(model)
+    backward_of_mlp(model)
     preconditioner.precondition_()
-    _backward(model, seed=1)
+    backward_of_mlp(model, seed=1)
     assert all(s.counts.tolist() == [0, 0] for s in preconditioner.engine.statistics)
 
 
@@ -64,10 +52,10 @@ def test_moving_average_is_the_weighted_mean_of_the_batches() -> None:
     singles = []
     for seed in range(4):
         with preconditioner.paused(), KFACPreconditioner(model) as single:
-            _backward(model, seed)
+            backward_of_mlp(model, seed)
             single.precondition_()
             singles.append(single.factors())
-        _backward(model, seed)
+        backward_of_mlp(model, seed)
         preconditioner.precondition_()
     weights = [decay ** (3 - i) for i in range(4)]
     for name, pair in preconditioner.factors().items():
@@ -79,7 +67,7 @@ def test_moving_average_is_the_weighted_mean_of_the_batches() -> None:
 def test_a_step_without_statistics_changes_no_factor() -> None:
     model = mlp()
     preconditioner = KFACPreconditioner(model)
-    _backward(model)
+    backward_of_mlp(model)
     preconditioner.precondition_()
     factors, updates = _snapshot(preconditioner.engine), preconditioner.engine.bank.updates.clone()
     preconditioner.precondition_()
@@ -95,11 +83,11 @@ def test_first_statistics_after_a_fake_step_do_not_wait_for_their_inverse() -> N
         p.grad = torch.zeros_like(p)
     with pytest.warns(UserWarning, match="no statistics came"):
         preconditioner.precondition_()
-    _backward(model)
+    backward_of_mlp(model)
     preconditioner.precondition_()
     result = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     with KFACPreconditioner(model, kl_clip=None) as fresh:
-        _backward(model)
+        backward_of_mlp(model)
         fresh.precondition_()
     for value, p in zip(result, model.parameters(), strict=True):
         assert p.grad is not None
@@ -109,14 +97,14 @@ def test_first_statistics_after_a_fake_step_do_not_wait_for_their_inverse() -> N
 def test_damping_can_be_changed_between_steps() -> None:
     model = mlp()
     preconditioner = KFACPreconditioner(model, damping=1.0, kl_clip=None)
-    _backward(model)
+    backward_of_mlp(model)
     preconditioner.precondition_()
     preconditioner.change(damping=1e-3)
-    _backward(model)
+    backward_of_mlp(model)
     preconditioner.precondition_()
     with KFACPreconditioner(model, damping=1e-3, kl_clip=None) as fresh:
         expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        _backward(model)
+        backward_of_mlp(model)
         fresh.precondition_()
     for value, p in zip(expected, model.parameters(), strict=True):
         assert p.grad is not None
@@ -130,148 +118,6 @@ def test_a_bad_change_changes_nothing() -> None:
     assert preconditioner.engine.settings.damping == 0.5
     with pytest.raises(TypeError):
         preconditioner.change(dampening=0.1)
-
-
-# Bad numbers
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("where", ["activation", "gradient"])
-def test_a_bad_number_drops_that_layers_statistics_only(bad: float, where: str) -> None:
-    model = mlp()
-    preconditioner = KFACPreconditioner(model)
-    engine = preconditioner.engine
-    _backward(model)
-    preconditioner.precondition_()
-    before = preconditioner.factors()
-
-    x, y = _data(1)
-    model.zero_grad()
-    if where == "activation":
-        handle = model[1].register_forward_hook(lambda m, args, out: out.index_fill(0, torch.tensor([3]), bad))
-    else:
-        # into the gradient of the second layer's output alone
-        handle = model[2].register_forward_hook(lambda m, args, out: _poison(out, bad))
-    nn.functional.cross_entropy(model(x), y).backward()
-    handle.remove()
-    clean = {"activation": "0", "gradient": "4"}[where]  # overwriting the activation also cuts its example off from layer 0
-    preconditioner.precondition_()
-
-    layers = preconditioner.diagnostics()["layers"]
-    for name, pair in preconditioner.factors().items():
-        assert all(torch.isfinite(side).all() for side in pair)
-        if name == clean:
-            assert layers[name]["dropped_statistics"] == 0
-            assert not torch.equal(pair[0], before[name][0])
-        else:
-            assert layers[name]["dropped_statistics"] == 1
-            assert layers[name]["updates"] == 1
-            assert all(torch.equal(a, b) for a, b in zip(pair, before[name], strict=True))
-    assert all(torch.isfinite(i.values).all() for i in engine.inverses)
-
-    _backward(model, seed=2)  # and the next good batch counts again, as if the bad one had not been
-    preconditioner.precondition_()
-    assert all(layer["updates"] >= 2 for layer in preconditioner.diagnostics()["layers"].values())
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-
-
-class _Poison(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: Tensor, bad: float) -> Tensor:
-        ctx.bad = bad  # type: ignore[attr-defined]
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.clone()
-        gradient[0, 0] = ctx.bad  # type: ignore[attr-defined]
-        return gradient, None
-
-
-def _poison(x: Tensor, bad: float) -> Tensor:
-    return _Poison.apply(x, bad)
-
-
-def test_a_layer_with_a_bad_gradient_gets_no_update_and_stops_no_other() -> None:
-    model = mlp()
-    optimizer = KFAC(model, lr=0.1, momentum=0.0)
-    _backward(model)
-    model[2].weight.grad[0, 0] = torch.nan
-    before = [p.detach().clone() for p in model.parameters()]
-    optimizer.step()
-    after = list(model.parameters())
-    changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
-    assert changed == [True, True, False, False, True, True]
-    assert all(torch.isfinite(p).all() for p in after)
-    layers = optimizer.diagnostics()["layers"]
-    assert [layer["dropped_gradients"] for layer in layers.values()] == [0, 1, 0]
-
-
-def test_overflowing_statistics_are_dropped() -> None:
-    model = nn.Linear(3, 2)
-    preconditioner = KFACPreconditioner(model)
-    model(torch.full((4, 3), 1e25)).sum().backward()  # finite, but its square is not
-    preconditioner.precondition_()
-    assert preconditioner.diagnostics()["layers"][""]["dropped_statistics"] == 1
-
-
-# Missing statistics
-
-
-def test_a_layer_that_never_runs_is_named_once_and_still_trains() -> None:
-    attention = nn.MultiheadAttention(8, 2, batch_first=True)
-    model = nn.ModuleDict({"attention": attention, "head": nn.Linear(8, 3)})
-    optimizer = KFAC(model, lr=0.1, momentum=0.0, damping=0.1)
-    before = attention.out_proj.weight.detach().clone()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(3):
-            optimizer.zero_grad()
-            x = torch.randn(4, 5, 8)
-            model["head"](attention(x, x, x)[0]).square().mean().backward()
-            optimizer.step()
-    messages = [str(w.message) for w in caught if "no statistics came" in str(w.message)]
-    assert len(messages) == 1
-    assert "'attention.out_proj'" in messages[0]
-    assert "'head'" not in messages[0]
-    assert optimizer.diagnostics()["without_statistics"] == ["attention.out_proj"]
-    assert not torch.equal(attention.out_proj.weight, before)
-
-
-def test_a_layer_without_statistics_goes_along_its_raw_gradient() -> None:
-    model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
-    optimizer = KFAC(model, lr=0.5, momentum=0.0)
-    x = torch.randn(6, 3)
-    before = model[1].weight.detach().clone()
-    loss = model[0](x).square().mean() + nn.functional.linear(x, model[1].weight).square().mean()
-    loss.backward()
-    with pytest.warns(UserWarning, match="'1'"):
-        optimizer.step()
-    torch.testing.assert_close(model[1].weight, before - 0.5 * model[1].weight.grad)
-
-
-def test_a_layer_that_no_example_reaches_keeps_its_factors() -> None:
-    """A mixture of experts: this step's batch went to the other expert."""
-    experts = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
-    optimizer = KFAC(experts, lr=0.1)
-    for expert in (0, 1, 0):
-        optimizer.zero_grad()
-        experts[expert](torch.randn(6, 3)).square().mean().backward()
-        optimizer.step()
-    updates = [layer["updates"] for layer in optimizer.diagnostics()["layers"].values()]
-    assert updates == [2, 1]
-
-
-def test_late_attachment_to_a_compiled_model_warns() -> None:
-    torch.compiler.reset()
-    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
-    run = torch.compile(model, backend="aot_eager")
-    run(torch.randn(6, 4)).sum().backward()
-    optimizer = KFAC(model, lr=0.1)
-    optimizer.zero_grad()
-    run(torch.randn(6, 4)).sum().backward()
-    with pytest.warns(UserWarning, match=r"make it first, or call torch.compiler.reset"):
-        optimizer.step()
 
 
 # Which layers
@@ -339,7 +185,7 @@ def test_layers_of_one_shape_share_a_stack() -> None:
 def test_kl_clip_bounds_the_quadratic_form_of_the_step() -> None:
     model, lr, kl_clip = mlp(), 0.7, 1e-4
     preconditioner = KFACPreconditioner(model, lr=lr, damping=1e-2, kl_clip=kl_clip)
-    _backward(model)
+    backward_of_mlp(model)
     raw = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     preconditioner.precondition_()
     nu = preconditioner.diagnostics()["kl_clip_scale"]
@@ -352,7 +198,7 @@ def test_kl_clip_bounds_the_quadratic_form_of_the_step() -> None:
 def test_kl_clip_leaves_short_steps_alone() -> None:
     model = mlp()
     preconditioner = KFACPreconditioner(model, lr=1e-6)
-    _backward(model)
+    backward_of_mlp(model)
     preconditioner.precondition_()
     assert preconditioner.diagnostics()["kl_clip_scale"] == 1.0
 

@@ -1,115 +1,191 @@
-"""FactorBank: where factors live, and their moving average."""
+"""FactorBank: which factor lies where, and the bias-corrected moving average."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from kfac_triton import factors
 from kfac_triton.factors import ALIGNMENT, BlockSize, FactorBank, padded
 
 CPU = torch.device("cpu")
 
+block_sizes = st.builds(
+    BlockSize,
+    a=st.integers(1, 40),
+    g=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    device=st.just(CPU),
+)
+blocks_of_a_model = st.lists(block_sizes, min_size=1, max_size=12)
 
-def _bank(sizes: list[tuple[int, int]], dtype: torch.dtype = torch.float64) -> FactorBank:
-    return FactorBank([BlockSize(a, g, dtype, CPU) for a, g in sizes])
 
-
-SIZES = [(5, 3), (20, 17), (17, 20), (5, 3), (33, 5), (16, 16), (20, 30)]
-
-
-@pytest.mark.parametrize(("size", "side"), [(1, 16), (16, 16), (17, 32), (785, 800)])
-def test_padding(size: int, side: int) -> None:
-    assert padded(size) == side
+@given(st.integers(1, 10_000))
+def test_padded_is_the_next_multiple(size: int) -> None:
+    side = padded(size)
     assert side % ALIGNMENT == 0
+    assert size <= side < size + ALIGNMENT
 
 
-def test_every_factor_has_its_own_place_in_the_stack_of_its_size() -> None:
-    bank = _bank(SIZES)
-    for number, (a_size, g_size) in enumerate(SIZES):
-        a, g = bank.block(number)
-        assert a.shape == (a_size, a_size)
-        assert g.shape == (g_size, g_size)
-        a.fill_(2 * number + 1)
-        g.fill_(2 * number + 2)
-    for number in range(len(SIZES)):
-        a, g = bank.block(number)
-        assert (a == 2 * number + 1).all()
-        assert (g == 2 * number + 2).all()
-    assert len({stack.factors.shape[-1] for stack in bank.stacks}) == len(bank.stacks)
-    assert sum(len(stack) for stack in bank.stacks) == 2 * len(SIZES)
+@settings(deadline=None)
+@given(blocks_of_a_model)
+def test_every_factor_has_a_slot_of_its_own(blocks: list[BlockSize]) -> None:
+    """Slots are numbered through all stacks; a view has the factor's size and writes to the stack, and only there."""
+    bank = FactorBank(blocks)
+    slots = bank.a_slots.tolist() + bank.g_slots.tolist()
+    assert sorted(slots) == list(range(2 * len(blocks)))
+    assert bank.sizes[bank.a_slots].tolist() == [b.a for b in blocks]
+    assert bank.sizes[bank.g_slots].tolist() == [b.g for b in blocks]
+    for slot in slots:
+        bank.view(slot).fill_(slot + 1)
+    for index, block in enumerate(blocks):
+        pair = bank.block(index)
+        for view, slot, size in zip(pair, (bank.a_slots[index], bank.g_slots[index]), (block.a, block.g), strict=True):
+            assert view.shape == (size, size)
+            assert view.dtype == block.dtype
+            assert (view == slot + 1).all()
+    for stack, run in zip(bank.stacks, bank.runs(), strict=True):
+        for factor, size, slot in zip(stack.factors, stack.sizes, range(run.start, run.stop), strict=True):
+            assert factor.sum() == (slot + 1) * size**2  # the pad is still zero
 
 
-def test_groups_are_runs_of_their_stacks_in_the_order_of_their_blocks() -> None:
-    bank = _bank(SIZES)
-    for number in range(len(SIZES)):
-        a, g = bank.block(number)
-        a.fill_(number)
-        g.fill_(-number)
-    seen: list[int] = []
+@settings(deadline=None)
+@given(blocks_of_a_model)
+def test_stacks_hold_one_padded_size_and_type_each(blocks: list[BlockSize]) -> None:
+    bank = FactorBank(blocks)
+    kinds = [(s.factors.shape[1], s.factors.shape[2], s.factors.dtype) for s in bank.stacks]
+    assert len(set(kinds)) == len(kinds)
+    assert set(kinds) == {(padded(n), padded(n), b.dtype) for b in blocks for n in (b.a, b.g)}
+    assert all(padded(size) == stack.factors.shape[1] for stack in bank.stacks for size in stack.sizes)
+    assert [len(stack) for stack in bank.stacks] == [len(stack.factors) for stack in bank.stacks]
+    runs = bank.runs()
+    assert [run.stop - run.start for run in runs] == [len(stack) for stack in bank.stacks]
+    assert [slot for run in runs for slot in range(run.start, run.stop)] == list(range(2 * len(blocks)))
+
+
+@settings(deadline=None)
+@given(blocks_of_a_model)
+def test_groups_are_contiguous_runs_of_two_stacks(blocks: list[BlockSize]) -> None:
+    """One launch a group: the k-th block of a group has the k-th factor of both runs."""
+    bank = FactorBank(blocks)
+    assert sorted(i for group in bank.groups for i in group.blocks) == list(range(len(blocks)))
+    shapes = {(padded(b.g), padded(b.a), b.dtype) for b in blocks}
+    assert len(bank.groups) == len(shapes)
+    starts = [run.start for run in bank.runs()]
     for group in bank.groups:
-        seen += group.blocks
-        for stack, run, sign in ((group.a_stack, group.a_run, 1), (group.g_stack, group.g_run, -1)):
-            assert bank.stacks[stack].factors[run, 0, 0].tolist() == [sign * i for i in group.blocks]
-    assert sorted(seen) == list(range(len(SIZES)))
+        assert len({(padded(blocks[i].g), padded(blocks[i].a), blocks[i].dtype) for i in group.blocks}) == 1
+        for slots, stack, run in (
+            (bank.a_slots, group.a_stack, group.a_run),
+            (bank.g_slots, group.g_stack, group.g_run),
+        ):
+            expected = [starts[stack] + i for i in range(run.start, run.stop)]
+            assert slots[list(group.blocks)].tolist() == expected
 
 
-def test_precisions_do_not_share_a_stack() -> None:
-    bank = FactorBank([BlockSize(5, 5, torch.float32, CPU), BlockSize(5, 5, torch.float64, CPU)])
-    assert sorted(str(stack.factors.dtype) for stack in bank.stacks) == ["torch.float32", "torch.float64"]
-
-
-def _padded_square(size: int) -> Tensor:
-    out = torch.zeros(padded(size), padded(size), dtype=torch.float64)
-    rows = torch.randn(4, size, dtype=torch.float64)
-    out[:size, :size] = rows.T @ rows
-    return out
-
-
-@pytest.mark.parametrize("blend", ["host", "device"])
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.95])
-def test_moving_average_with_skipped_updates(decay: float, blend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each factor is the mean of what it accepted, weighted by decay to the power of its age in accepted updates."""
-    if blend == "device":
-        import kfac_triton.factors as module
-
-        monkeypatch.setattr(module, "_blend_on_host", module._blend_on_device)
-    sizes = [(5, 3), (20, 17)]
-    bank = _bank(sizes)
-    accepted: list[list[Tensor]] = [[] for _ in range(4)]  # A and G of both blocks
-    for step in range(6):
-        a_sums, g_sums = [_padded_square(a) for a, _ in sizes], [_padded_square(g) for _, g in sizes]
-        scale = torch.rand(4, dtype=torch.float64) + 0.5
-        accept = torch.tensor([step != 2, True, step % 2 == 0, step != 0])
-        for i, block in enumerate(range(2)):
-            for j, sums in enumerate((a_sums, g_sums)):
-                slot = int((bank.a_slots, bank.g_slots)[j][block])
-                if accept[slot]:
-                    accepted[2 * i + j].append(scale[slot] * sums[block])
-                else:
-                    sums[block] = torch.full_like(sums[block], torch.nan)
-        bank.update(a_sums, g_sums, scale, accept, decay)
-    for i, block in enumerate(range(2)):
-        for j, factor in enumerate(bank.block(block)):
-            values = accepted[2 * i + j]
-            weights = [decay ** (len(values) - 1 - age) for age in range(len(values))]
-            mean = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
-            torch.testing.assert_close(factor, mean[: len(factor), : len(factor)])
-            assert int(bank.updates[(bank.a_slots, bank.g_slots)[j][block]]) == len(values)
+@settings(deadline=None)
+@given(blocks_of_a_model, st.integers(0, 2**32))
+def test_traces_and_scatter_go_by_slot(blocks: list[BlockSize], seed: int) -> None:
+    torch.manual_seed(seed)
+    bank = FactorBank(blocks)
     for stack in bank.stacks:
-        for size, factor in zip(stack.sizes, stack.factors, strict=True):
-            assert (factor[size:] == 0).all()
-            assert (factor[:, size:] == 0).all()
-
-
-def test_traces_and_scatter_use_slot_numbers() -> None:
-    bank = _bank(SIZES)
-    for number in range(len(SIZES)):
-        for side, factor in enumerate(bank.block(number)):
-            factor.fill_diagonal_(10.0 * number + side)
-    expected_a = torch.tensor([a * 10.0 * i for i, (a, _) in enumerate(SIZES)], dtype=torch.float64)
-    expected_g = torch.tensor([g * (10.0 * i + 1) for i, (_, g) in enumerate(SIZES)], dtype=torch.float64)
+        for factor, size in zip(stack.factors, stack.sizes, strict=True):
+            factor[:size, :size] = torch.randint(-3, 4, (size, size))
     traces = bank.traces()
-    torch.testing.assert_close(traces[bank.a_slots], expected_a)
-    torch.testing.assert_close(bank.scatter(expected_a, expected_g), traces)
-    assert [run.stop - run.start for run in bank.runs()] == [len(stack) for stack in bank.stacks]
+    a_values, g_values = torch.randn(len(blocks)), torch.randn(len(blocks))
+    values = bank.scatter(a_values, g_values)
+    for index in range(len(blocks)):
+        for factor, slot, value in zip(
+            bank.block(index), (bank.a_slots[index], bank.g_slots[index]), (a_values[index], g_values[index]), strict=True
+        ):
+            assert traces[slot] == factor.trace()
+            assert values[slot] == value
+
+
+def test_two_types_do_not_share_a_stack() -> None:
+    bank = FactorBank([BlockSize(5, 5, torch.float32, CPU), BlockSize(5, 5, torch.float64, CPU)])
+    assert [len(s) for s in bank.stacks] == [2, 2]
+    assert len(bank.groups) == 2
+
+
+def sums_of(blocks: list[BlockSize]) -> tuple[list[Tensor], list[Tensor]]:
+    """Sums in the padded size, zero in the pad."""
+
+    def one(size: int, dtype: torch.dtype) -> Tensor:
+        total = torch.zeros(padded(size), padded(size), dtype=dtype)
+        total[:size, :size] = torch.randn(size, size, dtype=dtype)
+        return total
+
+    return [one(b.a, b.dtype) for b in blocks], [one(b.g, b.dtype) for b in blocks]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    decay=st.sampled_from([0.0, 0.5, 0.95, 0.999]) | st.floats(0, 0.999),
+    schedule=st.lists(st.tuples(*[st.booleans()] * 3), min_size=1, max_size=12),
+    device_path=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_the_moving_average_is_the_weighted_mean(
+    decay: float, schedule: list[tuple[bool, ...]], device_path: bool, seed: int
+) -> None:
+    """The sum of decay^(t-i) x_i over that of decay^(t-i), i over the accepted updates alone; what is skipped may be NaN."""
+    torch.manual_seed(seed)
+    blocks = [BlockSize(3, 5, torch.float64, CPU), BlockSize(17, 5, torch.float64, CPU), BlockSize(3, 5, torch.float64, CPU)]
+    bank = FactorBank(blocks)
+    scale = bank.scatter(torch.tensor([0.5, 2.0, 0.1]).double(), torch.tensor([3.0, 0.25, 7.0]).double())
+    history: list[list[tuple[Tensor, Tensor]]] = [[], [], []]
+    with pytest.MonkeyPatch.context() as patch:
+        if device_path:  # the form without a host read
+            patch.setattr(factors, "_blend_on_host", factors._blend_on_device)
+        for flags in schedule:
+            a_sums, g_sums = sums_of(blocks)
+            for i, flag in enumerate(flags):
+                if flag:
+                    history[i].append((a_sums[i].clone(), g_sums[i].clone()))
+                else:
+                    a_sums[i].fill_(torch.nan)
+                    g_sums[i].fill_(torch.inf)
+            accept = torch.tensor(flags)
+            bank.update(a_sums, g_sums, scale, bank.scatter(accept, accept), decay)
+    for i, block in enumerate(blocks):
+        weights = [decay ** (len(history[i]) - 1 - j) for j in range(len(history[i]))]
+        for side, slot, size in ((0, bank.a_slots[i], block.a), (1, bank.g_slots[i], block.g)):
+            truth = sum((w * pair[side] for w, pair in zip(weights, history[i], strict=True)), torch.zeros(()).double())
+            truth = (scale[slot] * truth / max(math.fsum(weights), 1e-300)).expand(padded(size), padded(size))
+            run = bank.runs()
+            stack = next(k for k, r in enumerate(run) if r.start <= slot < r.stop)
+            stored = bank.stacks[stack].factors[int(slot) - run[stack].start]
+            torch.testing.assert_close(stored, truth, rtol=1e-10, atol=1e-12)
+            assert (stored[size:] == 0).all()
+            assert (stored[:, size:] == 0).all()
+            assert bank.updates[slot] == len(history[i])
+
+
+@pytest.mark.parametrize("blend", [factors._blend_on_host, factors._blend_on_device])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_ways_to_blend(blend: Callable[..., None], dtype: torch.dtype) -> None:
+    """Exact on integers and powers of two; the first update overwrites, a refused one changes nothing."""
+    old, total = torch.randint(-3, 4, (4, 5, 5)).to(dtype), torch.randint(-3, 4, (4, 5, 5)).to(dtype)
+    total[3] = torch.nan
+    stack = old.clone()
+    keep, gain = torch.tensor([0.5, 0.0, 1.0, 0.5]).double(), torch.tensor([0.25, 2.0, 0.0, 0.5]).double()
+    blend(list(zip(stack, total, strict=True)), keep, gain, torch.tensor([True, True, True, False]))
+    expected = [0.5 * old[0] + 0.25 * total[0], 2 * total[1], old[2], old[3]]
+    assert torch.equal(stack, torch.stack(expected))
+
+
+def test_the_first_update_is_the_sum_itself() -> None:
+    """Bias correction: no trace of the zeros that the average starts from."""
+    blocks = [BlockSize(4, 3, torch.float64, CPU)]
+    bank = FactorBank(blocks)
+    a_sums, g_sums = sums_of(blocks)
+    bank.update(a_sums, g_sums, torch.ones(2).double(), torch.tensor([True, True]), 0.95)
+    a, g = bank.block(0)
+    assert torch.equal(a, a_sums[0][:4, :4])
+    assert torch.equal(g, g_sums[0][:3, :3])

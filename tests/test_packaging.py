@@ -1,7 +1,9 @@
-"""The wheel holds what the tree holds, and importing the package imports nothing heavy."""
+"""The wheel holds what the tree holds, and importing the package asks for nothing but torch."""
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,85 +13,110 @@ import pytest
 
 import kfac_triton
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).parents[1]
+SOURCES = {"kfac_triton": ROOT / "kfac_triton", "kfac_triton/kernels": ROOT / "kernels"}
 
 
-def _version() -> str:
-    line = next(x for x in (ROOT / "pyproject.toml").read_text().splitlines() if x.startswith("version = "))
-    return line.split('"')[1]
-
-
-def _sources() -> dict[str, bytes]:
-    """Path in the wheel -> content, from the tree: kernels/ stands at the top and installs inside the package."""
-    package = {
-        str(path.relative_to(ROOT)): path.read_bytes()
-        for path in (ROOT / "kfac_triton").rglob("*")
-        if path.is_file() and path.suffix in (".py", ".typed") and "kernels" not in path.relative_to(ROOT).parts
-    }
-    kernels = {f"kfac_triton/kernels/{path.name}": path.read_bytes() for path in (ROOT / "kernels").glob("*.py")}
-    return package | kernels
+def tree() -> dict[str, bytes]:
+    """Every module and the type marker by its place in the installed package; kernels/ from where it really is."""
+    files = {}
+    for place, folder in SOURCES.items():
+        for path in sorted(folder.rglob("*.py")) + sorted(folder.rglob("py.typed")):
+            relative = path.relative_to(folder)
+            if place == "kfac_triton" and relative.parts[0] == "kernels":
+                continue
+            files[f"{place}/{relative.as_posix()}"] = path.read_bytes()
+    return files
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """Built from a copy, through the sdist, as an index would get it: nothing is left in the checkout."""
-    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "kfac_triton", "kernels"):
-        # -a keeps the symlink kfac_triton/kernels a symlink
-        subprocess.run(["cp", "-a", str(ROOT / name), str(copy)], check=True)
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(copy)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    """Built from a copy, so that nothing is left in the checkout and nothing left in the checkout gets in."""
+    copy, out = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("dist")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("kernels", "kfac_triton"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)]
+    result = subprocess.run(command, cwd=out, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    return zipfile.ZipFile(next(out.glob("*.whl")))
+    (path,) = out.glob("*.whl")
+    return zipfile.ZipFile(path)
 
 
-def test_wheel_holds_the_tree(wheel: zipfile.ZipFile) -> None:
-    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    expected = _sources()
-    assert names == expected.keys()
-    assert all(wheel.read(name) == content for name, content in expected.items())
+def metadata(wheel: zipfile.ZipFile, name: str) -> str:
+    (path,) = (n for n in wheel.namelist() if n.endswith(f".dist-info/{name}"))
+    return wheel.read(path).decode()
 
 
-def test_wheel_installs_no_top_level_package_but_ours(wheel: zipfile.ZipFile) -> None:
-    """A top-level `kernels` would shadow the PyPI package of that name."""
-    assert {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" not in name} == {"kfac_triton"}
+def test_the_wheel_is_the_tree_byte_for_byte(wheel: zipfile.ZipFile) -> None:
+    """All sub-packages, the kernels in their place, py.typed; and no file that the tree does not have."""
+    installed = {n: wheel.read(n) for n in wheel.namelist() if ".dist-info/" not in n}
+    expected = tree()
+    assert installed.keys() == expected.keys()
+    assert [name for name in expected if installed[name] != expected[name]] == []
+    assert "kfac_triton/py.typed" in installed
+    assert "kfac_triton/kernels/ops.py" in installed
+    assert "kfac_triton/layers/conv.py" in installed
 
 
-def test_wheel_has_the_command_and_the_license(wheel: zipfile.ZipFile) -> None:
-    info = f"kfac_triton-{_version()}.dist-info"
-    assert "kfac-triton = kfac_triton.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
-    assert "License-Expression: MIT" in wheel.read(f"{info}/METADATA").decode()
+def test_the_wheel_says_the_same_version(wheel: zipfile.ZipFile) -> None:
+    """Its version comes from pyproject.toml."""
+    assert re.search(r"^Version: (.+)$", metadata(wheel, "METADATA"), re.MULTILINE).group(1) == kfac_triton.__version__
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'^version = "(.+)"$', text, re.MULTILINE).group(1) == kfac_triton.__version__
 
 
-def test_kernels_folder_is_linked_and_is_no_package_of_its_own() -> None:
+def test_the_wheel_is_pure_and_brings_the_command(wheel: zipfile.ZipFile) -> None:
+    assert "Root-Is-Purelib: true" in metadata(wheel, "WHEEL")
+    assert "Tag: py3-none-any" in metadata(wheel, "WHEEL")
+    assert "kfac-triton = kfac_triton.cli:main" in metadata(wheel, "entry_points.txt")
+    assert metadata(wheel, "top_level.txt").split() == ["kfac_triton"]  # nothing named "kernels" at the top
+
+
+def test_the_unpacked_wheel_imports(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """On its own, without the checkout in sight: the operators register once."""
+    wheel.extractall(tmp_path)
+    code = (
+        "import kfac_triton, kfac_triton.cli, kfac_triton.kernels.ops as ops; print(kfac_triton.__file__); print(ops.__file__)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [
+        str(tmp_path / "kfac_triton" / "__init__.py"),
+        str(tmp_path / "kfac_triton" / "kernels" / "ops.py"),
+    ]
+
+
+def test_kernels_is_a_plain_folder_behind_a_symlink() -> None:
+    """No __init__.py: a package `kernels` at the top would shadow that of PyPI."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
     link = ROOT / "kfac_triton" / "kernels"
     assert link.is_symlink()
-    assert str(link.readlink()) == "../kernels"
-    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert link.readlink() == Path("../kernels")
+    assert link.resolve() == (ROOT / "kernels").resolve()
 
 
-def test_version_is_stated_once() -> None:
-    assert kfac_triton.__version__ == _version()
-
-
-def test_kernels_import_nothing_from_the_package() -> None:
-    for path in (ROOT / "kernels").glob("*.py"):
-        lines = [line for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
-        assert not any("kfac_triton" in line or line.startswith("from ..") for line in lines), path
-
-
-def test_import_is_light_and_silent() -> None:
+def test_import_needs_torch_alone_and_warns_of_nothing() -> None:
     code = (
-        "import sys, kfac_triton; heavy = {'matplotlib', 'mlxtend', 'triton', 'sklearn'} & set(sys.modules); "
-        "assert not heavy, heavy"
+        "import sys, kfac_triton\n"
+        "print(*(m for m in ('matplotlib', 'mlxtend', 'triton', 'kfac_triton.cli') if m in sys.modules))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
     assert result.stderr == ""
-
-
-def test_runs_as_a_module_from_anywhere() -> None:
-    command = [sys.executable, "-m", "kfac_triton", "--version"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent)
-    assert result.returncode == 0, result.stderr
-    assert _version() in result.stdout

@@ -82,7 +82,11 @@ class Layer(ABC):
         columns = self.input_size - self.has_bias
         assert self.weight.grad is not None
         out[: self.output_size, :columns].copy_(self.weight.grad[rows].reshape(self.output_size, columns))
-        if self.bias is not None and self.bias.grad is not None:
+        if self.bias is None:
+            return
+        if self.bias.grad is None:  # frozen since: out still holds the last step's
+            out[: self.output_size, columns].zero_()
+        else:
             out[: self.output_size, columns].copy_(self.bias.grad[rows])
 
     def read_update(self, blocks: list[Tensor]) -> list[tuple[nn.Parameter, Tensor]]:

@@ -23,8 +23,8 @@ class LinearLayer(Layer):
         inputs = x.reshape(examples * positions, x.shape[-1])
         gradients = gradient.reshape(examples * positions, gradient.shape[-1])
         if self.reduce and x.dim() > 2:
-            inputs = x.reshape(examples, positions, -1).mean(1)
-            gradients = gradient.reshape(examples, positions, -1).sum(1)
+            inputs = x.reshape(examples, positions, x.shape[-1]).mean(1)
+            gradients = gradient.reshape(examples, positions, gradient.shape[-1]).sum(1)
         return Rows(
             inputs=[inputs],
             gradients=[gradients],
