@@ -8,10 +8,11 @@ from torch import Tensor
 _LOOP_FROM = 256  # on a CPU, batched products of matrices this large are slower than a loop of single ones
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    if out is None:
+        out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
     if a.is_cuda or a.shape[-1] < _LOOP_FROM:
-        return torch.bmm(a, b)
-    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+        return torch.bmm(a, b, out=out)
     for i in range(len(a)):
         torch.mm(a[i], b[i], out=out[i])
     return out
@@ -21,7 +22,7 @@ def precondition_reference(gradient: Tensor, left: Tensor, right: Tensor, out: T
     """Plain-torch twin of the kernel: fallback, CPU path and oracle. See `kfac_triton.kernels.ops.precondition`."""
     if factored:
         inner = _product(_product(left, gradient), right.mT)
-        out.copy_(_product(_product(left.mT, inner), right))
+        _product(_product(left.mT, inner), right, out)
     else:
-        out.copy_(_product(_product(left, gradient), right))
-    product.copy_((out * gradient).sum((-2, -1)))
+        _product(_product(left, gradient), right, out)
+    product.copy_(torch.linalg.vecdot(out.flatten(1), gradient.flatten(1)))
