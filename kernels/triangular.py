@@ -1,7 +1,7 @@
 """Inverses from a Cholesky factor by large matrix products that skip what is known to be zero.
 
-LAPACK's potri (torch.cholesky_inverse) synchronises its threads thousands of times: as fast as this on an idle CPU, a
-hundred times slower on a busy one.
+LAPACK's potri (torch.cholesky_inverse) synchronises its threads thousands of times: a fifth faster than this on an idle CPU,
+but on a busy one it has been seen to take a hundred times as long.
 """
 
 from __future__ import annotations
