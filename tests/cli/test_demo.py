@@ -61,12 +61,11 @@ def test_bad_arguments_stop_before_training(arguments, message, capsys, monkeypa
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_missing_cuda_is_said(capsys):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
+def test_a_device_that_is_not_there_is_said(capsys):
+    device = f"cuda:{torch.cuda.device_count()}"
     with pytest.raises(SystemExit, match="2"):
-        main([*TINY, "--device", "cuda"])
-    assert re.search("'cuda' cannot be used here .*; try --device cpu", capsys.readouterr().err)
+        main([*TINY, "--device", device])
+    assert re.search(f"'{device}' cannot be used here .*; try --device cpu", capsys.readouterr().err)
 
 
 def test_missing_packages_are_said_before_training(capsys, monkeypatch, tmp_path):
