@@ -1,17 +1,22 @@
 """The four operations of K-FAC as torch operators: tensors in, results written to tensors that the caller owns.
 
-Registered with `torch.library.Library.define` and `impl` (2 us a call; `custom_op` costs 26). The plain-torch references serve
-every device; a kernel for one device takes its place by registering itself under that device's dispatch key.
+Registered with `torch.library.Library.define` and `impl` (2 us a call; `custom_op` costs 26). Each has two implementations,
+a Triton kernel and its plain-torch reference: `backend="auto"` takes the kernel on a GPU, where its `can_use` has nothing
+against the call, `"triton"` insists on it, `"torch"` takes the reference.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import covariance_launch, runtime
 from .covariance import ROWS, WINDOW, covariance_ema_reference, window
 from .factored_newton import factored_newton_refresh_reference
 from .newton_schulz import newton_schulz_inverse_reference
@@ -30,15 +35,37 @@ __all__ = [
 # The registrations live as long as this object does.
 LIBRARY = torch.library.Library("kfac_triton", "DEF")
 
-_SCHEMAS = {
-    "covariance_ema(Tensor(a!)[] factors, Tensor[] inputs, Tensor alpha, Tensor beta, bool[] ones_column, int[] windows,"
-    " Tensor? accept=None) -> ()": covariance_ema_reference,
-    "newton_schulz_inverse(Tensor factor, Tensor damping, Tensor(a!) inverse, Tensor(b!) residual, float tolerance,"
-    " int max_steps) -> ()": newton_schulz_inverse_reference,
-    "factored_newton_refresh(Tensor factor, Tensor damping, Tensor(a!) root, Tensor(b!) residual, float tolerance,"
-    " int max_steps) -> ()": factored_newton_refresh_reference,
-    "precondition(Tensor gradient, Tensor left, Tensor right, Tensor(a!) out, Tensor(b!) product, bool factored)"
-    " -> ()": precondition_reference,
+
+@dataclass(frozen=True)
+class _Operator:
+    """An operator's arguments, its plain-torch reference, and its kernel's launcher, if it has one."""
+
+    arguments: str
+    reference: Callable[..., None]
+    launch: Callable[..., None] | None = None
+    can_use: Callable[..., str | None] | None = None
+
+
+_OPERATORS = {
+    "covariance_ema": _Operator(
+        "Tensor(a!)[] factors, Tensor[] inputs, Tensor alpha, Tensor beta, bool[] ones_column, int[] windows, "
+        "Tensor? accept=None",
+        covariance_ema_reference,
+        covariance_launch.launch,
+        covariance_launch.can_use,
+    ),
+    "newton_schulz_inverse": _Operator(
+        "Tensor factor, Tensor damping, Tensor(a!) inverse, Tensor(b!) residual, float tolerance, int max_steps",
+        newton_schulz_inverse_reference,
+    ),
+    "factored_newton_refresh": _Operator(
+        "Tensor factor, Tensor damping, Tensor(a!) root, Tensor(b!) residual, float tolerance, int max_steps",
+        factored_newton_refresh_reference,
+    ),
+    "precondition": _Operator(
+        "Tensor gradient, Tensor left, Tensor right, Tensor(a!) out, Tensor(b!) product, bool factored",
+        precondition_reference,
+    ),
 }
 
 
@@ -46,11 +73,23 @@ def _no_result(*args: object, **kwargs: object) -> None:
     """Shape function: every operator writes to its arguments and returns nothing."""
 
 
-for _schema, _reference in _SCHEMAS.items():
-    LIBRARY.define(_schema)
-    _name = _schema.partition("(")[0]
-    LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"kfac_triton::{_name}", _no_result, lib=LIBRARY)
+def _register(name: str, operator: _Operator) -> None:
+    def run(first: Tensor | list[Tensor], *rest: Any, backend: str = "auto") -> None:
+        example = first if isinstance(first, Tensor) else first[0] if first else None
+        if operator.launch is not None and operator.can_use is not None and example is not None:
+            can_use = functools.partial(operator.can_use, first, *rest)
+            if runtime.choose(name, backend, example.device, can_use):
+                operator.launch(first, *rest)
+                return
+        operator.reference(first, *rest)
+
+    LIBRARY.define(f'{name}({operator.arguments}, *, str backend="auto") -> ()')
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kfac_triton::{name}", _no_result, lib=LIBRARY)
+
+
+for _name, _operator in _OPERATORS.items():
+    _register(_name, _operator)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -113,6 +152,7 @@ def covariance_ema(
     ones_column: Sequence[bool],
     windows: Sequence[int],
     accept: Tensor | None = None,
+    backend: str = "auto",
 ) -> None:
     """A <- beta A + alpha X^T X for every layer of a list, in place (Martens and Grosse 2015, section 5).
 
@@ -126,10 +166,11 @@ def covariance_ema(
         ones_column: per layer, whether X gets a last column of ones (the bias).
         windows: `WINDOW` integers per layer, from `window(...)` for a convolution and `ROWS` for a matrix.
         accept: optional (layers,) flags; a factor whose flag is false stays as it is.
+        backend: "auto", "triton" or "torch".
 
     Raises:
         ValueError: if the lists differ in length, a factor is too small or has too few digits, an input does not fit its
-            window, or devices differ.
+            window, devices differ, or backend is "triton" and no kernel can serve the call.
     """
     count = len(factors)
     _require(
@@ -156,7 +197,7 @@ def covariance_ema(
             f"inputs[{i}] must be on the device of all factors, {factors[0].device}, but is on {source.device} "
             f"(factors[{i}] on {factor.device})",
         )
-    torch.ops.kfac_triton.covariance_ema(factors, inputs, alpha, beta, ones_column, windows, accept)
+    torch.ops.kfac_triton.covariance_ema(factors, inputs, alpha, beta, ones_column, windows, accept, backend=backend)
 
 
 def newton_schulz_inverse(
@@ -166,6 +207,7 @@ def newton_schulz_inverse(
     residual: Tensor,
     tolerance: float = 1e-3,
     max_steps: int = 40,
+    backend: str = "auto",
 ) -> None:
     """Cold start: inverse <- (factor + damping I)^-1 by coupled Newton-Schulz with damped-Chebyshev coefficients.
 
@@ -177,15 +219,16 @@ def newton_schulz_inverse(
             rounding included. Below 1 the inverse is positive definite; infinite where nothing useful came out.
         tolerance: distance of the smallest eigenvalue of X B from 1 at which a matrix stops.
         max_steps: most doublings; condition number 1e8 takes 16.
+        backend: "auto", "triton" or "torch".
 
     Raises:
-        ValueError: if shapes, dtypes or devices disagree.
+        ValueError: if shapes, dtypes or devices disagree, or backend is "triton" and no kernel can serve the call.
     """
     _require_stack("factor", factor)
     _require_like("inverse", inverse, tuple(factor.shape), factor)
     _require_like("damping", damping, (factor.shape[0],), factor)
     _require_like("residual", residual, (factor.shape[0],), factor)
-    torch.ops.kfac_triton.newton_schulz_inverse(factor, damping, inverse, residual, tolerance, max_steps)
+    torch.ops.kfac_triton.newton_schulz_inverse(factor, damping, inverse, residual, tolerance, max_steps, backend=backend)
 
 
 def factored_newton_refresh(
@@ -195,6 +238,7 @@ def factored_newton_refresh(
     residual: Tensor,
     tolerance: float = 0.05,
     max_steps: int = 8,
+    backend: str = "auto",
 ) -> None:
     """Warm refresh in place of T, lower triangular with T^T T close to (factor + damping I)^-1 (see `factored_newton`).
 
@@ -205,18 +249,27 @@ def factored_newton_refresh(
         residual: output (B,): bound on the energy-norm error of T^T T after the refresh; infinite asks for a refactoring.
         tolerance: residual at which a matrix stops.
         max_steps: most Newton steps; one is taken in any case.
+        backend: "auto", "triton" or "torch".
 
     Raises:
-        ValueError: if shapes, dtypes or devices disagree.
+        ValueError: if shapes, dtypes or devices disagree, or backend is "triton" and no kernel can serve the call.
     """
     _require_stack("factor", factor)
     _require_like("root", root, tuple(factor.shape), factor)
     _require_like("damping", damping, (factor.shape[0],), factor)
     _require_like("residual", residual, (factor.shape[0],), factor)
-    torch.ops.kfac_triton.factored_newton_refresh(factor, damping, root, residual, tolerance, max_steps)
+    torch.ops.kfac_triton.factored_newton_refresh(factor, damping, root, residual, tolerance, max_steps, backend=backend)
 
 
-def precondition(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor, factored: bool = False) -> None:
+def precondition(
+    gradient: Tensor,
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    product: Tensor,
+    factored: bool = False,
+    backend: str = "auto",
+) -> None:
     """V = G^-1 W A^-1 for a stack of layers of one shape, and the products <V, W> (Martens and Grosse 2015, section 4.2).
 
     Args:
@@ -226,9 +279,10 @@ def precondition(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, pro
         out: output V, (B, m, n).
         product: output <V, W>, (B,).
         factored: whether left and right are roots.
+        backend: "auto", "triton" or "torch".
 
     Raises:
-        ValueError: if shapes, dtypes or devices disagree.
+        ValueError: if shapes, dtypes or devices disagree, or backend is "triton" and no kernel can serve the call.
     """
     _require_digits("gradient", gradient)
     _require(gradient.dim() == 3, f"gradient must have shape (B, m, n), but has {tuple(gradient.shape)}")
@@ -237,4 +291,4 @@ def precondition(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, pro
     _require_like("right", right, (batch, n, n), gradient)
     _require_like("out", out, (batch, m, n), gradient)
     _require_like("product", product, (batch,), gradient)
-    torch.ops.kfac_triton.precondition(gradient, left, right, out, product, factored)
+    torch.ops.kfac_triton.precondition(gradient, left, right, out, product, factored, backend=backend)

@@ -18,10 +18,10 @@ SOURCES = {"kfac_triton": ROOT / "kfac_triton", "kfac_triton/kernels": ROOT / "k
 
 
 def tree() -> dict[str, bytes]:
-    """Every module and the type marker by its place in the installed package; kernels/ from where it really is."""
+    """Modules, type marker and kernel configurations by their place in the package; kernels/ from where it really is."""
     files = {}
     for place, folder in SOURCES.items():
-        for path in sorted(folder.rglob("*.py")) + sorted(folder.rglob("py.typed")):
+        for path in sorted([*folder.rglob("*.py"), *folder.rglob("py.typed"), *folder.rglob("configs/*.json")]):
             relative = path.relative_to(folder)
             if place == "kfac_triton" and relative.parts[0] == "kernels":
                 continue
@@ -104,10 +104,17 @@ def test_kernels_is_a_plain_folder_behind_a_symlink() -> None:
     assert link.resolve() == (ROOT / "kernels").resolve()
 
 
-def test_import_needs_torch_alone_and_warns_of_nothing() -> None:
+@pytest.mark.parametrize("blocked", ["", "triton"])
+def test_import_needs_torch_alone_and_warns_of_nothing(blocked: str) -> None:
+    """Triton is a dependency where it exists; where it does not, the torch backend works."""
     code = (
-        "import sys, kfac_triton\n"
-        "print(*(m for m in ('matplotlib', 'mlxtend', 'triton', 'kfac_triton.cli') if m in sys.modules))"
+        f"import sys\nif {blocked!r}: sys.modules[{blocked!r}] = None\n"
+        "import torch, kfac_triton\n"
+        "print(*(m for m in ('matplotlib', 'mlxtend', 'kfac_triton.cli') if m in sys.modules))\n"
+        "model = torch.nn.Linear(3, 2)\n"
+        "optimizer = kfac_triton.KFAC(model)\n"
+        "model(torch.ones(4, 3)).sum().backward()\n"
+        "optimizer.step()"
     )
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],

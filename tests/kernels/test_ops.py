@@ -82,7 +82,7 @@ def test_schema(name: str) -> None:
     assert operator._schema.is_mutable
     mutated = {a.name for a in operator._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
     assert mutated == MUTATED[name]
-    assert [a.name for a in operator._schema.arguments] == list(arguments(name))
+    assert [a.name for a in operator._schema.arguments] == [*arguments(name), "backend"]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -1,0 +1,98 @@
+"""Triton, or a stand-in that lets the package import where there is none, and what the kernels would run on.
+
+Kernel modules take `triton` and `tl` from here. Without Triton `jit` leaves a function as it is, and `obstacle` says why no
+kernel can run.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+try:
+    triton: Any = importlib.import_module("triton")
+    tl: Any = importlib.import_module("triton.language")
+except ImportError:
+    triton, tl = SimpleNamespace(jit=lambda function: function, __version__="none"), None
+
+AVAILABLE: bool = tl is not None
+# Decided when the kernels are decorated: TRITON_INTERPRET=1 must be set before this package is imported.
+INTERPRETED: bool = AVAILABLE and bool(triton.knobs.runtime.interpret)
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a kernel is compiled for.
+
+    Attributes:
+        backend: "cuda", "hip" or "interpreter".
+        arch: "sm_90", "gfx942", ..., or "interpreter".
+        processors: multiprocessors, which the split of long sums is made for.
+    """
+
+    backend: str
+    arch: str
+    processors: int
+
+    @property
+    def capability(self) -> int:
+        """Compute capability of an NVIDIA device, 90 for sm_90; 0 for others."""
+        return int(self.arch.removeprefix("sm_")) if self.backend == "cuda" else 0
+
+
+@functools.cache
+def _device_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Target("hip", properties.gcnArchName.partition(":")[0], properties.multi_processor_count)
+    return Target("cuda", f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
+
+
+def target(device: torch.device) -> Target:
+    """What kernels on this device are compiled for."""
+    if INTERPRETED:
+        return Target("interpreter", "interpreter", 4)
+    return _device_target(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why no Triton kernel can run on this device; None if one can."""
+    if not AVAILABLE:
+        return "Triton is not installed"
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"Triton compiles for GPUs, and this is {device.type}; set TRITON_INTERPRET=1 before importing to interpret"
+    if torch.version.hip is None and target(device).capability < 80:
+        return f"the kernels need an NVIDIA GPU of compute capability 8.0 or newer, and this is {target(device).arch}"
+    return None
+
+
+def choose(operation: str, backend: str, device: torch.device, why_not: Callable[[], str | None]) -> bool:
+    """Whether a Triton kernel serves a call: `auto` takes it on a GPU where it can, `triton` insists.
+
+    Args:
+        operation: name of the operation, for the message.
+        backend: "auto", "triton" or "torch".
+        device: of the tensors.
+        why_not: asks what the operation's own `can_use` has against this call; None for nothing.
+
+    Raises:
+        ValueError: if backend is unknown, or "triton" and no kernel can serve the call.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, but is {backend!r}")
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+        return False
+    reason = obstacle(device) or why_not()
+    if reason and backend == "triton":
+        raise ValueError(f"backend is 'triton', but no kernel can serve {operation}: {reason}; use 'auto' or 'torch'")
+    return reason is None

@@ -1,0 +1,47 @@
+"""Tiles of symmetric matrices, shared by the kernels: tables made on the host, loads and stores made on the device."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .runtime import tl, triton
+
+
+@functools.lru_cache(maxsize=256)
+def lower_tiles(tiles: int, device: torch.device) -> Tensor:
+    """(i, j) of every tile on and below the diagonal of a matrix of tiles x tiles, int32 (count, 2).
+
+    In bands of columns: neighbours in the table share operands, which a cache then has to bring only once.
+    """
+    band = 8
+    table = [
+        (i, j) for start in range(0, tiles, band) for i in range(start, tiles) for j in range(start, min(i + 1, start + band))
+    ]
+    return torch.tensor(table, dtype=torch.int32, device=device).reshape(-1, 2)
+
+
+def count(size: int, block: int) -> int:
+    """Tiles of this block that cover a side."""
+    return -(-size // block)
+
+
+@triton.jit
+def store_mirrored(pointer, stride, rows, columns, values, n):
+    """Stores the part of a tile that lies on or below the diagonal, and its mirror image: bitwise symmetric.
+
+    Tiles must be square: then no other tile owns, and none but this one reads or writes, either place.
+    """
+    inside = (rows < n)[:, None] & (columns < n)[None, :] & (rows[:, None] >= columns[None, :])
+    tl.store(pointer + rows[:, None].to(tl.int64) * stride + columns[None, :], values, mask=inside)
+    tl.store(pointer + columns[:, None].to(tl.int64) * stride + rows[None, :], tl.trans(values), mask=tl.trans(inside))
+
+
+@triton.jit
+def round_tf32(values):
+    """Nearest TF32 number, ties to even: the tensor core, which would cut bits off, then multiplies it exactly."""
+    bits = values.to(tl.int32, bitcast=True)
+    bits = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF
+    return bits.to(tl.float32, bitcast=True)
