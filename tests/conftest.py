@@ -1,7 +1,12 @@
-"""Fixtures of every test."""
+"""Fixtures of every test. Kernels run in Triton's interpreter where there is no GPU, which must be said before they are imported."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
