@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import covariance_kernel as kernel
 from . import precision, runtime, tuning
+from .addresses import device_table
 from .runtime import tl
 from .tiles import count
 
@@ -22,6 +23,7 @@ _KEPT = 64  # tables of pointers remembered; a training loop repeats a handful
 
 # (rows, n, row stride, column stride, factor stride, ...) of a layer, the first fields of its row in the layer table
 Geometry = tuple[int, ...]
+Table = tuple[tuple[int, ...], ...]
 
 
 def can_use(
@@ -93,7 +95,7 @@ def tables(
     block: int,
     block_k: int,
     programs: int,
-) -> tuple[list[list[int]], list[list[int]], int]:
+) -> tuple[Table, Table, int]:
     """Rows of the tile table, rows of the reduction's table, and the number of workspace slots.
 
     Args:
@@ -117,30 +119,14 @@ def tables(
             wanted += [(i, kernel.BORDER) for i in range(count(fields[kernel.COLUMNS] + 1, block))]
         for i, j in wanted:
             if shares > 1:
-                reduce_rows.append([index, i, j, slots, slots + shares, kernel.DIRECT, 0, 0])
+                reduce_rows.append((index, i, j, slots, slots + shares, kernel.DIRECT, 0, 0))
             for first, last in cuts:
-                tile_rows.append([index, i, j, first, last, slots if shares > 1 else kernel.DIRECT, 0, 0])
+                tile_rows.append((index, i, j, first, last, slots if shares > 1 else kernel.DIRECT, 0, 0))
                 slots += shares > 1
     tile_rows.sort(
         key=lambda row: row[kernel.TILE_FIRST] - row[kernel.TILE_LAST]
     )  # the longest first: none is left to wait for
-    return tile_rows, reduce_rows, slots
-
-
-@functools.lru_cache(maxsize=_KEPT)
-def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """A table on the device, without a wait, and its host copy, which must live as long: a CUDA graph reads it again."""
-    host = torch.tensor(rows, dtype=torch.int64)
-    if device.type != "cpu":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True), host
-
-
-@functools.lru_cache(maxsize=_KEPT)
-def _device_tables(*arguments: object, device: torch.device) -> tuple[Tensor, Tensor | None, int]:
-    tile_rows, reduce_rows, slots = tables(*arguments)
-    tile_table = torch.tensor(tile_rows, dtype=torch.int32).to(device)
-    return tile_table, torch.tensor(reduce_rows, dtype=torch.int32).to(device) if reduce_rows else None, slots
+    return tuple(tile_rows), tuple(reduce_rows), slots
 
 
 def _is_aligned(source: Tensor, factor: Tensor) -> bool:
@@ -175,22 +161,22 @@ def launch(
     kinds: dict[tuple[torch.dtype, bool, bool], list[int]] = defaultdict(list)
     for i, (factor, source) in enumerate(zip(factors, inputs, strict=True)):
         kinds[source.dtype, source.dim() > 2, _is_aligned(source, factor)].append(i)
-    layer_table, _ = _on_device(geometries, device)
-    addresses, _ = _on_device((tuple(x.data_ptr() for x in inputs), tuple(x.data_ptr() for x in factors)), device)
+    layer_table = device_table(geometries, device)
+    addresses = device_table((tuple(x.data_ptr() for x in inputs), tuple(x.data_ptr() for x in factors)), device)
     flags = accept.view(torch.uint8) if accept is not None and accept.dtype == torch.bool else accept
     for (dtype, patches, aligned), members in kinds.items():
         widest = max(geometries[i][kernel.COLUMNS] for i in members)
         config = dict(tuning.lookup("covariance_patches" if patches else "covariance", widest, target))
         block, block_k = config.pop("BLOCK"), config.pop("BLOCK_K")
-        tile_table, reduce_table, slots = _device_tables(
+        tile_rows, reduce_rows, slots = tables(
             tuple(geometries[i] for i in members),
             tuple(bool(ones_column[i]) for i in members),
             tuple(members),
             block,
             block_k,
             _PROGRAMS_PER_PROCESSOR * target.processors,
-            device=device,
         )
+        tile_table = device_table(tile_rows, device, torch.int32)
         workspace = torch.empty(slots * block * block, dtype=torch.float32, device=device)
         shared = (alpha, beta, alpha if flags is None else flags, workspace)
         kernel.covariance_kernel[(len(tile_table),)](
@@ -200,7 +186,8 @@ def launch(
             ALIGNED=aligned, PATCHES=patches, UPCAST=runtime.INTERPRETED and dtype != torch.float32,
             HAS_ACCEPT=flags is not None, enable_fp_fusion=True, **config,
         )  # fmt: skip
-        if reduce_table is not None:
+        if reduce_rows:
+            reduce_table = device_table(reduce_rows, device, torch.int32)
             kernel.covariance_reduce_kernel[(len(reduce_table),)](
                 addresses[1], layer_table, reduce_table, *shared,
                 BLOCK=block, HAS_ACCEPT=flags is not None, enable_fp_fusion=True, num_warps=config.get("num_warps", 4),

@@ -19,6 +19,14 @@ from torch import Tensor
 from . import covariance_launch, runtime
 from .covariance import ROWS, WINDOW, covariance_ema_reference, window
 from .factored_newton import factored_newton_refresh_reference
+from .lists import (
+    can_use_gather,
+    can_use_squares,
+    gather_reference,
+    launch_gather,
+    launch_squares,
+    squares_reference,
+)
 from .newton_schulz import newton_schulz_inverse_reference
 from .precondition import precondition_reference
 
@@ -27,8 +35,10 @@ __all__ = [
     "WINDOW",
     "covariance_ema",
     "factored_newton_refresh",
+    "gather",
     "newton_schulz_inverse",
     "precondition",
+    "squares",
     "window",
 ]
 
@@ -66,6 +76,8 @@ _OPERATORS = {
         "Tensor gradient, Tensor left, Tensor right, Tensor(a!) out, Tensor(b!) product, bool factored",
         precondition_reference,
     ),
+    "squares": _Operator("Tensor[] inputs, Tensor(a!) out", squares_reference, launch_squares, can_use_squares),
+    "gather": _Operator("Tensor[] weights, Tensor[] biases, Tensor(a!) out", gather_reference, launch_gather, can_use_gather),
 }
 
 
@@ -292,3 +304,51 @@ def precondition(
     _require_like("out", out, (batch, m, n), gradient)
     _require_like("product", product, (batch,), gradient)
     torch.ops.kfac_triton.precondition(gradient, left, right, out, product, factored, backend=backend)
+
+
+def squares(inputs: list[Tensor], out: Tensor, backend: str = "auto") -> None:
+    """Sum of the squares of all elements of each tensor: finite exactly when nothing in it is NaN, infinite or too large.
+
+    Args:
+        inputs: tensors of any shapes.
+        out: output, (inputs,), fp32 or fp64.
+        backend: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: if out does not fit, or backend is "triton" and no kernel can serve the call.
+    """
+    _require_digits("out", out)
+    _require(tuple(out.shape) == (len(inputs),), f"out must have shape ({len(inputs)},), but has {tuple(out.shape)}")
+    for i, source in enumerate(inputs):
+        _require(source.device == out.device, f"inputs[{i}] must be on {out.device} as out is, but is on {source.device}")
+    if inputs:
+        torch.ops.kfac_triton.squares(inputs, out, backend=backend)
+
+
+def gather(weights: list[Tensor], biases: list[Tensor], out: Tensor, backend: str = "auto") -> None:
+    """[weight | bias] of every layer into the leading part of its block of a stack.
+
+    Args:
+        weights: per layer the gradient of its weight, (rows, ...), or an empty tensor: the block becomes zero.
+        biases: per layer that of its bias, (rows,), or an empty tensor: the column is zero.
+        out: output (layers, m, n), fp32 or fp64, zero where no layer of its shape reaches.
+        backend: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: if a gradient does not fit its block, or backend is "triton" and no kernel can serve the call.
+    """
+    _require_digits("out", out)
+    _require(
+        out.dim() == 3 and len(weights) == len(biases) == len(out),
+        f"weights, biases and out must have as many blocks, but have {len(weights)}, {len(biases)} and {tuple(out.shape)}",
+    )
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if weight.numel() == 0:
+            continue
+        rows, columns = weight.shape[0], weight.numel() // weight.shape[0] + bool(bias.numel())
+        _require(
+            rows <= out.shape[1] and columns <= out.shape[2] and bias.numel() in (0, rows),
+            f"weights[{i}] of shape {tuple(weight.shape)} with biases[{i}] of shape {tuple(bias.shape)} must fit a block of "
+            f"shape {tuple(out.shape[1:])}",
+        )
+    torch.ops.kfac_triton.gather(weights, biases, out, backend=backend)

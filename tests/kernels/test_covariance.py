@@ -1,4 +1,4 @@
-"""`covariance_ema` against float64 brute force: shapes, layouts, types, convolutions, chunks."""
+"""`covariance_ema`, both backends, against float64 brute force: shapes, layouts, types, convolutions, chunks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,22 @@ from torch import Tensor
 from kfac_triton.kernels import covariance, ops
 
 FLOATS = [torch.float32, torch.float64]
-INPUT_TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+INPUT_TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+BACKENDS = ["torch", "triton"]
+both_backends = pytest.mark.parametrize("backend", BACKENDS)
 LAYOUTS = ["contiguous", "transposed", "strided", "expanded"]
 UNTOUCHED = 7.0  # what the pad holds before and must hold after
 
-examples = settings(max_examples=100, deadline=None)
+examples = settings(max_examples=40, deadline=None)
+
+
+def factor_types(backend: str) -> st.SearchStrategy[torch.dtype]:
+    """The kernel keeps float32, and leaves float64 to its reference."""
+    return st.sampled_from(FLOATS if backend == "torch" else FLOATS[:1])
+
+
+def input_types(backend: str) -> st.SearchStrategy[torch.dtype]:
+    return st.sampled_from(INPUT_TYPES if backend == "torch" else INPUT_TYPES[:-1])
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
@@ -77,13 +88,13 @@ def make_factor(size: int, pad: int, dtype: torch.dtype, beta: float) -> Tensor:
     return factor
 
 
-def check(cases: list[Case], alphas: list[float], betas: list[float], dtype: torch.dtype) -> None:
+def check(cases: list[Case], alphas: list[float], betas: list[float], dtype: torch.dtype, backend: str) -> None:
     factors = [case.factor.clone() for case in cases]
     windows = list(itertools.chain(*(case.window for case in cases)))
     ones = [case.ones for case in cases]
     alpha, beta = torch.tensor(alphas, dtype=dtype), torch.tensor(betas, dtype=dtype)
     sources = [case.source.clone() for case in cases]
-    ops.covariance_ema(factors, [case.source for case in cases], alpha, beta, ones, windows)
+    ops.covariance_ema(factors, [case.source for case in cases], alpha, beta, ones, windows, backend=backend)
     for case, factor, source, a, b in zip(cases, factors, sources, alpha.tolist(), beta.tolist(), strict=True):
         n = case.size
         assert_update(factor[:n, :n], case.factor[:n, :n], case.rows, a, b)
@@ -97,12 +108,11 @@ alphas = st.sampled_from([1.0, 0.05, 1 / 3])
 
 
 @st.composite
-def matrix_cases(draw: st.DrawFn, dtype: torch.dtype, beta: float) -> Case:
-    rows, n = (
-        draw(st.integers(0, 300)),
-        draw(st.sampled_from([1, 2, 17, 127, 128, 129, 255, 256, 257, 300]) | st.integers(1, 300)),
-    )
-    values = torch.randn(rows, n, dtype=torch.float64).to(draw(st.sampled_from(INPUT_TYPES)))
+def matrix_cases(draw: st.DrawFn, dtype: torch.dtype, beta: float, backend: str) -> Case:
+    rows, most = draw(st.integers(0, 300)), 300 if backend == "torch" else 200
+    edges = [n for n in (1, 2, 16, 17, 64, 127, 128, 129, 200, 255, 256, 257, 300) if n <= most]
+    n = draw(st.sampled_from(edges) | st.integers(1, most))
+    values = torch.randn(rows, n, dtype=torch.float64).to(draw(input_types(backend)))
     source = lay_out(values, draw(st.sampled_from(LAYOUTS)))
     ones, pad = draw(st.booleans()), draw(st.integers(0, 20))
     # fp64 rows of an fp32 factor count as rounded to fp32
@@ -110,32 +120,36 @@ def matrix_cases(draw: st.DrawFn, dtype: torch.dtype, beta: float) -> Case:
     return Case(make_factor(n + ones, pad, dtype, beta), source, ops.ROWS, with_ones(exact, ones), ones)
 
 
+@both_backends
 @examples
-@given(st.data(), st.sampled_from(FLOATS), st.integers(1, 3), st.integers(0, 2**32))
-def test_rows(data: st.DataObject, dtype: torch.dtype, layers: int, seed: int) -> None:
+@given(st.data(), st.integers(1, 3), st.integers(0, 2**32))
+def test_rows(backend: str, data: st.DataObject, layers: int, seed: int) -> None:
     torch.manual_seed(seed)
+    dtype = data.draw(factor_types(backend))
     beta = [data.draw(betas) for _ in range(layers)]
-    cases = [data.draw(matrix_cases(dtype, b)) for b in beta]
-    check(cases, [data.draw(alphas) for _ in range(layers)], beta, dtype)
+    cases = [data.draw(matrix_cases(dtype, b, backend)) for b in beta]
+    check(cases, [data.draw(alphas) for _ in range(layers)], beta, dtype, backend)
 
 
+@both_backends
 @examples
 @given(
     rows=st.integers(0, 300),
-    n=st.sampled_from([1, 63, 255, 256, 257, 300]),
+    n=st.sampled_from([1, 16, 63, 64, 129, 200]) | st.integers(1, 200),
     ones=st.booleans(),
     alpha=st.sampled_from([0.25, 1.0, 2.0]),
     beta=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
     seed=st.integers(0, 2**32),
 )
-def test_integers_come_out_exactly(rows: int, n: int, ones: bool, alpha: float, beta: float, seed: int) -> None:
+def test_integers_come_out_exactly(backend: str, rows: int, n: int, ones: bool, alpha: float, beta: float, seed: int) -> None:
     """Every product and sum is a float32 number: not one bit may differ, whatever the order of summation."""
     torch.manual_seed(seed)
     x = torch.randint(-3, 4, (rows, n))
     old = torch.randint(-3, 4, (n + ones, n + ones))
     old = old + old.T
     factor = old.float()
-    ops.covariance_ema([factor], [x.float()], torch.tensor([alpha]), torch.tensor([beta]), [ones], list(ops.ROWS))
+    alphas, betas = torch.tensor([alpha]), torch.tensor([beta])
+    ops.covariance_ema([factor], [x.float()], alphas, betas, [ones], list(ops.ROWS), backend=backend)
     full = with_ones(x, ones)
     assert torch.equal(factor.double(), beta * old.double() + alpha * (full.T @ full).double())
 
@@ -164,7 +178,7 @@ def unfolded(
 
 
 @st.composite
-def conv_cases(draw: st.DrawFn, dtype: torch.dtype, beta: float, spatial: int) -> Case:
+def conv_cases(draw: st.DrawFn, dtype: torch.dtype, beta: float, spatial: int, backend: str) -> Case:
     def each(low: int, high: int) -> list[int]:
         return draw(st.lists(st.integers(low, high), min_size=spatial, max_size=spatial))
 
@@ -172,7 +186,7 @@ def conv_cases(draw: st.DrawFn, dtype: torch.dtype, beta: float, spatial: int) -
     spans = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
     size = [max(1, span - 2 * p) + extra for span, p, extra in zip(spans, padding, each(0, 4), strict=True)]
     values = torch.randn(draw(st.integers(1, 5)), draw(st.integers(1, 4)), *size, dtype=torch.float64)
-    values = values.to(draw(st.sampled_from(INPUT_TYPES)))
+    values = values.to(draw(input_types(backend)))
     if draw(st.booleans()):  # channels last
         values = values.movedim(1, -1).contiguous().movedim(-1, 1)
     source = lay_out(values, draw(st.sampled_from(LAYOUTS)))
@@ -188,17 +202,19 @@ def conv_cases(draw: st.DrawFn, dtype: torch.dtype, beta: float, spatial: int) -
     )
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.data(), st.sampled_from(FLOATS), st.integers(1, 2), st.sampled_from([1, 40, 1 << 20]), st.integers(0, 2**32))
+@both_backends
+@settings(max_examples=20, deadline=None)
+@given(st.data(), st.integers(1, 2), st.sampled_from([1, 40, 1 << 20]), st.integers(0, 2**32))
 @pytest.mark.parametrize("spatial", [1, 2, 3])
-def test_convolutions(spatial: int, data: st.DataObject, dtype: torch.dtype, layers: int, chunk: int, seed: int) -> None:
-    """A small chunk size cuts the batch into pieces, of one image at least."""
+def test_convolutions(spatial: int, backend: str, data: st.DataObject, layers: int, chunk: int, seed: int) -> None:
+    """A small chunk size of the reference cuts the batch into pieces, of one image at least."""
     torch.manual_seed(seed)
+    dtype = data.draw(factor_types(backend))
     beta = [data.draw(betas) for _ in range(layers)]
-    cases = [data.draw(conv_cases(dtype, b, spatial)) for b in beta]
+    cases = [data.draw(conv_cases(dtype, b, spatial, backend)) for b in beta]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(covariance, "_PATCH_CHUNK", chunk)
-        check(cases, [data.draw(alphas) for _ in range(layers)], beta, dtype)
+        check(cases, [data.draw(alphas) for _ in range(layers)], beta, dtype, backend)
 
 
 def test_brute_force_patches_are_those_of_unfold() -> None:
@@ -207,8 +223,9 @@ def test_brute_force_patches_are_those_of_unfold() -> None:
     assert torch.equal(brute_force_patches(images, *geometry), unfolded(images, *geometry))
 
 
+@both_backends
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "crop", "every other image"])
-def test_image_layouts_give_the_same_integers(layout: str) -> None:
+def test_image_layouts_give_the_same_integers(backend: str, layout: str) -> None:
     images = torch.randint(-3, 4, (6, 5, 8, 9))
     source = {
         "contiguous": images.float(),
@@ -219,7 +236,7 @@ def test_image_layouts_give_the_same_integers(layout: str) -> None:
     geometry = [(3, 2), (2, 1), (1, 1), (1, 3)]
     rows = with_ones(unfolded(images.double(), *geometry), True)
     factor = torch.full((len(rows.T), len(rows.T)), torch.nan)
-    ops.covariance_ema([factor], [source], torch.ones(1), torch.zeros(1), [True], list(ops.window(*geometry)))
+    ops.covariance_ema([factor], [source], torch.ones(1), torch.zeros(1), [True], list(ops.window(*geometry)), backend=backend)
     assert torch.equal(factor.double(), rows.T @ rows)
 
 
@@ -262,21 +279,23 @@ EMPTY = {
 }
 
 
+@both_backends
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 @pytest.mark.parametrize("ones", [False, True], ids=["", "ones"])
 @pytest.mark.parametrize("kind", EMPTY)
-def test_an_empty_batch_only_decays_the_factor(kind: str, ones: bool, beta: float) -> None:
+def test_an_empty_batch_only_decays_the_factor(backend: str, kind: str, ones: bool, beta: float) -> None:
     source, window, n = EMPTY[kind]
     size = n + ones
     factor = make_factor(size, 3, torch.float32, beta)
     expected = factor.clone()
     expected[:size, :size] = beta * factor[:size, :size] if beta else 0.0
-    ops.covariance_ema([factor], [source], torch.ones(1), torch.tensor([beta]), [ones], list(window))
+    ops.covariance_ema([factor], [source], torch.ones(1), torch.tensor([beta]), [ones], list(window), backend=backend)
     assert torch.equal(factor, expected)
 
 
+@both_backends
 @pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=3)))
-def test_only_accepted_factors_change(flags: tuple[bool, ...]) -> None:
+def test_only_accepted_factors_change(backend: str, flags: tuple[bool, ...]) -> None:
     """Whatever is in the rows of the others, NaN included."""
     sources = [torch.randn(5, 3), torch.randn(6, 4), torch.randn(2, 1, 4, 4)]
     for source, flag in zip(sources, flags, strict=True):
@@ -287,21 +306,23 @@ def test_only_accepted_factors_change(flags: tuple[bool, ...]) -> None:
     factors = [symmetric(6, torch.float32) for _ in sources]
     old, plain = [f.clone() for f in factors], [f.clone() for f in factors]
     alpha, beta = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([0.5, 0.0, 1.0])
-    ops.covariance_ema(factors, sources, alpha, beta, ones, windows, torch.tensor(flags))
-    ops.covariance_ema(plain, sources, alpha, beta, ones, windows)
+    ops.covariance_ema(factors, sources, alpha, beta, ones, windows, torch.tensor(flags), backend=backend)
+    ops.covariance_ema(plain, sources, alpha, beta, ones, windows, backend=backend)
     for factor, before, updated, flag in zip(factors, old, plain, flags, strict=True):
         assert torch.equal(factor, updated if flag else before)
 
 
-def test_no_layers_at_all() -> None:
-    ops.covariance_ema([], [], torch.zeros(0), torch.zeros(0), [], [])
+@both_backends
+def test_no_layers_at_all(backend: str) -> None:
+    ops.covariance_ema([], [], torch.zeros(0), torch.zeros(0), [], [], backend=backend)
 
 
-def test_factors_in_one_stack_are_updated_in_place() -> None:
+@both_backends
+def test_factors_in_one_stack_are_updated_in_place(backend: str) -> None:
     """Rows of a stack, as the optimizer stores them: neighbours stay."""
     stack = torch.full((3, 4, 4), UNTOUCHED)
     x = torch.randn(9, 4)
-    ops.covariance_ema([stack[1]], [x], torch.ones(1), torch.zeros(1), [False], list(ops.ROWS))
+    ops.covariance_ema([stack[1]], [x], torch.ones(1), torch.zeros(1), [False], list(ops.ROWS), backend=backend)
     assert_update(stack[1], stack[1], x.double(), 1.0, 0.0)
     assert (stack[[0, 2]] == UNTOUCHED).all()
 

@@ -1,0 +1,96 @@
+"""Operations over lists of tensors of any sizes, one launch each: sums of squares, and gradients into a stack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import lists_kernel as kernel
+from . import runtime
+from .addresses import device_table
+from .runtime import tl
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill one stretch of memory, in whatever order."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() == 0 or tensor.numel() == span
+
+
+def _triton_type(dtype: torch.dtype) -> object:
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+
+
+def squares_reference(inputs: list[Tensor], out: Tensor) -> None:
+    """Plain-torch twin of the kernel. See `kfac_triton.kernels.ops.squares`."""
+    for i, source in enumerate(inputs):
+        out[i] = source.to(out.dtype).square().sum()
+
+
+def can_use_squares(inputs: list[Tensor], out: Tensor) -> str | None:
+    """What keeps the kernel from serving these inputs; None for nothing."""
+    for i, source in enumerate(inputs):
+        if source.dtype not in _TYPES:
+            return f"inputs[{i}] is {source.dtype}, and the kernel reads float32, bfloat16 and float16"
+        if not _is_dense(source):
+            return f"inputs[{i}] of shape {tuple(source.shape)} and strides {source.stride()} has gaps"
+    return None if out.dtype == torch.float32 else f"out is {out.dtype}, and the kernel sums in float32"
+
+
+def launch_squares(inputs: list[Tensor], out: Tensor) -> None:
+    """The Triton twin of `squares_reference`."""
+    for dtype in sorted({source.dtype for source in inputs}, key=str):
+        members = [i for i, source in enumerate(inputs) if source.dtype == dtype]
+        table = device_table(tuple((inputs[i].data_ptr(), inputs[i].numel(), i) for i in members), out.device)
+        kernel.squares_kernel[(len(members),)](
+            table, out, DTYPE=_triton_type(dtype), BLOCK=1024 if runtime.INTERPRETED else 8192, num_warps=8
+        )
+
+
+def gather_reference(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> None:
+    """Plain-torch twin of the kernel. See `kfac_triton.kernels.ops.gather`."""
+    for block, weight, bias in zip(out, weights, biases, strict=True):
+        if weight.numel() == 0:
+            block.zero_()
+            continue
+        rows, columns = weight.shape[0], weight[0].numel()
+        block[:rows, :columns].copy_(weight.reshape(rows, columns))
+        if columns < block.shape[1]:
+            block[:rows, columns].copy_(bias) if bias.numel() else block[:rows, columns].zero_()
+
+
+def can_use_gather(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> str | None:
+    """What keeps the kernel from serving these gradients; None for nothing."""
+    for name, tensors in (("weights", weights), ("biases", biases)):
+        for i, tensor in enumerate(tensors):
+            if tensor.dtype not in _TYPES:
+                return f"{name}[{i}] is {tensor.dtype}, and the kernel reads float32, bfloat16 and float16"
+            if not tensor.is_contiguous():
+                return f"{name}[{i}] is not contiguous"
+    if len({tensor.dtype for tensor in weights + biases if tensor.numel()}) > 1:
+        return "the gradients have different types"
+    return None if out.dtype == torch.float32 and out.is_contiguous() else "out is not a contiguous float32 stack"
+
+
+def launch_gather(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> None:
+    """The Triton twin of `gather_reference`."""
+    rows = [
+        (w.data_ptr(), b.data_ptr(), w.shape[0] if w.numel() else 0, w[0].numel() if w.numel() else 0, b.numel())
+        for w, b in zip(weights, biases, strict=True)
+    ]
+    dtype = next((tensor.dtype for tensor in weights if tensor.numel()), torch.float32)
+    block = 64 if runtime.INTERPRETED else 1024
+    grid: Sequence[int] = (-(-out.shape[1] * out.shape[2] // block), len(weights))
+    kernel.gather_kernel[grid](
+        device_table(tuple(rows), out.device),
+        out,
+        out.shape[1],
+        out.shape[2],
+        DTYPE=_triton_type(dtype),
+        BLOCK=block,
+        num_warps=4,
+    )

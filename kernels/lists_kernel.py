@@ -1,0 +1,39 @@
+"""Triton kernels over lists of tensors, which they find through a table of addresses."""
+
+from __future__ import annotations
+
+from .runtime import tl, triton
+
+
+@triton.jit
+def squares_kernel(table, out, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of the squares of one tensor: a row of the table is (address, number of elements, place in out)."""
+    row = table + tl.program_id(0) * 3
+    source, size = tl.load(row).to(tl.pointer_type(DTYPE)), tl.load(row + 1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    at = tl.arange(0, BLOCK)
+    for _ in range(tl.cdiv(size, BLOCK)):
+        values = tl.load(source + at, mask=at < size, other=0.0).to(tl.float32)
+        total += values * values
+        source += BLOCK
+        size -= BLOCK
+    tl.store(out + tl.load(row + 2), tl.sum(total, 0))
+
+
+@triton.jit
+def gather_kernel(table, out, m, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """[weight | bias] of one layer into the leading part of its (m, n) block of out, zero where the bias is missing.
+
+    A row of the table is (address of the weight, of the bias, rows, columns, elements of the bias).
+    """
+    index = tl.program_id(1)
+    entry = table + index * 5
+    weight, bias = tl.load(entry).to(tl.pointer_type(DTYPE)), tl.load(entry + 1).to(tl.pointer_type(DTYPE))
+    rows, columns, has_bias = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, column = at // n, at % n
+    inside = (row < rows) & (column < columns)
+    values = tl.load(weight + row.to(tl.int64) * columns + column, mask=inside, other=0.0)
+    border = (row < tl.minimum(rows, has_bias)) & (column == columns)
+    values = tl.where(border, tl.load(bias + row, mask=border, other=0.0), values)
+    tl.store(out + index.to(tl.int64) * m * n + at, values.to(tl.float32), mask=at < m * n)

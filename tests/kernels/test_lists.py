@@ -1,0 +1,110 @@
+"""Sums of squares and stacked gradients over lists of tensors, both backends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kfac_triton.kernels import ops
+
+both_backends = pytest.mark.parametrize("backend", ["torch", "triton"])
+examples = settings(max_examples=30, deadline=None)
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1,), (7,), (1024,), (1025,), (3, 5), (40, 60), (2, 3, 4, 5), (0, 4), (2, 0, 3)]
+
+
+@both_backends
+@examples
+@given(st.lists(st.tuples(st.sampled_from(SHAPES), st.sampled_from(TYPES)), min_size=1, max_size=5), st.integers(0, 2**32))
+def test_squares_of_integers_are_exact(backend: str, parts: list[tuple[tuple[int, ...], torch.dtype]], seed: int) -> None:
+    torch.manual_seed(seed)
+    inputs = [torch.randint(-3, 4, shape).to(dtype) for shape, dtype in parts]
+    out = torch.full((len(inputs),), torch.nan)
+    ops.squares(inputs, out, backend=backend)
+    assert out.tolist() == [float(x.double().square().sum()) for x in inputs]
+
+
+@both_backends
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e25])
+@pytest.mark.parametrize("at", [0, 1500, 2999])
+def test_squares_are_not_finite_when_something_is_not(backend: str, bad: float, at: int) -> None:
+    """Nor when the square of something is not; and only there."""
+    inputs = [torch.randn(3000) for _ in range(3)]
+    inputs[1][at] = bad
+    out = torch.zeros(3)
+    ops.squares(inputs, out, backend=backend)
+    assert out.isfinite().tolist() == [True, False, True]
+
+
+@both_backends
+@pytest.mark.parametrize("order", ["transposed", "channels last"])
+def test_squares_of_dense_tensors_in_any_order(backend: str, order: str) -> None:
+    x = torch.randint(-3, 4, (2, 3, 4, 5)).float()
+    source = (
+        x.transpose(0, 3).contiguous().transpose(0, 3) if order == "transposed" else x.to(memory_format=torch.channels_last)
+    )
+    out = torch.zeros(1)
+    ops.squares([source], out, backend=backend)
+    assert out == x.square().sum()
+
+
+def test_squares_of_tensors_with_gaps_are_left_to_the_reference() -> None:
+    gaps, out = torch.ones(4, 6)[:, ::2], torch.zeros(1)
+    with pytest.raises(ValueError, match=r"inputs\[0\] .* has gaps; use 'auto' or 'torch'"):
+        ops.squares([gaps], out, backend="triton")
+    ops.squares([gaps], out)
+    assert out == 12
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Gradients of layers and a stack that holds them, with what must be overwritten in it: NaN."""
+    dtype = draw(st.sampled_from(TYPES))
+    weights, biases = [], []
+    for _ in range(draw(st.integers(1, 4))):
+        shape = draw(st.sampled_from([(1, 1), (3, 5), (8, 20), (5, 2, 3), (6, 2, 2, 2)]))
+        present, has_bias = draw(st.sampled_from([True, True, False])), draw(st.booleans())
+        weights.append(torch.randn(shape if present else (0,)).to(dtype))
+        biases.append(torch.randn(shape[0] if present and has_bias else 0).to(dtype))
+    out = torch.zeros(len(weights), 9, 24)
+    for block, weight in zip(out, weights, strict=True):
+        if weight.numel():
+            block[: weight.shape[0], : weight[0].numel() + 1] = torch.nan
+        else:
+            block.fill_(torch.nan)
+    return weights, biases, out
+
+
+@both_backends
+@examples
+@given(layers(), st.integers(0, 2**32))
+def test_gather_is_a_copy(backend: str, stack: tuple[list[Tensor], list[Tensor], Tensor], seed: int) -> None:
+    torch.manual_seed(seed)
+    weights, biases, out = stack
+    ops.gather(weights, biases, out, backend=backend)
+    expected = torch.zeros_like(out)
+    for block, weight, bias in zip(expected, weights, biases, strict=True):
+        if weight.numel():
+            rows, columns = weight.shape[0], weight[0].numel()
+            block[:rows, :columns] = weight.flatten(1)
+            if bias.numel():
+                block[:rows, columns] = bias
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("weights", "biases", "out", "message"),
+    [
+        ([torch.ones(3, 4)], [torch.ones(3)], torch.zeros(1, 3, 4), r"weights\[0\] .* must fit a block of shape \(3, 4\)"),
+        ([torch.ones(3, 4)], [torch.ones(2)], torch.zeros(1, 8, 8), r"biases\[0\] of shape \(2,\)"),
+        ([torch.ones(3, 4)], [], torch.zeros(1, 8, 8), "as many blocks"),
+        ([torch.ones(3, 4)], [torch.ones(3)], torch.zeros(8, 8), "as many blocks"),
+        ([torch.ones(3, 4)], [torch.ones(3)], torch.zeros(1, 8, 8).half(), "out must be float32 or float64"),
+    ],
+)
+def test_gather_refuses_what_does_not_fit(weights: list[Tensor], biases: list[Tensor], out: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.gather(weights, biases, out)
