@@ -9,6 +9,7 @@ Quadratic, self-correcting, matrix products only, and T^T T is positive semidefi
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -16,8 +17,15 @@ from torch import Tensor
 
 from .certificate import damped, root_residual
 
-_SCALE_ABOVE = 0.5  # the unscaled step contracts below this norm; above it the spectrum is centred on 1 first
-_PROBES, _POWER_STEPS = 8, 3
+SCALE_ABOVE = 0.5  # the unscaled step contracts below this norm; above it the spectrum is centred on 1 first
+_PROBES, _POWER_STEPS = 16, 3  # a tensor core multiplies 16 vectors at a time
+
+
+@functools.lru_cache(maxsize=64)
+def fixed_probes(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random vectors (16, n), always the same: a refresh is a function of its inputs."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(_PROBES, n, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 def _spectral_bounds(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,8 +33,7 @@ def _spectral_bounds(matrix: Tensor) -> tuple[Tensor, Tensor]:
     n = matrix.shape[-1]
     unit = matrix.diagonal(dim1=-2, dim2=-1).amax(-1)  # their largest entry; squares of it may be beyond the dtype
     matrix = matrix / unit[:, None, None]
-    generator = torch.Generator().manual_seed(0)  # fixed probes: a refresh is a function of its inputs
-    probes = torch.randn(n, min(n, _PROBES), generator=generator, dtype=torch.float64).to(matrix)
+    probes = fixed_probes(n, matrix.dtype, matrix.device).mT
 
     def top(operator: Tensor) -> Tensor:
         block = probes.expand(len(matrix), -1, -1)
@@ -53,7 +60,7 @@ def factored_newton_refresh_reference(
     for _ in range(max_steps):
         energy, distance, rounding = root_residual(target, current)
         lower, upper = _spectral_bounds(energy)
-        scale = torch.where(distance > _SCALE_ABOVE, 2 / (lower + upper), torch.ones_like(distance))
+        scale = torch.where(distance > SCALE_ABOVE, 2 / (lower + upper), torch.ones_like(distance))
         gap = identity - scale[:, None, None] * energy
         distance = torch.linalg.matrix_norm(gap)
         rounding = rounding * scale  # of the scaled root

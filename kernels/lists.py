@@ -1,4 +1,4 @@
-"""Operations over lists of tensors of any sizes, one launch each: sums of squares, and gradients into a stack."""
+"""Operations over many tensors, one launch each: sums of squares, gradients into a stack, sums into moving averages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .runtime import tl
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether its elements fill one stretch of memory, in whatever order."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.numel() == 0 or tensor.numel() == span
@@ -36,7 +36,7 @@ def can_use_squares(inputs: list[Tensor], out: Tensor) -> str | None:
     for i, source in enumerate(inputs):
         if source.dtype not in _TYPES:
             return f"inputs[{i}] is {source.dtype}, and the kernel reads float32, bfloat16 and float16"
-        if not _is_dense(source):
+        if not is_dense(source):
             return f"inputs[{i}] of shape {tuple(source.shape)} and strides {source.stride()} has gaps"
     return None if out.dtype == torch.float32 else f"out is {out.dtype}, and the kernel sums in float32"
 
@@ -93,4 +93,31 @@ def launch_gather(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> N
         DTYPE=_triton_type(dtype),
         BLOCK=block,
         num_warps=4,
+    )
+
+
+def blend_reference(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Tensor) -> None:
+    """Plain-torch twin of the kernel. See `kfac_triton.kernels.ops.blend`."""
+    if factor.device.type == "cpu":
+        for i, (old, new, accepted) in enumerate(zip(keep.tolist(), gain.tolist(), accept.tolist(), strict=True)):
+            if accepted:
+                factor[i].mul_(old).add_(total[i], alpha=new)
+        return
+    # Without a host read: a sum that is not accepted may be NaN, so it is selected away, not weighted with zero.
+    keep, gain, accept = (vector[:, None, None] for vector in (keep.to(factor), gain.to(factor), accept))
+    factor.copy_(torch.where(accept, keep * factor + gain * total, factor))
+
+
+def can_use_blend(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Tensor) -> str | None:
+    """What keeps the kernel from serving this stack; None for nothing."""
+    if factor.dtype != torch.float32:
+        return f"factor is {factor.dtype}, and the kernel keeps float32"
+    return None if factor.is_contiguous() and total.is_contiguous() else "factor or total is not contiguous"
+
+
+def launch_blend(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Tensor) -> None:
+    """The Triton twin of `blend_reference`."""
+    size, block = factor[0].numel(), 1024
+    kernel.blend_kernel[(-(-size // block), len(factor))](
+        factor, total, keep, gain, accept.to(torch.uint8), size, BLOCK=block, num_warps=4, enable_fp_fusion=True
     )

@@ -1,4 +1,4 @@
-"""Triton kernels over lists of tensors, which they find through a table of addresses."""
+"""Small Triton kernels over many tensors at once: lists, found through a table of addresses, and stacks."""
 
 from __future__ import annotations
 
@@ -37,3 +37,17 @@ def gather_kernel(table, out, m, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     border = (row < tl.minimum(rows, has_bias)) & (column == columns)
     values = tl.where(border, tl.load(bias + row, mask=border, other=0.0), values)
     tl.store(out + index.to(tl.int64) * m * n + at, values.to(tl.float32), mask=at < m * n)
+
+
+@triton.jit
+def blend_kernel(factor, total, keep, gain, accept, size, BLOCK: tl.constexpr):
+    """A share of one matrix of a stack: factor <- keep factor + gain total where accepted; not even read where not."""
+    matrix = tl.program_id(1)
+    if tl.load(accept + matrix) == 0:
+        return
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = matrix.to(tl.int64) * size + at
+    old = tl.load(factor + place, mask=at < size)
+    new = tl.load(total + place, mask=at < size)
+    blended = tl.load(keep + matrix).to(tl.float32) * old + tl.load(gain + matrix).to(tl.float32) * new
+    tl.store(factor + place, blended, mask=at < size)

@@ -16,13 +16,15 @@ from .certificate import MULTIPLIED, damped, frobenius_norm, inverse_residual, m
 
 # No eigenvalue is ever sent below this share of the top: pure Chebyshev steps send large ones near zero and lose digits.
 _FLOOR = 0.35
+_RIPPLE = (1 - _FLOOR) / (1 + _FLOOR)
+_Z = math.cosh(math.acosh(1 / _RIPPLE) / 2)
+EDGE = (_Z - 1) / (_Z + 1)  # the least lower bound that a step's polynomial is made for
+LEAST, MOST = torch.finfo(torch.float32).tiny, 1 - 1e-12  # of a lower bound: the formulas divide by 1 - lower
 
 
 def chebyshev_step(lower: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients of M <- h0 M + h1 M M for spectra in [lower, 1] (float64, (B,)), and the lower bounds after the step."""
-    ripple = (1 - _FLOOR) / (1 + _FLOOR)
-    z_floor = math.cosh(math.acosh(1 / ripple) / 2)
-    edge = lower.clamp_min((z_floor - 1) / (z_floor + 1))
+    edge = lower.clamp_min(EDGE)
     z = (1 + edge) / (1 - edge)
     t2 = 2 * z * z - 1  # T_2(z)
     scale = (1 + 1 / t2) * t2 * (1 - edge) ** 2
@@ -39,12 +41,12 @@ def newton_schulz_inverse_reference(
     upper = frobenius_norm(target)  # a rigorous bound of the spectrum, and at most sqrt(n) loose
     m = target / upper[:, None, None]
     x = torch.diag_embed((1 / upper)[:, None].expand(-1, factor.shape[-1]))
-    lower = (damping.double() / upper.double()).clamp(torch.finfo(torch.float32).tiny, 1.0)
+    lower = (damping.double() / upper.double()).clamp(LEAST, 1.0)
     for _ in range(max_steps):
         running = 1 - lower > tolerance
         if not factor.is_cuda and not bool(running.any()):
             break
-        h0, h1, after = chebyshev_step(lower.clamp_max(1 - 1e-12))
+        h0, h1, after = chebyshev_step(lower.clamp_max(MOST))
         h0, h1 = (torch.where(running, h, keep).to(m.dtype)[:, None, None] for h, keep in ((h0, 1.0), (h1, 0.0)))
         x = h0 * x + h1 * mirror(x @ m)
         m = h0 * m + h1 * mirror(m @ m)

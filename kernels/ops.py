@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import covariance_launch, runtime
+from . import covariance_launch, factored_newton_launch, newton_schulz_launch, precondition_launch, runtime
 from .covariance import ROWS, WINDOW, covariance_ema_reference, window
 from .factored_newton import factored_newton_refresh_reference
 from .lists import (
+    blend_reference,
+    can_use_blend,
     can_use_gather,
     can_use_squares,
     gather_reference,
+    launch_blend,
     launch_gather,
     launch_squares,
     squares_reference,
@@ -33,6 +36,7 @@ from .precondition import precondition_reference
 __all__ = [
     "ROWS",
     "WINDOW",
+    "blend",
     "covariance_ema",
     "factored_newton_refresh",
     "gather",
@@ -48,12 +52,23 @@ LIBRARY = torch.library.Library("kfac_triton", "DEF")
 
 @dataclass(frozen=True)
 class _Operator:
-    """An operator's arguments, its plain-torch reference, and its kernel's launcher, if it has one."""
+    """An operator's arguments, its plain-torch reference, and its kernel's launcher, if it has one.
+
+    `can_use` names what the kernel cannot do, `prefer_reference` why it should not, which counts when the choice is open.
+    """
 
     arguments: str
     reference: Callable[..., None]
     launch: Callable[..., None] | None = None
     can_use: Callable[..., str | None] | None = None
+    prefer_reference: Callable[..., str | None] | None = None
+
+    def why_not(self, *arguments: Any, backend: str) -> str | None:
+        """What speaks against the kernel for this call; None for nothing."""
+        reason = self.can_use(*arguments) if self.can_use is not None else "it has no kernel"
+        if reason is None and backend == "auto" and self.prefer_reference is not None:
+            reason = self.prefer_reference(*arguments)
+        return reason
 
 
 _OPERATORS = {
@@ -67,17 +82,30 @@ _OPERATORS = {
     "newton_schulz_inverse": _Operator(
         "Tensor factor, Tensor damping, Tensor(a!) inverse, Tensor(b!) residual, float tolerance, int max_steps",
         newton_schulz_inverse_reference,
+        newton_schulz_launch.launch,
+        newton_schulz_launch.can_use,
     ),
     "factored_newton_refresh": _Operator(
         "Tensor factor, Tensor damping, Tensor(a!) root, Tensor(b!) residual, float tolerance, int max_steps",
         factored_newton_refresh_reference,
+        factored_newton_launch.launch,
+        factored_newton_launch.can_use,
     ),
     "precondition": _Operator(
         "Tensor gradient, Tensor left, Tensor right, Tensor(a!) out, Tensor(b!) product, bool factored",
         precondition_reference,
+        precondition_launch.launch,
+        precondition_launch.can_use,
+        precondition_launch.prefer_reference,
     ),
     "squares": _Operator("Tensor[] inputs, Tensor(a!) out", squares_reference, launch_squares, can_use_squares),
     "gather": _Operator("Tensor[] weights, Tensor[] biases, Tensor(a!) out", gather_reference, launch_gather, can_use_gather),
+    "blend": _Operator(
+        "Tensor(a!) factor, Tensor total, Tensor keep, Tensor gain, Tensor accept",
+        blend_reference,
+        launch_blend,
+        can_use_blend,
+    ),
 }
 
 
@@ -88,9 +116,9 @@ def _no_result(*args: object, **kwargs: object) -> None:
 def _register(name: str, operator: _Operator) -> None:
     def run(first: Tensor | list[Tensor], *rest: Any, backend: str = "auto") -> None:
         example = first if isinstance(first, Tensor) else first[0] if first else None
-        if operator.launch is not None and operator.can_use is not None and example is not None:
-            can_use = functools.partial(operator.can_use, first, *rest)
-            if runtime.choose(name, backend, example.device, can_use):
+        if operator.launch is not None and example is not None:
+            why_not = functools.partial(operator.why_not, first, *rest, backend=backend)
+            if runtime.choose(name, backend, example.device, why_not):
                 operator.launch(first, *rest)
                 return
         operator.reference(first, *rest)
@@ -286,7 +314,7 @@ def precondition(
 
     Args:
         gradient: W, (B, m, n), fp32 or fp64.
-        left: G^-1 (B, m, m), or its root T with G^-1 = T^T T.
+        left: G^-1 (B, m, m), symmetric, or its lower triangular root T with G^-1 = T^T T.
         right: A^-1 (B, n, n), or its root.
         out: output V, (B, m, n).
         product: output <V, W>, (B,).
@@ -352,3 +380,28 @@ def gather(weights: list[Tensor], biases: list[Tensor], out: Tensor, backend: st
             f"shape {tuple(out.shape[1:])}",
         )
     torch.ops.kfac_triton.gather(weights, biases, out, backend=backend)
+
+
+def blend(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Tensor, backend: str = "auto") -> None:
+    """Factor <- keep factor + gain total, for every matrix of a stack that is accepted.
+
+    Args:
+        factor: stack (B, n, n), fp32 or fp64, updated in place.
+        total: the new statistics, (B, n, n); what is in it does not matter where accept is false.
+        keep: (B,).
+        gain: (B,).
+        accept: (B,) flags.
+        backend: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: if shapes disagree, or backend is "triton" and no kernel can serve the call.
+    """
+    _require_stack("factor", factor)
+    _require_like("total", total, tuple(factor.shape), factor)
+    for name, vector in (("keep", keep), ("gain", gain), ("accept", accept)):
+        _require(
+            tuple(vector.shape) == (len(factor),) and vector.device == factor.device,
+            f"{name} must have shape ({len(factor)},) and be on {factor.device}, but has {tuple(vector.shape)} and is on "
+            f"{vector.device}",
+        )
+    torch.ops.kfac_triton.blend(factor, total, keep, gain, accept, backend=backend)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import ops
-from .layers import Layer
+from .layers import Layer, Rows
 
 
 class Gate:
@@ -23,52 +23,86 @@ class Gate:
 
 
 class Statistics:
-    """Running sums of a a^T and g g^T of one layer since the last step, in buffers that backward writes to.
+    """What backward passes left of one layer since the last step.
+
+    A pass is summed at once, in buffers of the factors' size. Where kernels take many layers in one launch, a pass whose rows
+    take no more memory than those buffers waits for the step instead, and goes straight into the factors.
 
     Attributes:
         sums: per group the sum of a a^T, then per group that of g g^T.
-        counts: rows of A and loss terms behind the sums, a tensor (2,): a compiled backward may not touch Python numbers.
+        passes: rows of the passes that wait.
+        summed: whether an eager pass was summed.
+        compiled_counts: rows of A and loss terms of compiled passes, a tensor (2,): they may not touch Python numbers.
+        eager_counts: those of eager passes.
     """
 
-    def __init__(self, layer: Layer, gate: Gate, padded: tuple[int, int], dtype: torch.dtype) -> None:
+    def __init__(self, layer: Layer, gate: Gate, sums: list[Tensor], backend: str = "auto", may_wait: bool = False) -> None:
         device = layer.weight.device
-        options: dict[str, Any] = {"dtype": dtype, "device": device}
         self.layer = layer
         self.gate = gate
-        sizes = [padded[0]] * layer.groups + [padded[1]] * layer.groups
-        self.sums = [torch.zeros(size, size, **options) for size in sizes]
-        self.counts = torch.zeros(2, device=device)
-        self._alpha = torch.ones(len(sizes), **options)
-        self._beta = torch.zeros(len(sizes), **options)  # zero: the next pass overwrites, so nobody has to clear the sums
-        self._ones_column = [layer.has_bias] * layer.groups + [False] * layer.groups
+        self.sums = sums
+        self.passes: list[Rows] = []
+        self.summed = False
+        self.compiled_counts = torch.zeros(2, device=device)
+        self.eager_counts = [0, 0]
+        self.ones_column = [layer.has_bias] * layer.groups + [False] * layer.groups
+        self._backend = backend
+        self._may_wait = may_wait
+        self._alpha = torch.ones(len(sums), dtype=sums[0].dtype, device=device)
+        self._beta = torch.zeros_like(self._alpha)  # zero: the next pass overwrites, so nobody has to clear the sums
         self._last_backward = -1
 
-    def add(self, x: Tensor, gradient: Tensor) -> None:
-        """Adds one backward pass through the layer."""
+    @property
+    def counts(self) -> Tensor:
+        """Rows of A and loss terms of all passes, (2,)."""
+        return self.compiled_counts + torch.tensor(self.eager_counts, device=self.compiled_counts.device)
+
+    def add(self, x: Tensor, gradient: Tensor, is_ours: bool = False) -> None:
+        """Adds one backward pass through the layer.
+
+        Args:
+            x: input of the module.
+            gradient: with respect to its output.
+            is_ours: whether nobody but autograd holds x; a batch that the user may overwrite before the step cannot wait.
+        """
         rows = self.layer.rows(x, gradient)
-        windows = rows.input_window * len(rows.inputs) + rows.gradient_window * len(rows.gradients)
-        ops.covariance_ema(self.sums, rows.inputs + rows.gradients, self._alpha, self._beta, self._ones_column, list(windows))
-        self._beta.fill_(1.0)
-        self.counts[0].add_(rows.input_count)
+        if torch.compiler.is_compiling():  # cannot tell a second call in one backward pass, and counts every one
+            self._sum(rows)
+            self.compiled_counts[0].add_(rows.input_count)
+            self.compiled_counts[1].add_(rows.terms)
+            return
+        if is_ours and self._may_wait and _bytes(rows.inputs + rows.gradients) <= _bytes(self.sums):
+            self.passes.append(rows)
+        else:
+            self._sum(rows)
+            self.summed = True
+        self.eager_counts[0] += rows.input_count
         if self._is_new_backward():
-            self.counts[1].add_(rows.terms)
+            self.eager_counts[1] += rows.terms
 
     def clear(self) -> None:
-        """Forgets the sums; their memory is overwritten by the next backward pass."""
+        """Forgets everything; the memory of the sums is overwritten by the next backward pass."""
         self._beta.zero_()
-        self.counts.zero_()
+        self.compiled_counts.zero_()
+        self.eager_counts = [0, 0]
+        self.passes = []
+        self.summed = False
+
+    def _sum(self, rows: Rows) -> None:
+        sources, windows = rows.inputs + rows.gradients, rows.windows
+        ops.covariance_ema(self.sums, sources, self._alpha, self._beta, self.ones_column, windows, backend=self._backend)
+        self._beta.fill_(1.0)
 
     def _is_new_backward(self) -> bool:
-        """Whether this is the module's first call in the running backward pass; a second one sees the same loss terms again.
-
-        A compiled backward cannot tell, and counts every call.
-        """
-        if torch.compiler.is_compiling():
-            return True
+        """Whether this is the module's first call in the running backward pass; a second one sees the same loss terms again."""
         backward = torch._C._current_graph_task_id()
         is_new = backward != self._last_backward
         self._last_backward = backward
         return is_new
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -93,7 +127,7 @@ class Tap(torch.autograd.Function):
         """Adds to the statistics and hands the gradient on."""
         (x,) = ctx.saved_tensors
         with torch.no_grad():
-            ctx.statistics.add(_local(x), _local(gradient))
+            ctx.statistics.add(_local(x), _local(gradient), is_ours=x.requires_grad)
         return gradient, None, None
 
 

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import fisher
 from .capture import CaptureHook, Gate, Statistics
+from .collect import Collector
 from .damping import SplitDamping, pi_split
-from .factors import BlockSize, FactorBank, padded
+from .factors import BlockSize, FactorBank
 from .gradients import Block, GradientStack
 from .inverse import InverseStack
+from .kernels import runtime
+from .kernels.addresses import device_table
 from .layers import Layer, find_layers
 from .settings import Settings
 from .step_size import kl_clip_scale
@@ -53,16 +55,21 @@ class Engine:
                 "model has no layer that K-FAC covers (Linear, Conv1d, Conv2d, Conv3d with a trainable weight of its own)"
                 + (f": {reasons}" if reasons else "; use another optimizer")
             )
+        backend = settings.backend
         self.blocks = [Block(layer, group) for layer in self.layers for group in range(layer.groups)]
+        _require_backend(backend, self.layers)
         self.bank = FactorBank([_block_size(block) for block in self.blocks])
-        self.inverses = [InverseStack(s.factors, settings.inverse, settings.inverse_tolerance) for s in self.bank.stacks]
-        self.gradients = [GradientStack(group, self.blocks, self.bank, self.inverses) for group in self.bank.groups]
+        # The host may look at what a CPU computed; for a GPU it would have to wait.
+        self.host_looks = self.bank.home.type == "cpu" and backend != "triton"
+        self.inverses = [
+            InverseStack(s.factors, settings.inverse, settings.inverse_tolerance, backend, wait=self.host_looks)
+            for s in self.bank.stacks
+        ]
+        self.gradients = [GradientStack(group, self.blocks, self.bank, self.inverses, backend) for group in self.bank.groups]
 
         self.gate = Gate()
-        self.statistics = [_layer_statistics(layer, self.gate) for layer in self.layers]
-        self._layer_of_block = torch.tensor(
-            [i for i, layer in enumerate(self.layers) for _ in range(layer.groups)], device=self.bank.home
-        )
+        kernels_serve = backend != "torch" and all(s.factors.dtype == torch.float32 for s in self.bank.stacks)
+        self.collector = Collector(self.layers, self.bank, self.gate, backend, may_wait=kernels_serve and not self.host_looks)
         self.steps = 0
         self.nu = torch.ones((), device=self.bank.home)
         self.split: SplitDamping | None = None
@@ -79,6 +86,11 @@ class Engine:
         ]
         # Also when an engine is dropped without close(): its hooks must not outlive it. The gate shuts compiled graphs.
         self._finalizer = weakref.finalize(self, _detach, handles, self.gate)
+
+    @property
+    def statistics(self) -> list[Statistics]:
+        """Statistics of the layers since the last step."""
+        return self.collector.statistics
 
     @property
     def closed(self) -> bool:
@@ -130,29 +142,13 @@ class Engine:
         return updates
 
     def _update_factors(self) -> None:
-        counts = torch.stack([s.counts.to(self.bank.home) for s in self.statistics])
-        # A NaN or Inf anywhere in the rows is in the diagonal of the sum of their squares.
-        diagonals = [
-            torch.stack([total.diagonal().sum() for total in s.sums]).sum().to(self.bank.home) for s in self.statistics
-        ]
-        fresh = counts[:, 1] > 0
-        finite = torch.isfinite(torch.stack(diagonals))
-        accept = fresh & finite
-        self.dropped_statistics += fresh & ~finite
-        if self.without_statistics:
-            self._notice_missing(accept.tolist(), fresh.tolist())
-        counts = counts.clamp_min(1).to(diagonals[0].dtype)[self._layer_of_block]
-        g_scale = fisher.gradient_scale(counts[:, 1], self.settings.loss_reduction, self.settings.current_loss_scale())
-        block_accept = accept[self._layer_of_block]
-        self.bank.update(
-            a_sums=[total for s in self.statistics for total in s.sums[: s.layer.groups]],
-            g_sums=[total for s in self.statistics for total in s.sums[s.layer.groups :]],
-            scale=self.bank.scatter(fisher.input_scale(counts[:, 0]), g_scale),
-            accept=self.bank.scatter(block_accept, block_accept),
-            ema_decay=self.settings.ema_decay,
-        )
-        for statistics in self.statistics:
-            statistics.clear()
+        # Asked before the statistics are forgotten; a layer whose first ones come in this step is worth one wait.
+        known = [s.eager_counts[1] > 0 for s in self.statistics]
+        outcome = self.collector.update(self.settings)
+        self.dropped_statistics += outcome.fresh & ~outcome.accept
+        may_have_news = self.host_looks or any(known[i] for i in self.without_statistics) or not any(known)
+        if self.without_statistics and may_have_news:
+            self._notice_missing(outcome.accept.tolist(), outcome.fresh.tolist())
         self._stale = True
 
     def _notice_missing(self, accepted: list[bool], fresh: list[bool]) -> None:
@@ -194,15 +190,11 @@ class Engine:
             stack.precondition(block_usable)
         products = torch.cat([stack.product.to(self.bank.home) for stack in self.gradients])
         order = [i for stack in self.gradients for i in stack.indices]
-        rates = [learning_rate(self.blocks[i].layer.weight) for i in order]
-        if any(isinstance(rate, Tensor) for rate in rates):
-            rate_vector = torch.stack([torch.as_tensor(rate).to(products).reshape(()) for rate in rates])
-        else:
-            rate_vector = torch.tensor(rates, dtype=products.dtype, device=products.device)
-        self.nu = kl_clip_scale(products, rate_vector, self.settings.kl_clip)
+        rates = _vector([learning_rate(self.blocks[i].layer.weight) for i in order], products)
+        self.nu = kl_clip_scale(products, rates, self.settings.kl_clip)
         updates: dict[int, Tensor] = {}
         for stack in self.gradients:
-            self.dropped_gradients[list(stack.indices)] += stack.finish(self.nu).to(self.bank.home)
+            self.dropped_gradients[stack.places] += stack.finish(self.nu).to(self.bank.home)
             updates.update(zip(stack.indices, stack.update, strict=True))
         result = []
         first = 0
@@ -216,6 +208,8 @@ class Engine:
         """Says that a layer's factors were written from outside, by a checkpoint."""
         self.without_statistics.discard(layer_number)
         self._has_newcomers = self._stale = True
+        for inverse in self.inverses:
+            inverse.restart()
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Module name -> copies of (A, G), bias-corrected; (groups, n, n) each for a layer with channel groups."""
@@ -245,5 +239,21 @@ def _block_size(block: Block) -> BlockSize:
     return BlockSize(layer.input_size, layer.output_size, _factor_dtype(layer), layer.weight.device)
 
 
-def _layer_statistics(layer: Layer, gate: Gate) -> Statistics:
-    return Statistics(layer, gate, (padded(layer.input_size), padded(layer.output_size)), _factor_dtype(layer))
+def _require_backend(backend: str, layers: list[Layer]) -> None:
+    """Refuses "triton" where no kernel can serve, before anything is made."""
+    if backend != "triton":
+        return
+    for layer in layers:
+        reason = runtime.obstacle(layer.weight.device)
+        if reason is None and _factor_dtype(layer) != torch.float32:
+            reason = f"layer {layer.name!r} has {layer.weight.dtype} factors, and the kernels keep float32"
+        if reason is not None:
+            raise ValueError(f"backend is 'triton', but {reason}; use backend='auto'")
+
+
+def _vector(rates: list[float | Tensor], like: Tensor) -> Tensor:
+    """Learning rates as a vector; numbers go to the device without a wait, tensors are not read."""
+    if any(isinstance(rate, Tensor) for rate in rates):
+        return torch.stack([torch.as_tensor(rate).to(like).reshape(()) for rate in rates])
+    values = tuple((float(rate),) for rate in rates)
+    return device_table(values, like.device, like.dtype).flatten()

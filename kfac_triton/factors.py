@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .kernels import ops
+
 ALIGNMENT = 16  # sides are padded to a multiple: an odd bias column would cost aligned loads and tensor cores
 
 
@@ -40,11 +42,15 @@ class ShapeGroup:
 
 
 class FactorStack:
-    """Factors of one padded size. The pad is zero, so that damping alone fills it and no spectrum is widened."""
+    """Factors of one padded size, and as many sums of the current step.
+
+    The pad is zero, so that damping alone fills it and no spectrum is widened.
+    """
 
     def __init__(self, sizes: list[int], side: int, dtype: torch.dtype, device: torch.device) -> None:
         self.sizes = sizes
         self.factors = torch.zeros(len(sizes), side, side, dtype=dtype, device=device)
+        self.sums = torch.zeros_like(self.factors)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -104,6 +110,11 @@ class FactorBank:
         size = stack.sizes[index]
         return stack.factors[index, :size, :size]
 
+    def padded_view(self, slot: int) -> Tensor:
+        """The factor in a slot with its pad: a view."""
+        stack, index = self._slots[slot]
+        return stack.factors[index]
+
     def block(self, index: int) -> tuple[Tensor, Tensor]:
         """A and G of a block: views of the bias-corrected moving averages."""
         a_slots, g_slots = self._slot_lists
@@ -127,35 +138,37 @@ class FactorBank:
         out[self.g_slots] = g_values
         return out
 
-    def update(self, a_sums: list[Tensor], g_sums: list[Tensor], scale: Tensor, accept: Tensor, ema_decay: float) -> None:
-        """Moving average with bias correction (Kingma and Ba 2015, section 3): factor <- (1 - r) factor + r scale sum.
+    def sums_of(self, index: int) -> tuple[Tensor, Tensor]:
+        """Where backward passes sum a a^T and g g^T of a block, in the padded size: views."""
+        a, g = (self._slots[slots[index]] for slots in self._slot_lists)
+        return a[0].sums[a[1]], g[0].sums[g[1]]
 
-        With r = (1 - decay) / (1 - decay^t) at the t-th update this is the average that starts at zero, divided by the sum of
-        its weights; the factor itself is always the corrected one.
+    def slots_of(self, index: int) -> tuple[int, int]:
+        """Slots of A and G of a block."""
+        a_slots, g_slots = self._slot_lists
+        return a_slots[index], g_slots[index]
+
+    def sum_traces(self) -> Tensor:
+        """Trace of every sum, (slots,): finite exactly when the sum is."""
+        return torch.cat([s.sums.diagonal(dim1=-2, dim2=-1).sum(-1).to(self.home) for s in self.stacks])
+
+    def weights(self, accept: Tensor, ema_decay: float) -> Tensor:
+        """Weight r of the new statistics in every slot, (slots,), counting the update where it is accepted.
+
+        The moving average with bias correction (Kingma and Ba 2015, section 3) is factor <- (1 - r) factor + r new with
+        r = (1 - decay) / (1 - decay^t) at the t-th update: the average that starts at zero, divided by the sum of its
+        weights. The factor itself is always the corrected one.
 
         Args:
-            a_sums: per block the sum of a a^T, in the padded size.
-            g_sums: per block the sum of g g^T.
-            scale: from sums to means, (slots,).
-            accept: (slots,) flags; a slot that is not accepted keeps its factor and its count.
+            accept: (slots,) flags; a slot that is not accepted keeps its count.
             ema_decay: weight of the past, in [0, 1).
         """
-        updates = self.updates + accept
-        rate = (1 - ema_decay) / (1 - ema_decay ** updates.double().clamp_min(1))
-        sums = dict(zip(itertools.chain(*self._slot_lists), itertools.chain(a_sums, g_sums), strict=True))
-        blend = _blend_on_host if all(s.factors.device.type == "cpu" for s in self.stacks) else _blend_on_device
-        blend([(stack.factors[i], sums[slot]) for slot, (stack, i) in enumerate(self._slots)], 1 - rate, rate * scale, accept)
-        self.updates = updates
+        self.updates += accept
+        return (1 - ema_decay) / (1 - ema_decay ** self.updates.double().clamp_min(1))
 
-
-def _blend_on_host(pairs: list[tuple[Tensor, Tensor]], keep: Tensor, gain: Tensor, accept: Tensor) -> None:
-    for (factor, total), old, new, accepted in zip(pairs, keep.tolist(), gain.tolist(), accept.tolist(), strict=True):
-        if accepted:
-            factor.mul_(old).add_(total, alpha=new)
-
-
-def _blend_on_device(pairs: list[tuple[Tensor, Tensor]], keep: Tensor, gain: Tensor, accept: Tensor) -> None:
-    """The same without a host read: a sum that is not accepted may be NaN, so it is selected away, not weighted with zero."""
-    for slot, (factor, total) in enumerate(pairs):
-        new = factor * keep[slot].to(factor) + total * gain[slot].to(factor)
-        factor.copy_(torch.where(accept[slot].to(factor.device), new, factor))
+    def blend(self, keep: Tensor, gain: Tensor, accept: Tensor, backend: str = "auto") -> None:
+        """Factor <- keep factor + gain sum for every slot that is accepted; vectors over slots."""
+        for stack, run in zip(self.stacks, self.runs(), strict=True):
+            device = stack.factors.device
+            old, new, accepted = (vector[run].to(device) for vector in (keep, gain, accept))
+            ops.blend(stack.factors, stack.sums, old, new, accepted, backend=backend)

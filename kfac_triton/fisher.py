@@ -25,7 +25,7 @@ def input_scale(rows: Tensor) -> Tensor:
     return 1 / rows
 
 
-def gradient_scale(terms: Tensor, loss_reduction: str, loss_scale: float) -> Tensor:
+def gradient_scale(terms: Tensor, loss_reduction: str, loss_scale: float | Tensor) -> Tensor:
     """Factor from the sum of captured g g^T to the expectation over loss terms."""
     scale = terms if loss_reduction == "mean" else 1 / terms
     return scale / loss_scale**2

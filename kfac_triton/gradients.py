@@ -31,8 +31,13 @@ class GradientStack:
         product: <V, W>, (B,).
     """
 
-    def __init__(self, group: ShapeGroup, blocks: list[Block], bank: FactorBank, inverses: list[InverseStack]) -> None:
+    def __init__(
+        self, group: ShapeGroup, blocks: list[Block], bank: FactorBank, inverses: list[InverseStack], backend: str = "auto"
+    ) -> None:
         self.indices = group.blocks
+        self.places = torch.tensor(group.blocks, device=bank.home)
+        self._backend = backend
+        self._host_looks = bank.home.type == "cpu" and backend != "triton"
         self.members = [blocks[i] for i in group.blocks]
         self._left, self._right = inverses[group.g_stack], inverses[group.a_stack]
         self._left_run, self._right_run = group.g_run, group.a_run
@@ -43,11 +48,13 @@ class GradientStack:
 
     def precondition(self, usable: list[bool]) -> None:
         """V and <V, W> for the blocks that are usable; zero for the others."""
-        for index, block, buffer in zip(self.indices, self.members, self.gradient, strict=True):
-            if usable[index]:
-                block.layer.write_gradient(block.group, buffer)
-            else:
-                buffer.zero_()
+        nothing = self.gradient.new_empty(0)
+        parts = [
+            block.layer.gradient(block.group) if usable[index] else (nothing, nothing)
+            for index, block in zip(self.indices, self.members, strict=True)
+        ]
+        weights, biases = (list(side) for side in zip(*parts, strict=True))
+        ops.gather(weights, biases, self.gradient, backend=self._gather_backend(weights + biases))
         ops.precondition(
             self.gradient,
             self._left.values[self._left_run],
@@ -55,12 +62,18 @@ class GradientStack:
             self.update,
             self.product,
             factored=self._left.factored,
+            backend=self._backend,
         )
+
+    def _gather_backend(self, gradients: list[Tensor]) -> str:
+        """Gradients with gaps, or of several types, are copied one by one whatever the backend."""
+        plain = all(gradient.is_contiguous() for gradient in gradients)
+        return self._backend if plain and len({g.dtype for g in gradients if g.numel()}) == 1 else "torch"
 
     def finish(self, scale: Tensor) -> Tensor:
         """Scales V by nu; a block whose gradient is not finite gets no update. Returns the flags (B,) of those."""
         broken = ~torch.isfinite(self.product)
         self.update.mul_(scale.to(self.update))
-        if self.update.is_cuda or bool(broken.any()):
+        if not self._host_looks or bool(broken.any()):
             self.update.masked_fill_(broken[:, None, None], 0.0)
         return broken

@@ -3,6 +3,9 @@
 Each method returns a bound on the energy-norm error ||I - B^1/2 X B^1/2|| per matrix. What exceeds `ACCEPT` is done again by
 Cholesky in float32, in float64, and then with ten times the damping until it is certified: a matrix that float32 cannot
 invert gets the least damping at which it can.
+
+On a GPU the host does not wait for a certificate. A matrix that misses it keeps its last certified inverse, and is done again
+by Cholesky one refresh later, when the news has reached the host.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from .kernels.certificate import (
     rounding_error,
 )
 from .kernels.triangular import symmetric_product, triangular_inverse
+from .late import LateFlags
 
 METHODS = ("auto", "newton_schulz", "factored", "cholesky", "eigh")
 
@@ -73,6 +77,13 @@ def eigh(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
 class InverseStack:
     """Damped inverses of a stack of factors, refreshed in place.
 
+    Args:
+        factors: the stack (B, n, n), for its shape, type and place.
+        method: one of `METHODS`.
+        tolerance: energy-norm error at which the iterative methods stop.
+        backend: of the kernels.
+        wait: whether `refresh` waits for the certificates.
+
     Attributes:
         values: (B, n, n), X = (A + damping I)^-1, or T with X = T^T T when `factored`.
         residual: certificate (B,) of values; infinite where there is none, and values are then zero.
@@ -81,7 +92,7 @@ class InverseStack:
         raised: how often damping had to be raised, (B,).
     """
 
-    def __init__(self, factors: Tensor, method: str, tolerance: float) -> None:
+    def __init__(self, factors: Tensor, method: str, tolerance: float, backend: str = "auto", wait: bool = True) -> None:
         self.method = resolve(method, factors.device)
         self.factored = self.method == "factored"
         self.tolerance = tolerance
@@ -91,28 +102,61 @@ class InverseStack:
         self.damping = factors.new_zeros(batch)
         self.fallbacks = torch.zeros(batch, dtype=torch.long, device=factors.device)
         self.raised = torch.zeros_like(self.fallbacks)
+        self._backend = backend
+        self._refused = None if wait else LateFlags(batch, factors.device)
+        self._is_cold = True
 
     def refresh(self, factors: Tensor, damping: Tensor) -> None:
         """Inverts factors (B, n, n) + damping (B,) I; afterwards every matrix is certified, or zero."""
         damping = damping.to(factors)
+        if self._refused is not None and not self._is_cold:
+            self._refresh_without_waiting(factors, damping, self._refused)
+            return
         self.damping.copy_(damping)
         cold = ~(self.residual <= ACCEPT)  # nothing to refresh from
-        if self.method == "newton_schulz":
-            ops.newton_schulz_inverse(factors, damping, self.values, self.residual, tolerance=0.1 * self.tolerance)
-        elif self.method == "factored":
-            if not bool(cold.all()):
-                ops.factored_newton_refresh(factors, damping, self.values, self.residual, tolerance=self.tolerance)
-            self.residual.masked_fill_(cold, torch.inf)
+        if self.factored and bool(cold.all()):
+            self.residual.fill_(torch.inf)
         else:
-            invert = eigh if self.method == "eigh" else _cholesky_inverse
-            values, residual = invert(factors, damping)
-            self.values.copy_(values)
-            self.residual.copy_(residual)
+            self._invert(factors, damping, self.values, self.residual)
+            if self.factored:
+                self.residual.masked_fill_(cold, torch.inf)
         refused = ~(self.residual <= ACCEPT)
         if bool(refused.any()):
             expected = cold if self.factored else torch.zeros_like(cold)
             self.fallbacks += refused & ~expected
             self._fall_back(factors, refused.nonzero().squeeze(-1))
+        self._is_cold = False
+
+    def restart(self) -> None:
+        """Makes the next refresh start from nothing and wait: the factors were written from outside."""
+        self._is_cold = True
+
+    def _refresh_without_waiting(self, factors: Tensor, damping: Tensor, refused: LateFlags) -> None:
+        late = refused.receive()
+        values, residual = self.values.clone(), torch.empty_like(self.residual)
+        self._invert(factors, damping, values, residual)
+        certified = residual <= ACCEPT
+        self.values.copy_(torch.where(certified[:, None, None], values, self.values))
+        self.residual.copy_(torch.where(certified, residual, self.residual))
+        self.damping.copy_(torch.where(certified, damping, self.damping))
+        self.fallbacks += ~certified
+        refused.send(~certified)
+        if late:
+            self.damping[late] = damping[late]
+            self._fall_back(factors, torch.tensor(late, device=factors.device))
+
+    def _invert(self, factors: Tensor, damping: Tensor, values: Tensor, residual: Tensor) -> None:
+        """The method's own result and its certificates, written to values and residual."""
+        if self.method == "newton_schulz":
+            tolerance = 0.1 * self.tolerance
+            ops.newton_schulz_inverse(factors, damping, values, residual, tolerance=tolerance, backend=self._backend)
+        elif self.method == "factored":
+            ops.factored_newton_refresh(factors, damping, values, residual, tolerance=self.tolerance, backend=self._backend)
+        else:
+            invert = eigh if self.method == "eigh" else _cholesky_inverse
+            found, bound = invert(factors, damping)
+            values.copy_(found)
+            residual.copy_(bound)
 
     def _fall_back(self, factors: Tensor, remaining: Tensor) -> None:
         """Cholesky for the matrices in remaining: float32, float64, then float64 with growing damping."""

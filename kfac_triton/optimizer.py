@@ -50,6 +50,8 @@ class KFAC(EngineFace, Optimizer):
         loss_terms: "examples", or "tokens" when each position has a loss of its own (language models).
         loss_scale: factor on the loss when gradients were captured: a number, or a callable such as
             `torch.amp.GradScaler.get_scale`.
+        backend: "auto" runs the Triton kernels on a GPU and PyTorch elsewhere, "triton" insists on the kernels, "torch" does
+            without them.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -89,6 +91,7 @@ class KFAC(EngineFace, Optimizer):
         loss_reduction: str = Settings.loss_reduction,
         loss_terms: str = Settings.loss_terms,
         loss_scale: float | Callable[[], float] = Settings.loss_scale,
+        backend: str = Settings.backend,
     ) -> None:
         settings = Settings(
             damping=damping,
@@ -102,6 +105,7 @@ class KFAC(EngineFace, Optimizer):
             loss_reduction=loss_reduction,
             loss_terms=loss_terms,
             loss_scale=loss_scale,
+            backend=backend,
         )
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""Fixtures of every test. Kernels run in Triton's interpreter where there is no GPU, which must be said before they are imported."""
+"""Fixtures of every test. Without a GPU kernels are interpreted, which must be said before they are imported."""
 
 import os
 

@@ -29,6 +29,11 @@ class Rows:
     input_count: int
     terms: int
 
+    @property
+    def windows(self) -> list[int]:
+        """Windows of inputs, then of gradients, as `kernels.ops.covariance_ema` takes them."""
+        return list(self.input_window * len(self.inputs) + self.gradient_window * len(self.gradients))
+
 
 class Layer(ABC):
     """One module that K-FAC covers: y = W a with W = [weight | bias], a factor pair per group.
@@ -76,18 +81,12 @@ class Layer(ABC):
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
         """Rows of A and G from the module's input and the gradient with respect to its output."""
 
-    def write_gradient(self, group: int, out: Tensor) -> None:
-        """Copies [weight.grad | bias.grad] of one group into the leading block of out."""
+    def gradient(self, group: int) -> tuple[Tensor, Tensor]:
+        """Gradients of weight and bias of one group; an empty tensor for one that is not there."""
         rows = slice(group * self.output_size, (group + 1) * self.output_size)
-        columns = self.input_size - self.has_bias
-        assert self.weight.grad is not None
-        out[: self.output_size, :columns].copy_(self.weight.grad[rows].reshape(self.output_size, columns))
-        if self.bias is None:
-            return
-        if self.bias.grad is None:  # frozen since: out still holds the last step's
-            out[: self.output_size, columns].zero_()
-        else:
-            out[: self.output_size, columns].copy_(self.bias.grad[rows])
+        weight, bias = self.weight.grad, None if self.bias is None else self.bias.grad
+        nothing = self.weight.new_empty(0)
+        return nothing if weight is None else weight[rows], nothing if bias is None else bias[rows]
 
     def read_update(self, blocks: list[Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
         """Weight and bias with their parts of the preconditioned gradient, from one block (or wider) a group."""

@@ -2,54 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from helpers import energy_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from refreshes import assert_honest, exact_root, refresh, with_condition
 
 from kfac_triton.inverse import ACCEPT
-from kfac_triton.kernels import ops
 from kfac_triton.kernels.certificate import damped, mirror, root_residual
 from kfac_triton.kernels.factored_newton import _spectral_bounds
-
-# Certified error over certificate, see test_certificate.py. Tests that rest on a search, not on a proof, are derandomized.
-SLACK = 2.5
-
-
-def with_condition(n: int, condition: float, damping: float = 1.0) -> Tensor:
-    """A factor in float64 whose damped eigenvalues go from damping to damping * condition."""
-    basis = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0]
-    return mirror((basis * damping * (torch.logspace(0, math.log10(condition), n, dtype=torch.float64) - 1)) @ basis.T)
-
-
-def exact_root(target: Tensor) -> Tensor:
-    return torch.linalg.inv(torch.linalg.cholesky(target)).tril()
-
-
-def refresh(
-    factor: Tensor, damping: Tensor, root: Tensor, tolerance: float = 0.05, max_steps: int = 8
-) -> tuple[Tensor, Tensor]:
-    root, residual = root.clone(), torch.full_like(damping, torch.nan)
-    ops.factored_newton_refresh(factor, damping, root, residual, tolerance, max_steps)
-    return root, residual
-
-
-def assert_honest(factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor) -> None:
-    """Finite and triangular whatever happened; where it is certified, certified rightly."""
-    assert root.isfinite().all()
-    assert torch.equal(root, root.tril())
-    assert not residual.isnan().any()
-    identity = torch.eye(factor.shape[-1], dtype=torch.float64)
-    for a, d, t, certificate in zip(factor.double(), damping.double(), root.double(), residual.tolist(), strict=True):
-        if certificate <= ACCEPT:
-            error = energy_error(a + d * identity, t.T @ t)
-            assert error < 1
-            assert error <= SLACK * certificate
-
 
 @settings(max_examples=80, deadline=None)
 @given(n=st.integers(1, 80), power=st.floats(1, 6), size=st.floats(1e-6, 0.5), seed=st.integers(0, 2**32))

@@ -108,3 +108,23 @@ def test_gather_is_a_copy(backend: str, stack: tuple[list[Tensor], list[Tensor],
 def test_gather_refuses_what_does_not_fit(weights: list[Tensor], biases: list[Tensor], out: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ops.gather(weights, biases, out)
+
+
+@both_backends
+def test_blend_is_exact_on_integers_and_powers_of_two(backend: str) -> None:
+    """The first update overwrites; a refused one changes nothing, whatever is in the sum."""
+    old, total = torch.randint(-3, 4, (4, 40, 40)).float(), torch.randint(-3, 4, (4, 40, 40)).float()
+    total[3] = torch.nan
+    stack = old.clone()
+    keep, gain = torch.tensor([0.5, 0.0, 1.0, 0.5]).double(), torch.tensor([0.25, 2.0, 0.0, 0.5]).double()
+    ops.blend(stack, total, keep, gain, torch.tensor([True, True, True, False]), backend=backend)
+    assert torch.equal(stack, torch.stack([0.5 * old[0] + 0.25 * total[0], 2 * total[1], old[2], old[3]]))
+
+
+@pytest.mark.parametrize("argument", ["keep", "gain", "accept", "total"])
+def test_blend_refuses_what_does_not_fit(argument: str) -> None:
+    stack = torch.zeros(2, 3, 3)
+    arguments = {"total": stack.clone(), "keep": torch.ones(2), "gain": torch.ones(2), "accept": torch.ones(2).bool()}
+    arguments[argument] = arguments[argument][:1]
+    with pytest.raises(ValueError, match=f"{argument} must have shape"):
+        ops.blend(stack, **arguments)
