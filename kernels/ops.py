@@ -113,6 +113,10 @@ def _no_result(*args: object, **kwargs: object) -> None:
     """Shape function: every operator writes to its arguments and returns nothing."""
 
 
+# What each operator runs, beside its registration: torch's dispatcher is not needed to find it.
+IMPLEMENTATIONS: dict[str, Callable[..., None]] = {}
+
+
 def _register(name: str, operator: _Operator) -> None:
     def run(first: Tensor | list[Tensor], *rest: Any, backend: str = "auto") -> None:
         example = first if isinstance(first, Tensor) else first[0] if first else None
@@ -124,6 +128,7 @@ def _register(name: str, operator: _Operator) -> None:
         operator.reference(first, *rest)
 
     LIBRARY.define(f'{name}({operator.arguments}, *, str backend="auto") -> ()')
+    IMPLEMENTATIONS[name] = run
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kfac_triton::{name}", _no_result, lib=LIBRARY)
 

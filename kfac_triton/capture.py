@@ -6,7 +6,7 @@ torch.compile(fullgraph=True), in-place operations after the layer, shared modul
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,18 @@ class Gate:
         self.open = True
 
 
+class Shared(NamedTuple):
+    """One layer's part of what all layers share, so that one operation clears it for all.
+
+    Attributes:
+        counts: rows of A and loss terms of compiled passes, (2,): they may not touch Python numbers.
+        beta: weight of what a sum holds when the next pass comes, one a sum. With zero it is overwritten, never cleared.
+    """
+
+    counts: Tensor
+    beta: Tensor
+
+
 class Statistics:
     """What backward passes left of one layer since the last step.
 
@@ -32,24 +44,23 @@ class Statistics:
         sums: per group the sum of a a^T, then per group that of g g^T.
         passes: rows of the passes that wait.
         summed: whether an eager pass was summed.
-        compiled_counts: rows of A and loss terms of compiled passes, a tensor (2,): they may not touch Python numbers.
+        compiled_counts: rows of A and loss terms of compiled passes, (2,).
         eager_counts: those of eager passes.
     """
 
-    def __init__(self, layer: Layer, gate: Gate, sums: list[Tensor], backend: str = "auto", may_wait: bool = False) -> None:
-        device = layer.weight.device
+    def __init__(self, layer: Layer, gate: Gate, sums: list[Tensor], shared: Shared, backend: str, may_wait: bool) -> None:
         self.layer = layer
         self.gate = gate
         self.sums = sums
         self.passes: list[Rows] = []
         self.summed = False
-        self.compiled_counts = torch.zeros(2, device=device)
+        self.compiled_counts = shared.counts
         self.eager_counts = [0, 0]
         self.ones_column = [layer.has_bias] * layer.groups + [False] * layer.groups
         self._backend = backend
         self._may_wait = may_wait
-        self._alpha = torch.ones(len(sums), dtype=sums[0].dtype, device=device)
-        self._beta = torch.zeros_like(self._alpha)  # zero: the next pass overwrites, so nobody has to clear the sums
+        self._alpha = torch.ones_like(shared.beta)
+        self._beta = shared.beta
         self._last_backward = -1
 
     @property
@@ -81,9 +92,7 @@ class Statistics:
             self.eager_counts[1] += rows.terms
 
     def clear(self) -> None:
-        """Forgets everything; the memory of the sums is overwritten by the next backward pass."""
-        self._beta.zero_()
-        self.compiled_counts.zero_()
+        """Forgets everything, but for what it shares."""
         self.eager_counts = [0, 0]
         self.passes = []
         self.summed = False

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import fisher
-from .capture import Gate, Statistics
-from .factors import FactorBank
+from .capture import Gate, Shared, Statistics
+from .factors import FactorBank, factor_dtype
 from .kernels import ops
 from .kernels.addresses import device_table
 from .kernels.lists import is_dense
@@ -24,6 +24,28 @@ class Outcome:
 
     fresh: Tensor
     accept: Tensor
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """What layers share: their parts, and the tensors, a pair a device, that these are views of."""
+
+    parts: list[Shared]
+    whole: list[Tensor]
+
+
+def _shared(layers: list[Layer]) -> _Pool:
+    parts: dict[int, Shared] = {}
+    whole = []
+    kinds = dict.fromkeys((layer.weight.device, factor_dtype(layer.weight)) for layer in layers)
+    for device, dtype in kinds:
+        members = [i for i, x in enumerate(layers) if (x.weight.device, factor_dtype(x.weight)) == (device, dtype)]
+        counts = torch.zeros(len(members), 2, device=device)
+        betas = torch.zeros(sum(2 * layers[i].groups for i in members), dtype=dtype, device=device)
+        pieces = betas.split([2 * layers[i].groups for i in members])
+        parts.update((i, Shared(counts[k], pieces[k])) for k, i in enumerate(members))
+        whole += [counts, betas]
+    return _Pool([parts[i] for i in range(len(layers))], whole)
 
 
 class Collector:
@@ -41,13 +63,14 @@ class Collector:
         self.bank = bank
         self.statistics: list[Statistics] = []
         self._blocks: list[range] = []
+        self._shared = _shared(layers)
         first = 0
-        for layer in layers:
+        for number, layer in enumerate(layers):
             blocks = range(first, first + layer.groups)
             first += layer.groups
             sums = [bank.sums_of(block) for block in blocks]
             flat = [a for a, _ in sums] + [g for _, g in sums]
-            self.statistics.append(Statistics(layer, gate, flat, backend, may_wait))
+            self.statistics.append(Statistics(layer, gate, flat, self._shared.parts[number], backend, may_wait))
             self._blocks.append(blocks)
         self._backend = backend
         self._layer_of_block = torch.tensor(
@@ -77,6 +100,7 @@ class Collector:
             self.bank.blend(keep, gain, accept & self._over_slots(summed), self._backend)
         for statistics in self.statistics:
             statistics.clear()
+        torch._foreach_zero_(self._shared.whole)
         return outcome
 
     def _over_slots(self, per_layer: Tensor) -> Tensor:

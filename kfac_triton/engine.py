@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .capture import CaptureHook, Gate, Statistics
 from .collect import Collector
 from .damping import SplitDamping, pi_split
-from .factors import BlockSize, FactorBank
+from .factors import BlockSize, FactorBank, factor_dtype
 from .gradients import Block, GradientStack
 from .inverse import InverseStack
 from .kernels import runtime
@@ -229,14 +229,9 @@ def _detach(handles: list[Any], gate: Gate) -> None:
         handle.remove()
 
 
-def _factor_dtype(layer: Layer) -> torch.dtype:
-    """Single precision for everything up to it: moving averages in 16 bits stop moving."""
-    return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
-
-
 def _block_size(block: Block) -> BlockSize:
     layer = block.layer
-    return BlockSize(layer.input_size, layer.output_size, _factor_dtype(layer), layer.weight.device)
+    return BlockSize(layer.input_size, layer.output_size, factor_dtype(layer.weight), layer.weight.device)
 
 
 def _require_backend(backend: str, layers: list[Layer]) -> None:
@@ -245,7 +240,7 @@ def _require_backend(backend: str, layers: list[Layer]) -> None:
         return
     for layer in layers:
         reason = runtime.obstacle(layer.weight.device)
-        if reason is None and _factor_dtype(layer) != torch.float32:
+        if reason is None and factor_dtype(layer.weight) != torch.float32:
             reason = f"layer {layer.name!r} has {layer.weight.dtype} factors, and the kernels keep float32"
         if reason is not None:
             raise ValueError(f"backend is 'triton', but {reason}; use backend='auto'")

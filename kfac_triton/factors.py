@@ -20,6 +20,11 @@ def padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+def factor_dtype(weight: Tensor) -> torch.dtype:
+    """Single precision for every weight up to it: moving averages in 16 bits stop moving."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class BlockSize:
     """A Kronecker block to store: sides of A and G, where and in what precision."""

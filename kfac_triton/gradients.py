@@ -45,15 +45,15 @@ class GradientStack:
         self.gradient = bank.stacks[group.a_stack].factors.new_zeros(len(self.members), rows, columns)
         self.update = torch.zeros_like(self.gradient)
         self.product = self.gradient.new_zeros(len(self.members))
+        self._nothing = self.gradient.new_empty(0)
 
     def precondition(self, usable: list[bool]) -> None:
         """V and <V, W> for the blocks that are usable; zero for the others."""
-        nothing = self.gradient.new_empty(0)
         parts = [
-            block.layer.gradient(block.group) if usable[index] else (nothing, nothing)
+            block.layer.gradient(block.group) if usable[index] else (None, None)
             for index, block in zip(self.indices, self.members, strict=True)
         ]
-        weights, biases = (list(side) for side in zip(*parts, strict=True))
+        weights, biases = ([self._nothing if x is None else x for x in side] for side in zip(*parts, strict=True))
         ops.gather(weights, biases, self.gradient, backend=self._gather_backend(weights + biases))
         ops.precondition(
             self.gradient,

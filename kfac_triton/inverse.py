@@ -31,6 +31,10 @@ METHODS = ("auto", "newton_schulz", "factored", "cholesky", "eigh")
 
 # K-FAC trains as well with an energy error of 0.3 as with none; below 1 the inverse is positive definite.
 ACCEPT = 0.3
+_DOUBLINGS = 20  # of Newton-Schulz; what takes more than 16 is beyond float32, and every one is a launch
+# Newton steps of a warm refresh. Where the host does not look, each is launched, needed or not: a start that needs more than
+# the fewer is better factored anew.
+_REFINEMENTS, _BLIND_REFINEMENTS = 8, 4
 _DAMPING_TRIES = 100  # from the smallest float32 number to the largest in steps of ten
 
 
@@ -149,9 +153,10 @@ class InverseStack:
         """The method's own result and its certificates, written to values and residual."""
         if self.method == "newton_schulz":
             tolerance = 0.1 * self.tolerance
-            ops.newton_schulz_inverse(factors, damping, values, residual, tolerance=tolerance, backend=self._backend)
+            ops.newton_schulz_inverse(factors, damping, values, residual, tolerance, _DOUBLINGS, backend=self._backend)
         elif self.method == "factored":
-            ops.factored_newton_refresh(factors, damping, values, residual, tolerance=self.tolerance, backend=self._backend)
+            steps = _REFINEMENTS if self._refused is None else _BLIND_REFINEMENTS
+            ops.factored_newton_refresh(factors, damping, values, residual, self.tolerance, steps, backend=self._backend)
         else:
             invert = eigh if self.method == "eigh" else _cholesky_inverse
             found, bound = invert(factors, damping)

@@ -50,8 +50,9 @@ def test_a_refused_matrix_is_done_again_a_refresh_later(method: str) -> None:
 @pytest.mark.parametrize("method", NAMED_METHODS)
 def test_what_is_certified_is_what_waiting_would_have_given(method: str) -> None:
     waiting, late = (InverseStack(_factors(10.0), method, 0.05, "torch", wait=wait) for wait in (True, False))
+    factors, damping = _factors(1e3), torch.tensor([0.1, 0.01])
     for _ in range(3):
-        factors, damping = _factors(1e3), torch.tensor([0.1, 0.01])
+        factors = 0.9 * factors + 0.1 * _factors(1e3)  # as a moving average moves
         for stack in (waiting, late):
             stack.refresh(factors, damping)
         assert torch.equal(waiting.values, late.values)

@@ -81,12 +81,11 @@ class Layer(ABC):
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
         """Rows of A and G from the module's input and the gradient with respect to its output."""
 
-    def gradient(self, group: int) -> tuple[Tensor, Tensor]:
-        """Gradients of weight and bias of one group; an empty tensor for one that is not there."""
+    def gradient(self, group: int) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of weight and bias of one group, where they are."""
         rows = slice(group * self.output_size, (group + 1) * self.output_size)
         weight, bias = self.weight.grad, None if self.bias is None else self.bias.grad
-        nothing = self.weight.new_empty(0)
-        return nothing if weight is None else weight[rows], nothing if bias is None else bias[rows]
+        return None if weight is None else weight[rows], None if bias is None else bias[rows]
 
     def read_update(self, blocks: list[Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
         """Weight and bias with their parts of the preconditioned gradient, from one block (or wider) a group."""
