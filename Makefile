@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check bench clean
+.PHONY: help demo test test-all check bench gpu codegen clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -31,8 +31,28 @@ test: check  ## the checks, then every test that is not slow
 test-all: check  ## the checks, then every test
 	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST)
 
-bench: $(VENV)/.installed-bench  ## kernel benchmarks on this machine
+bench: $(VENV)/.installed-bench  ## the cost model, then kernel benchmarks on this machine
+	$(BIN)/python benchmarks/cost_model.py
 	$(BIN)/python -m pytest benchmarks --benchmark-enable -m "slow or not slow" $(PYTEST)
 
+# For a GPU machine without network: the PyTorch and Triton that it has, nothing installed.
+gpu:  ## on a GPU machine: kernels checked against float64, then timed; results in benchmarks/results/
+	PYTHONPATH=. $(PYTHON) benchmarks/run.py --device cuda $(GPU)
+
+# Every Triton that kernels may meet has its golden table: 3.6.0 comes with PyTorch 2.11, 3.7.1 with 2.13, 3.9.0 is the newest.
+CODEGEN := $(patsubst %,codegen-%,3.6.0 3.7.1 3.9.0)
+
+.venv-codegen-%/.installed: constraints.txt
+	$(PYTHON) -m venv .venv-codegen-$*
+	.venv-codegen-$*/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv-codegen-$*/bin/python -m pip install --quiet --no-deps triton==$*
+	@touch $@
+
+$(CODEGEN): codegen-%: .venv-codegen-%/.installed
+	PYTHONPATH=tests:. .venv-codegen-$*/bin/python -m codegen $(UPDATE)
+
+.PHONY: $(CODEGEN)
+codegen: $(CODEGEN)  ## compile every kernel for four GPUs under three Tritons and read the assembly (UPDATE=--update)
+
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks demo.png
+	rm -rf $(VENV) .venv-codegen-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks demo.png

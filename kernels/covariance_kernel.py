@@ -21,50 +21,103 @@ DIRECT = -1  # in TILE_SLOT: all rows in this program; it blends by itself
 
 
 @triton.jit
-def _load_rows(source, row_stride, column_stride, first, last, columns, n, BLOCK_K: tl.constexpr, ALIGNED: tl.constexpr):
-    """Rows first to last (exclusive) and these columns of X, [BLOCK_K, BLOCK], zero outside."""
+def _load_rows(
+    source, row_stride, column_stride, first, last, columns, n,
+    BLOCK_K: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Rows first to last (exclusive) and these columns of X, zero outside; see `_load`.
+
+    Aligned, each operand of a product is loaded the way round that it is used: transposed afterwards, one of the two would not
+    be copied asynchronously. Otherwise columns, which lie side by side as a rule, must come last to go to neighbouring threads.
+    """
     rows = first + tl.arange(0, BLOCK_K)
-    if ALIGNED:
-        offsets = rows[:, None] * row_stride + columns[None, :]
+    if ALIGNED and COLUMNS_FIRST:
+        offsets = columns[:, None] + rows[None, :] * row_stride
+        values = tl.load(source + offsets, mask=(columns < n)[:, None] & (rows < last)[None, :], other=0.0)
     else:
-        offsets = rows[:, None] * row_stride + columns[None, :] * column_stride
-    return tl.load(source + offsets, mask=(rows < last)[:, None] & (columns < n)[None, :], other=0.0)
+        if ALIGNED:
+            offsets = rows[:, None] * row_stride + columns[None, :]
+        else:
+            offsets = rows[:, None] * row_stride + columns[None, :] * column_stride
+        values = tl.load(source + offsets, mask=(rows < last)[:, None] & (columns < n)[None, :], other=0.0)
+        if COLUMNS_FIRST:
+            values = tl.trans(values)
+    return values
 
 
 @triton.jit
-def _load_patches(source, layer, first, last, columns, n, BLOCK_K: tl.constexpr):
-    """The same of patches of images (N, C, *spatial): a row is an image and a position, a column a channel and an offset."""
+def _column_axis(layer, axis: tl.constexpr, rest, memory):
+    """Offset of a column along one axis of the window, what is left of its number, and how far in memory it is so far."""
+    kernel = tl.load(layer + 6 + axis).to(tl.int32)
+    offset = (rest % kernel) * tl.load(layer + 18 + axis).to(tl.int32)
+    return offset, rest // kernel, memory + offset * tl.load(layer + 24 + axis).to(tl.int32)
+
+
+@triton.jit
+def _row_axis(layer, axis: tl.constexpr, rest, memory):
+    """The same of a row: where its window starts along one axis."""
+    output = tl.load(layer + 9 + axis).to(tl.int32)
+    start = (rest % output) * tl.load(layer + 12 + axis).to(tl.int32) - tl.load(layer + 15 + axis).to(tl.int32)
+    return start, rest // output, memory + start * tl.load(layer + 24 + axis)
+
+
+@triton.jit
+def _place_columns(layer, columns, SPATIAL: tl.constexpr):
+    """(depth, height, width, memory): a column of the patch matrix is a channel and an offset in the window.
+
+    Divisions are dear: this is called before the loop over rows. The offsets within one image are 32 bits wide.
+    """
+    depth = tl.zeros_like(columns)
+    height = tl.zeros_like(columns)
+    width, rest, memory = _column_axis(layer, 2, columns, depth)  # the last dimension varies fastest
+    if SPATIAL > 1:
+        height, rest, memory = _column_axis(layer, 1, rest, memory)
+    if SPATIAL > 2:
+        depth, rest, memory = _column_axis(layer, 0, rest, memory)
+    return depth, height, width, memory + rest * tl.load(layer + 28).to(tl.int32)
+
+
+@triton.jit
+def _within(layer, axis: tl.constexpr, offset, start):
+    """Whether a place lies in the image. Unsigned, what lies before it lies far behind it: one comparison."""
+    at = offset[:, None] + start[None, :]
+    return at.to(tl.uint32, bitcast=True) < tl.load(layer + 21 + axis).to(tl.uint32)
+
+
+@triton.jit
+def _load_patches(source, layer, first, last, columns, place, n, BLOCK_K: tl.constexpr, SPATIAL: tl.constexpr):
+    """The same of patches of images (N, C, *spatial), columns first; a row is an image and a position.
+
+    The threads of a warp so take neighbouring positions, which lie side by side in memory, and each has few rows to divide.
+    """
+    depth, height, width, memory = place
     rows = first + tl.arange(0, BLOCK_K)
     positions = tl.load(layer + 5).to(tl.int32)
-    row_rest, column_rest = rows % positions, columns
-    inside = (rows < last)[:, None] & (columns < n)[None, :]
-    row_offset = (rows // positions).to(tl.int64) * tl.load(layer + 27)
-    column_offset = tl.zeros_like(columns).to(tl.int64)
-    for back in tl.static_range(3):  # width, height, depth: the last dimension varies fastest
-        axis: tl.constexpr = 2 - back
-        kernel = tl.load(layer + 6 + axis).to(tl.int32)
-        output = tl.load(layer + 9 + axis).to(tl.int32)
-        stride = tl.load(layer + 24 + axis)
-        start = (row_rest % output) * tl.load(layer + 12 + axis).to(tl.int32) - tl.load(layer + 15 + axis).to(tl.int32)
-        offset = (column_rest % kernel) * tl.load(layer + 18 + axis).to(tl.int32)
-        row_rest, column_rest = row_rest // output, column_rest // kernel
-        at = start[:, None] + offset[None, :]
-        inside = inside & (at >= 0) & (at < tl.load(layer + 21 + axis).to(tl.int32))
-        row_offset += start.to(tl.int64) * stride
-        column_offset += offset.to(tl.int64) * stride
-    column_offset += column_rest.to(tl.int64) * tl.load(layer + 28)
-    return tl.load(source + row_offset[:, None] + column_offset[None, :], mask=inside, other=0.0)
+    inside = (columns < n)[:, None] & (rows < last)[None, :]
+    image = (rows // positions).to(tl.int64) * tl.load(layer + 27)
+    start, rest, row = _row_axis(layer, 2, rows % positions, image)
+    inside = inside & _within(layer, 2, width, start)
+    if SPATIAL > 1:
+        start, rest, row = _row_axis(layer, 1, rest, row)
+        inside = inside & _within(layer, 1, height, start)
+    if SPATIAL > 2:
+        start, rest, row = _row_axis(layer, 0, rest, row)
+        inside = inside & _within(layer, 0, depth, start)
+    return tl.load(source + row[None, :] + memory[:, None], mask=inside, other=0.0)
 
 
 @triton.jit
 def _load(
-    source, layer, row_stride, column_stride, first, last, columns, n,
-    BLOCK_K: tl.constexpr, ALIGNED: tl.constexpr, PATCHES: tl.constexpr, UPCAST: tl.constexpr,
+    source, layer, row_stride, column_stride, first, last, columns, place, n,
+    BLOCK_K: tl.constexpr, ALIGNED: tl.constexpr, SPATIAL: tl.constexpr, UPCAST: tl.constexpr, COLUMNS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    if PATCHES:
-        values = _load_patches(source, layer, first, last, columns, n, BLOCK_K)
+    """An operand: X^T, [BLOCK, BLOCK_K], or X, [BLOCK_K, BLOCK]."""
+    if SPATIAL:
+        values = _load_patches(source, layer, first, last, columns, place, n, BLOCK_K, SPATIAL)
+        if not COLUMNS_FIRST:
+            values = tl.trans(values)
     else:
-        values = _load_rows(source, row_stride, column_stride, first, last, columns, n, BLOCK_K, ALIGNED)
+        values = _load_rows(source, row_stride, column_stride, first, last, columns, n, BLOCK_K, ALIGNED, COLUMNS_FIRST)
     if UPCAST:  # the interpreter would multiply the bit patterns of bfloat16
         values = values.to(tl.float32)
     return values
@@ -83,13 +136,24 @@ def _blend(pointer, stride, rows, columns, sums, n, alpha, beta):
 
 
 @triton.jit
+def _halves(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Left and right half of a tile."""
+    return tl.split(tl.permute(tl.reshape(values, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def _blend_tile(pointer, stride, i, j, sums, n, alpha, beta, BLOCK: tl.constexpr):
-    """In two halves of columns: half the registers at a time, and two programs fit a multiprocessor."""
+    """In quarters, by columns: the registers of one at a time, and two programs fit a multiprocessor."""
+    quarter: tl.constexpr = BLOCK // 4
     rows = i * BLOCK + tl.arange(0, BLOCK)
-    left, right = tl.split(tl.permute(tl.reshape(sums, (BLOCK, 2, BLOCK // 2)), (0, 2, 1)))
-    columns = j * BLOCK + tl.arange(0, BLOCK // 2)
-    _blend(pointer, stride, rows, columns, left, n, alpha, beta)
-    _blend(pointer, stride, rows, columns + BLOCK // 2, right, n, alpha, beta)
+    columns = j * BLOCK + tl.arange(0, quarter)
+    left, right = _halves(sums, BLOCK, BLOCK)
+    first, second = _halves(left, BLOCK, BLOCK // 2)
+    third, fourth = _halves(right, BLOCK, BLOCK // 2)
+    _blend(pointer, stride, rows, columns, first, n, alpha, beta)
+    _blend(pointer, stride, rows, columns + quarter, second, n, alpha, beta)
+    _blend(pointer, stride, rows, columns + 2 * quarter, third, n, alpha, beta)
+    _blend(pointer, stride, rows, columns + 3 * quarter, fourth, n, alpha, beta)
 
 
 @triton.jit
@@ -109,7 +173,7 @@ def _blend_border(pointer, stride, i, sums, n, count, alpha, beta, BLOCK: tl.con
 def covariance_kernel(
     sources, factors, layers, tiles, alphas, betas, accept, workspace,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    ALIGNED: tl.constexpr, PATCHES: tl.constexpr, UPCAST: tl.constexpr, HAS_ACCEPT: tl.constexpr,
+    ALIGNED: tl.constexpr, SPATIAL: tl.constexpr, UPCAST: tl.constexpr, HAS_ACCEPT: tl.constexpr,
 ):  # fmt: skip
     """One tile, or border stretch, of one layer over one share of its rows; see the tables above.
 
@@ -132,23 +196,37 @@ def covariance_kernel(
         row_stride, stride, n = tl.multiple_of(row_stride, 8), tl.multiple_of(stride, 8), tl.multiple_of(n, 8)
     alpha, beta = tl.load(alphas + index).to(tl.float32), tl.load(betas + index).to(tl.float32)
     partial = workspace + slot.to(tl.int64) * (BLOCK * BLOCK)
+    left, right = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
+    left_place, right_place = left, right
+    if SPATIAL:
+        left_place, right_place = _place_columns(layer, left, SPATIAL), _place_columns(layer, right, SPATIAL)
     if j == -1:
-        columns = i * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros((BLOCK,), tl.float32)
+        # Summed across threads once, after the loop. A sum within it, of which both branches below made use, would besides
+        # stop the compiler for AMD (Triton 3.7).
+        total = tl.zeros((BLOCK, BLOCK_K), tl.float32)
         for row in range(first, last, BLOCK_K):
-            values = _load(source, layer, row_stride, column_stride, row, last, columns, n, BLOCK_K, ALIGNED, PATCHES, UPCAST)
-            total += tl.sum(values.to(tl.float32), 0)
+            values = _load(
+                source, layer, row_stride, column_stride, row, last, left, left_place, n,
+                BLOCK_K, ALIGNED, SPATIAL, UPCAST, COLUMNS_FIRST=True,
+            )  # fmt: skip
+            total += values.to(tl.float32)
+        total = tl.sum(total, 1)
         if slot == -1:
             _blend_border(factor, stride, i, total, n, last - first, alpha, beta, BLOCK)
         else:
             tl.store(partial + tl.arange(0, BLOCK), total)
     else:
-        left, right = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
         sums = tl.zeros((BLOCK, BLOCK), tl.float32)
         for row in range(first, last, BLOCK_K):
-            a = _load(source, layer, row_stride, column_stride, row, last, left, n, BLOCK_K, ALIGNED, PATCHES, UPCAST)
-            b = _load(source, layer, row_stride, column_stride, row, last, right, n, BLOCK_K, ALIGNED, PATCHES, UPCAST)
-            sums = tl.dot(tl.trans(a), b, sums, input_precision=PRECISION)
+            a = _load(
+                source, layer, row_stride, column_stride, row, last, left, left_place, n,
+                BLOCK_K, ALIGNED, SPATIAL, UPCAST, COLUMNS_FIRST=True,
+            )  # fmt: skip
+            b = _load(
+                source, layer, row_stride, column_stride, row, last, right, right_place, n,
+                BLOCK_K, ALIGNED, SPATIAL, UPCAST, COLUMNS_FIRST=False,
+            )  # fmt: skip
+            sums = tl.dot(a, b, sums, input_precision=PRECISION)
         if slot == -1:
             _blend_tile(factor, stride, i, j, sums, n, alpha, beta, BLOCK)
         else:
@@ -158,9 +236,13 @@ def covariance_kernel(
 
 @triton.jit
 def covariance_reduce_kernel(
-    factors, layers, tiles, alphas, betas, accept, workspace, BLOCK: tl.constexpr, HAS_ACCEPT: tl.constexpr
+    factors, layers, tiles, alphas, betas, accept, workspace,
+    BLOCK: tl.constexpr, PART: tl.constexpr, HAS_ACCEPT: tl.constexpr,
 ):  # fmt: skip
-    """Sums the shares of one tile in a fixed order and blends it. Here a tile's first and last are slots of the workspace."""
+    """Sums the shares of one tile in a fixed order and blends it. Here a tile's first and last are slots of the workspace.
+
+    A program takes a square part of the tile, or of a border a stretch: what only adds needs many programs, not large ones.
+    """
     tile = tiles + tl.program_id(0) * 8
     index = tl.load(tile)
     if HAS_ACCEPT:
@@ -172,16 +254,20 @@ def covariance_reduce_kernel(
     factor = tl.load(factors + index).to(tl.pointer_type(tl.float32))
     stride, n = tl.load(layer + 4), tl.load(layer + 1).to(tl.int32)
     alpha, beta = tl.load(alphas + index).to(tl.float32), tl.load(betas + index).to(tl.float32)
-    at, partial = tl.arange(0, BLOCK), workspace + first.to(tl.int64) * (BLOCK * BLOCK)
+    parts: tl.constexpr = BLOCK // PART
+    down, across = tl.program_id(1) // parts, tl.program_id(1) % parts
+    partial = workspace + first.to(tl.int64) * (BLOCK * BLOCK)
+    rows, columns = down * PART + tl.arange(0, PART), across * PART + tl.arange(0, PART)
     if j == -1:
-        total = tl.zeros((BLOCK,), tl.float32)
-        for _ in range(first, last):
-            total += tl.load(partial + at)
-            partial += BLOCK * BLOCK
-        _blend_border(factor, stride, i, total, n, tl.load(layer).to(tl.int32), alpha, beta, BLOCK)
+        if across == 0:
+            total = tl.zeros((PART,), tl.float32)
+            for _ in range(first, last):
+                total += tl.load(partial + rows)
+                partial += BLOCK * BLOCK
+            _blend_border(factor, stride, i * parts + down, total, n, tl.load(layer).to(tl.int32), alpha, beta, PART)
     else:
-        sums = tl.zeros((BLOCK, BLOCK), tl.float32)
+        sums = tl.zeros((PART, PART), tl.float32)
         for _ in range(first, last):
-            sums += tl.load(partial + at[:, None] * BLOCK + at[None, :])
+            sums += tl.load(partial + rows[:, None] * BLOCK + columns[None, :])
             partial += BLOCK * BLOCK
-        _blend_tile(factor, stride, i, j, sums, n, alpha, beta, BLOCK)
+        _blend_tile(factor, stride, i * parts + down, j * parts + across, sums, n, alpha, beta, PART)

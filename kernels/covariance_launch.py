@@ -13,12 +13,14 @@ from torch import Tensor
 from . import covariance_kernel as kernel
 from . import precision, runtime, tuning
 from .addresses import device_table
+from .covariance import WINDOW
 from .runtime import tl
 from .tiles import count
 
 _PROGRAMS_PER_PROCESSOR = 2  # rows are split until a launch has this many
 _LEAST_CHUNKS = 4  # loop iterations of a share of the rows
 _MOST_SHARES = 64
+REDUCED_PART = 32  # side of the part of a tile that a program of the reduction takes
 _KEPT = 64  # tables of pointers remembered; a training loop repeats a handful
 
 # (rows, n, row stride, column stride, factor stride, ...) of a layer, the first fields of its row in the layer table
@@ -45,7 +47,15 @@ def can_use(
             return f"factors[{i}] has columns {factor.stride(1)} apart, and the kernel wants them side by side"
         if source.numel() // max(1, source.shape[1]) >= 2**31 or factor.shape[0] >= 2**31:
             return f"inputs[{i}] has more rows than 32 bits count"
+        if source.dim() > 2 and _extent(source, windows[i * WINDOW : (i + 1) * WINDOW]) >= 2**31:
+            return f"inputs[{i}] has images whose elements lie further apart than 32 bits count"
     return None
+
+
+def _extent(images: Tensor, window: Sequence[int]) -> int:
+    """How far apart in memory, in elements, the places of an image lie that a window reaches, padding included."""
+    padding = [0, *window[9 - (images.dim() - 2) : 9]]
+    return sum((size - 1 + 2 * p) * step for size, p, step in zip(images.shape[1:], padding, images.stride()[1:], strict=True))
 
 
 def geometry_of(source: Tensor, factor: Tensor, window: Sequence[int]) -> Geometry:
@@ -129,6 +139,23 @@ def tables(
     return tuple(tile_rows), tuple(reduce_rows), slots
 
 
+def config_key(dtype: torch.dtype, spatial: int, aligned: bool) -> str:
+    """Whose tile sizes: what a program holds beside the sums, and how wide it copies, differs between the kinds of layers."""
+    if spatial:
+        return "covariance_patches"
+    if not aligned:
+        return "covariance_unaligned"
+    return "covariance_fp32" if dtype == torch.float32 else "covariance"
+
+
+def rows_at_a_time(block_k: int, spatial: int) -> int:
+    """Of a configuration, for inputs with this many spatial dimensions.
+
+    With three, a thread keeps one offset more for every column that it loads: half as many columns then fit its registers.
+    """
+    return block_k // 2 if spatial == 3 else block_k
+
+
 def _is_aligned(source: Tensor, factor: Tensor) -> bool:
     """Whether rows can be copied 16 bytes at a time, and a factor's too."""
     return (
@@ -154,20 +181,20 @@ def launch(
     device = factors[0].device
     target = runtime.target(device)
     geometries = tuple(
-        geometry_of(source, factor, windows[i * 12 : (i + 1) * 12])
+        geometry_of(source, factor, windows[i * WINDOW : (i + 1) * WINDOW])
         for i, (factor, source) in enumerate(zip(factors, inputs, strict=True))
     )
     # Layers of one kind go together: the kind decides how the kernel is compiled.
-    kinds: dict[tuple[torch.dtype, bool, bool], list[int]] = defaultdict(list)
+    kinds: dict[tuple[torch.dtype, int, bool], list[int]] = defaultdict(list)
     for i, (factor, source) in enumerate(zip(factors, inputs, strict=True)):
-        kinds[source.dtype, source.dim() > 2, _is_aligned(source, factor)].append(i)
+        kinds[source.dtype, source.dim() - 2, _is_aligned(source, factor)].append(i)
     layer_table = device_table(geometries, device)
     addresses = device_table((tuple(x.data_ptr() for x in inputs), tuple(x.data_ptr() for x in factors)), device)
     flags = accept.view(torch.uint8) if accept is not None and accept.dtype == torch.bool else accept
-    for (dtype, patches, aligned), members in kinds.items():
+    for (dtype, spatial, aligned), members in kinds.items():
         widest = max(geometries[i][kernel.COLUMNS] for i in members)
-        config = dict(tuning.lookup("covariance_patches" if patches else "covariance", widest, target))
-        block, block_k = config.pop("BLOCK"), config.pop("BLOCK_K")
+        config = dict(tuning.lookup(config_key(dtype, spatial, aligned), widest, target))
+        block, block_k = config.pop("BLOCK"), rows_at_a_time(config.pop("BLOCK_K"), spatial)
         tile_rows, reduce_rows, slots = tables(
             tuple(geometries[i] for i in members),
             tuple(bool(ones_column[i]) for i in members),
@@ -183,12 +210,13 @@ def launch(
             addresses[0], addresses[1], layer_table, tile_table, *shared,
             DTYPE={torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype],
             BLOCK=block, BLOCK_K=block_k, PRECISION=precision.resolve(precision.ROWS, target),
-            ALIGNED=aligned, PATCHES=patches, UPCAST=runtime.INTERPRETED and dtype != torch.float32,
+            ALIGNED=aligned, SPATIAL=spatial, UPCAST=runtime.INTERPRETED and dtype != torch.float32,
             HAS_ACCEPT=flags is not None, enable_fp_fusion=True, **config,
         )  # fmt: skip
         if reduce_rows:
             reduce_table = device_table(reduce_rows, device, torch.int32)
-            kernel.covariance_reduce_kernel[(len(reduce_table),)](
+            part = min(block, REDUCED_PART)
+            kernel.covariance_reduce_kernel[(len(reduce_table), (block // part) ** 2)](
                 addresses[1], layer_table, reduce_table, *shared,
-                BLOCK=block, HAS_ACCEPT=flags is not None, enable_fp_fusion=True, num_warps=config.get("num_warps", 4),
+                BLOCK=block, PART=part, HAS_ACCEPT=flags is not None, enable_fp_fusion=True, num_warps=4,
             )  # fmt: skip

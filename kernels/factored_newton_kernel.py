@@ -156,7 +156,7 @@ def _largest_growth(
         at = first + tl.arange(0, BLOCK)
         _store_vectors(blocks, side, at, _load_vectors(probes, n, at, n), n)
     norms = tl.full((16,), 1.0, tl.float32)
-    for step in range(0, 4):
+    for step in range(4):
         tl.debug_barrier()  # what is read next, other threads of this program have written
         source, target = blocks + (step % 2) * (16 * side), blocks + ((step + 1) % 2) * (16 * side)
         squares = tl.zeros((16,), tl.float32)

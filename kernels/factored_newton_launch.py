@@ -18,9 +18,7 @@ _ALIGNMENT = 16  # rows of scratch start 64 bytes apart or a multiple
 _MOST_MATRICES = 65535  # the second dimension of a launch
 
 
-def can_use(
-    factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tolerance: float, max_steps: int
-) -> str | None:
+def can_use(factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tolerance: float, max_steps: int) -> str | None:
     """What keeps the kernel from serving this stack; None for nothing."""
     batch, n, _ = factor.shape
     if factor.dtype != torch.float32:
@@ -54,23 +52,22 @@ def launch(factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tole
     tiles = lower_tiles(count(n, block), device)
     grid = (len(tiles), batch)
 
-    def scratch() -> Tensor:
-        return torch.empty(batch, n, side, device=device)
+    def scratch(*sides: int) -> Tensor:
+        return torch.empty(batch, *sides, dtype=torch.float32, device=device)
 
     damping = damping.contiguous()
-    transposed, product, energy = scratch(), scratch(), scratch()
-    rounded = scratch() if rounds else root
-    partials = torch.empty(batch, len(tiles), kernel.PARTIALS, device=device)
+    transposed, product, energy = scratch(n, side), scratch(n, side), scratch(n, side)
+    rounded = scratch(n, side) if rounds else root
+    partials, scales = scratch(len(tiles), kernel.PARTIALS), scratch()
     flags = torch.empty(batch, kernel.FLAGS, dtype=torch.int32, device=device)
-    scales = torch.empty(batch, device=device)
     probes = fixed_probes(n, torch.float32, device)
-    blocks = torch.empty(batch, 2, len(probes), side, device=device)
+    blocks = scratch(2, len(probes), side)
 
     tile = {"BLOCK": block, "BLOCK_K": block_k, "PRECISION": mode, "enable_fp_fusion": True, **config}
     noise = COMPUTED * torch.finfo(torch.float32).eps / 2
     kernel.prepare_kernel[grid](
         root, rounded, transposed, flags, residual, tiles, n, root.stride(0), root.stride(1), side,
-        BLOCK=block, ROUND=rounds, num_warps=config.get("num_warps", 4),
+        BLOCK=block, ROUND=rounds, enable_fp_fusion=True, num_warps=config.get("num_warps", 4),
     )  # fmt: skip
     for _ in range(max_steps):
         kernel.factor_kernel[grid](

@@ -1,12 +1,12 @@
 """The Triton kernels of the cold inverse: one fused kernel for small matrices, and for larger ones a kernel for each stage.
 
-Every matrix that occurs is exactly symmetric: the right operand of a product is read by its rows, as the left one is, and
-only tiles on and below the diagonal are computed, then mirrored. M = X B and X take turns between two buffers; a matrix with
-`remaining` steps to go lies in buffer `remaining % 2`, so that every matrix ends in buffer 0, whenever it ends.
+Every matrix that occurs is exactly symmetric: only tiles on and below the diagonal are computed, then mirrored, and large
+matrices are read by rows as right operands too. X and M = X B take turns between two buffers; a matrix with `remaining` steps
+to go lies in buffer `remaining % 2`, so that every matrix ends in buffer 0, whenever it ends.
 
-Large matrices work in a stack (2 buffers, X and M, B, n, n), n a multiple of 16 with zeros on the pad: copies are then 16 bytes
-wide for any size. The schedule is a stack (steps + 1, B, 4) of rows (h0, h1, remaining, ready): coefficients, steps to go
-before this one, and which product (0: X, 1: M, -1: none) the preparation has computed already.
+Large matrices work in a stack (2 buffers, X and M, B, side, side), the side a multiple of 16 with zeros on the pad: copies are
+then 16 bytes wide for any size. The schedule is a stack (steps + 1, B, 4) of rows (h0, h1, remaining, ready): coefficients,
+steps to go with this one, and which product (0: X, 1: M, -1: neither) the preparation has computed already.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def _certificate(trace, rounding):
 
 @triton.jit
 def _symmetric_product(left, right, PRECISION: tl.constexpr, SIDE: tl.constexpr):
-    """Left right, mirrored from its lower triangle; right is symmetric."""
-    product = tl.dot(left, tl.trans(right), input_precision=PRECISION)
+    """The product, known to be symmetric, mirrored from its lower triangle."""
+    product = tl.dot(left, right, input_precision=PRECISION)
     at = tl.arange(0, SIDE)
     return tl.where(at[:, None] >= at[None, :], product, tl.trans(product))
 
@@ -105,9 +105,12 @@ def fused_kernel(
         x = h0 * x + h1 * _symmetric_product(x, m, PRECISION, SIDE)
         m = h0 * m + h1 * _symmetric_product(m, m, PRECISION, SIDE)
         remaining = tl.where(1 - lower > TOLERANCE, remaining - 1, 0)
+    # Nothing remains: adding that zero makes addresses, and B below, anew. Kept, they would cost the loop its registers.
+    at += remaining
+    diagonal = (at[:, None] == at[None, :]) & (at < n)[:, None]
     store_mirrored(inverse + matrix * inverse_batch, inverse_stride, at, at, x, n)
-    target = _load_damped(source, factor_stride, at, at, n, damping)  # again: kept, it would cost the loop its registers
-    error = tl.where(diagonal, 1.0, 0.0) - tl.dot(target, tl.trans(x), input_precision=PRECISION)
+    target = _load_damped(source, factor_stride, at, at, n, damping)
+    error = tl.where(diagonal, 1.0, 0.0) - tl.dot(x, target, input_precision=PRECISION)  # R^T: tr(R R) is the same
     rounding = ROUNDING * tl.sum(tl.where(diagonal, target * tl.abs(x), 0.0))
     tl.store(residual + matrix, _certificate(tl.sum(error * tl.trans(error)), rounding))
 

@@ -1,4 +1,4 @@
-"""Launches the kernels of the cold inverse: fused for small matrices, stage by stage for larger ones, never waiting for them."""
+"""Launches the kernels of the cold inverse: fused for small matrices, in stages for larger ones, without a wait."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from .certificate import MULTIPLIED
 from .newton_schulz import EDGE, LEAST, MOST
 from .tiles import count, lower_tiles
 
-FUSED_UP_TO = 64  # a larger matrix does not fit the registers of one program
 _ALIGNMENT = 16
+_TILE = 32  # of kernels without products
 _CHUNK = 256  # tiles whose shares a reduction adds at a time
 _ROUNDING = MULTIPLIED * torch.finfo(torch.float32).eps / 2
 _PROGRAMS = 2**31  # of one launch
 
 
-def can_use(
-    factor: Tensor, damping: Tensor, inverse: Tensor, residual: Tensor, tolerance: float, max_steps: int
-) -> str | None:
+def can_use(factor: Tensor, damping: Tensor, inverse: Tensor, residual: Tensor, tolerance: float, max_steps: int) -> str | None:
     """What keeps the kernels from serving this stack; None for nothing."""
     batch, n, _ = factor.shape
     if factor.dtype != torch.float32:
@@ -34,7 +32,7 @@ def can_use(
             return f"{name} has columns {stack.stride(2)} apart, and the kernels want them side by side"
     if residual.stride(0) != 1:
         return f"residual has numbers {residual.stride(0)} apart, and the kernels want them side by side"
-    if factor.data_ptr() == inverse.data_ptr():
+    if factor.data_ptr() == inverse.data_ptr() != 0:
         return "inverse is factor, and the kernels read one after writing the other"
     tiles = count(n, _ALIGNMENT)  # more than any block makes
     if batch * tiles * (tiles + 1) >= _PROGRAMS:
@@ -46,21 +44,29 @@ def launch(factor: Tensor, damping: Tensor, inverse: Tensor, residual: Tensor, t
     """The Triton twin of `newton_schulz_inverse_reference`, for calls that `can_use` has nothing against."""
     if factor.shape[0] == 0:
         return
+    damping, max_steps = damping.contiguous(), max(0, max_steps)
     constants = {"TOLERANCE": float(tolerance), "EDGE": EDGE, "LEAST": LEAST, "MOST": MOST}
-    serve = _fused if factor.shape[-1] <= FUSED_UP_TO else _by_stages
-    serve(factor, damping.contiguous(), inverse, residual, max_steps, constants)
+    config = dict(tuning.lookup("newton_schulz_fused", factor.shape[-1], runtime.target(factor.device)))
+    if config.pop("FUSED"):  # whether a matrix of this side fits the registers of one program
+        _fused(factor, damping, inverse, residual, max_steps, constants, config)
+    else:
+        _by_stages(factor, damping, inverse, residual, max_steps, constants)
 
 
 def _fused(
-    factor: Tensor, damping: Tensor, inverse: Tensor, residual: Tensor, max_steps: int, constants: dict[str, float]
+    factor: Tensor,
+    damping: Tensor,
+    inverse: Tensor,
+    residual: Tensor,
+    max_steps: int,
+    constants: dict[str, float],
+    config: tuning.Config,
 ) -> None:
     batch, n, _ = factor.shape
-    target = runtime.target(factor.device)
     kernel.fused_kernel[(batch,)](
         factor, factor.stride(0), factor.stride(1), damping, inverse, inverse.stride(0), inverse.stride(1), residual,
         n, max_steps, **constants, ROUNDING=_ROUNDING, SIDE=max(16, 1 << (n - 1).bit_length()),
-        PRECISION=precision.resolve(precision.EXACT, target), enable_fp_fusion=True,
-        **tuning.lookup("newton_schulz_fused", n, target),
+        PRECISION=precision.resolve(precision.EXACT, runtime.target(factor.device)), enable_fp_fusion=True, **config,
     )  # fmt: skip
 
 
@@ -74,26 +80,29 @@ def _by_stages(
     last: dict[str, Any] = dict(tuning.lookup("newton_schulz_residual", n, target))
     for config in (step, last):
         config |= {"PRECISION": precision.resolve(precision.EXACT, target), "enable_fp_fusion": True}
-    tiles = lower_tiles(count(side, step["BLOCK"]), device)
-    last_tiles = lower_tiles(count(side, last["BLOCK"]), device)
-
+    step_tiles, last_tiles, plain_tiles = (
+        lower_tiles(count(side, block), device) for block in (step["BLOCK"], last["BLOCK"], _TILE)
+    )
     uppers = torch.empty(batch, device=device)
-    squares = torch.empty(batch, len(tiles), dtype=torch.float64, device=device)
+    squares = torch.empty(batch, len(plain_tiles), dtype=torch.float64, device=device)
     schedule = torch.empty(max_steps + 1, batch, kernel.ROW, device=device)
     work = torch.empty(2, 2, batch, side, side, device=device)
     partials = torch.empty(2, batch, len(last_tiles), device=device)
 
     source = (factor, factor.stride(0), factor.stride(1), damping)
-    elementwise = {"BLOCK": step["BLOCK"], "enable_fp_fusion": True, "num_warps": 8}
-    grid = (batch * len(tiles),)
-    kernel.norm_kernel[grid](*source, squares, tiles, len(tiles), n, **elementwise)
-    # Without fused multiply-adds: the schedule is then the reference's to the last bit.
+    plain = {"BLOCK": _TILE, "enable_fp_fusion": True}
+    grid = (batch * len(plain_tiles),)
+    kernel.norm_kernel[grid](*source, squares, plain_tiles, len(plain_tiles), n, **plain)
+    # Without fused multiply-adds the schedule is the reference's to the last bit.
     kernel.schedule_kernel[(batch,)](
-        squares, damping, uppers, schedule, batch, len(tiles), max_steps, **constants, CHUNK=_CHUNK, enable_fp_fusion=False
-    )
-    kernel.prepare_kernel[grid](*source, uppers, schedule, work, tiles, batch, len(tiles), n, side, **elementwise)
+        squares, damping, uppers, schedule, batch, len(plain_tiles), max_steps, **constants, CHUNK=_CHUNK,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    kernel.prepare_kernel[grid](
+        *source, uppers, schedule, work, plain_tiles, batch, len(plain_tiles), n, side, **plain
+    )  # fmt: skip
     for row in schedule[:max_steps].unbind():
-        kernel.step_kernel[(2 * batch * len(tiles),)](work, row, tiles, batch, len(tiles), side, **step)
+        kernel.step_kernel[(2 * batch * len(step_tiles),)](work, row, step_tiles, batch, len(step_tiles), side, **step)
     kernel.residual_kernel[(batch * len(last_tiles),)](
         *source, work, inverse, inverse.stride(0), inverse.stride(1), partials, last_tiles, batch, len(last_tiles), n, side,
         **last,

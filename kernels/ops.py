@@ -1,37 +1,20 @@
-"""The four operations of K-FAC as torch operators: tensors in, results written to tensors that the caller owns.
+"""The operations of K-FAC, checked: tensors in, results written to tensors that the caller owns.
 
-Registered with `torch.library.Library.define` and `impl` (2 us a call; `custom_op` costs 26). Each has two implementations,
-a Triton kernel and its plain-torch reference: `backend="auto"` takes the kernel on a GPU, where its `can_use` has nothing
-against the call, `"triton"` insists on it, `"torch"` takes the reference.
+Four carry the mathematics, three beside them move data. Each has two implementations, a Triton kernel and its plain-torch
+reference: `backend="auto"` takes the kernel on a GPU, where its `can_use` has nothing against the call, `"triton"` insists on
+it, `"torch"` takes the reference.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import covariance_launch, factored_newton_launch, newton_schulz_launch, precondition_launch, runtime
-from .covariance import ROWS, WINDOW, covariance_ema_reference, window
-from .factored_newton import factored_newton_refresh_reference
-from .lists import (
-    blend_reference,
-    can_use_blend,
-    can_use_gather,
-    can_use_squares,
-    gather_reference,
-    launch_blend,
-    launch_gather,
-    launch_squares,
-    squares_reference,
-)
-from .newton_schulz import newton_schulz_inverse_reference
-from .precondition import precondition_reference
+from . import library as _library  # noqa: F401  (registers the operators)
+from .covariance import ROWS, WINDOW, window
 
 __all__ = [
     "ROWS",
@@ -45,97 +28,6 @@ __all__ = [
     "squares",
     "window",
 ]
-
-# The registrations live as long as this object does.
-LIBRARY = torch.library.Library("kfac_triton", "DEF")
-
-
-@dataclass(frozen=True)
-class _Operator:
-    """An operator's arguments, its plain-torch reference, and its kernel's launcher, if it has one.
-
-    `can_use` names what the kernel cannot do, `prefer_reference` why it should not, which counts when the choice is open.
-    """
-
-    arguments: str
-    reference: Callable[..., None]
-    launch: Callable[..., None] | None = None
-    can_use: Callable[..., str | None] | None = None
-    prefer_reference: Callable[..., str | None] | None = None
-
-    def why_not(self, *arguments: Any, backend: str) -> str | None:
-        """What speaks against the kernel for this call; None for nothing."""
-        reason = self.can_use(*arguments) if self.can_use is not None else "it has no kernel"
-        if reason is None and backend == "auto" and self.prefer_reference is not None:
-            reason = self.prefer_reference(*arguments)
-        return reason
-
-
-_OPERATORS = {
-    "covariance_ema": _Operator(
-        "Tensor(a!)[] factors, Tensor[] inputs, Tensor alpha, Tensor beta, bool[] ones_column, int[] windows, "
-        "Tensor? accept=None",
-        covariance_ema_reference,
-        covariance_launch.launch,
-        covariance_launch.can_use,
-    ),
-    "newton_schulz_inverse": _Operator(
-        "Tensor factor, Tensor damping, Tensor(a!) inverse, Tensor(b!) residual, float tolerance, int max_steps",
-        newton_schulz_inverse_reference,
-        newton_schulz_launch.launch,
-        newton_schulz_launch.can_use,
-    ),
-    "factored_newton_refresh": _Operator(
-        "Tensor factor, Tensor damping, Tensor(a!) root, Tensor(b!) residual, float tolerance, int max_steps",
-        factored_newton_refresh_reference,
-        factored_newton_launch.launch,
-        factored_newton_launch.can_use,
-    ),
-    "precondition": _Operator(
-        "Tensor gradient, Tensor left, Tensor right, Tensor(a!) out, Tensor(b!) product, bool factored",
-        precondition_reference,
-        precondition_launch.launch,
-        precondition_launch.can_use,
-        precondition_launch.prefer_reference,
-    ),
-    "squares": _Operator("Tensor[] inputs, Tensor(a!) out", squares_reference, launch_squares, can_use_squares),
-    "gather": _Operator("Tensor[] weights, Tensor[] biases, Tensor(a!) out", gather_reference, launch_gather, can_use_gather),
-    "blend": _Operator(
-        "Tensor(a!) factor, Tensor total, Tensor keep, Tensor gain, Tensor accept",
-        blend_reference,
-        launch_blend,
-        can_use_blend,
-    ),
-}
-
-
-def _no_result(*args: object, **kwargs: object) -> None:
-    """Shape function: every operator writes to its arguments and returns nothing."""
-
-
-# What each operator runs, beside its registration: torch's dispatcher is not needed to find it.
-IMPLEMENTATIONS: dict[str, Callable[..., None]] = {}
-
-
-def _register(name: str, operator: _Operator) -> None:
-    def run(first: Tensor | list[Tensor], *rest: Any, backend: str = "auto") -> None:
-        example = first if isinstance(first, Tensor) else first[0] if first else None
-        if operator.launch is not None and example is not None:
-            why_not = functools.partial(operator.why_not, first, *rest, backend=backend)
-            if runtime.choose(name, backend, example.device, why_not):
-                operator.launch(first, *rest)
-                return
-        operator.reference(first, *rest)
-
-    LIBRARY.define(f'{name}({operator.arguments}, *, str backend="auto") -> ()')
-    IMPLEMENTATIONS[name] = run
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"kfac_triton::{name}", _no_result, lib=LIBRARY)
-
-
-for _name, _operator in _OPERATORS.items():
-    _register(_name, _operator)
-
 
 def _require(condition: bool, message: str) -> None:
     if not condition:

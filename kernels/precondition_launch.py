@@ -32,9 +32,7 @@ def can_use(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product:
     return None
 
 
-def prefer_reference(
-    gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor, factored: bool
-) -> str | None:
+def prefer_reference(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor, factored: bool) -> str | None:
     """Why the library's products should serve a call that leaves the choice open; None for no reason."""
     largest = max(gradient.shape[1:])
     if largest > LARGEST_PREFERRED:
@@ -50,11 +48,11 @@ def launch(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: 
     target = runtime.target(gradient.device)
     config = dict(tuning.lookup("precondition", max(m, n), target))
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
-    partials = torch.empty(batch, count(m, block_m) * count(n, block_n), device=gradient.device)
+    partials = gradient.new_empty(batch, count(m, block_m) * count(n, block_n))
 
     def scratch(rows: int, columns: int) -> Tensor:
         padded = count(columns, _ALIGNMENT) * _ALIGNMENT
-        return torch.empty(batch, rows, padded, device=gradient.device)[:, :, :columns]
+        return gradient.new_empty(batch, rows, padded)[:, :, :columns]
 
     def multiply(a: Tensor, b: Tensor, into: Tensor, transposed: bool = False) -> Tensor:
         """Into <- a b^T or a^T b^T."""

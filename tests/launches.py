@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kfac_triton.kernels import ops
+from kfac_triton.kernels.library import OPERATORS
 from kfac_triton.kernels.runtime import triton
 from kfac_triton.late import LateFlags
 
@@ -49,7 +49,7 @@ class CountedOperators(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if func.namespace == "kfac_triton":  # not what it is called, but what it does
             with self:
-                return ops.IMPLEMENTATIONS[name](*args, **(kwargs or {}))
+                return OPERATORS[name].run(name, *args, **(kwargs or {}))
         if name not in VIEWS:
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))

@@ -13,6 +13,7 @@ from kfac_triton.inverse import ACCEPT
 from kfac_triton.kernels.certificate import damped, mirror, root_residual
 from kfac_triton.kernels.factored_newton import _spectral_bounds
 
+
 @settings(max_examples=80, deadline=None)
 @given(n=st.integers(1, 80), power=st.floats(1, 6), size=st.floats(1e-6, 0.5), seed=st.integers(0, 2**32))
 def test_one_step_contracts_quadratically(n: int, power: float, size: float, seed: int) -> None:

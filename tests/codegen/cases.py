@@ -1,0 +1,206 @@
+"""Every kernel that is shipped, with every configuration that is shipped for it, as its launcher would have it compiled.
+
+Types are in Triton's notation: `*fp32` an address, `i32:16` an integer that 16 divides. Addresses of tensors are divisible by
+16; so are sizes and strides of the stacks that the optimizer keeps, which are padded for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from kfac_triton.kernels import (
+    covariance_kernel,
+    covariance_launch,
+    factored_newton_kernel,
+    lists_kernel,
+    newton_schulz,
+    newton_schulz_kernel,
+    newton_schulz_launch,
+    precision,
+    precondition_kernel,
+    tuning,
+)
+from kfac_triton.kernels.runtime import Target, tl
+
+from .audit import ARCHITECTURES
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation.
+
+    Attributes:
+        name: "key/up_to/kernel/variant"; the first two name the configuration, and are "-" where a kernel takes none.
+        kernel: the jitted function.
+        types: of its arguments, in order, without the constants.
+        constants: its compile-time arguments.
+        options: launch options.
+        rows: of the tile of its products; 0 where it multiplies nothing.
+        wide: whether its operands are such that every copy in the hot loop must bring 16 bytes.
+    """
+
+    name: str
+    kernel: Any
+    types: str
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    rows: int = 0
+    wide: bool = False
+
+    def signature(self) -> tuple[dict[str, str], list[str]]:
+        """Type of every argument that is no constant, and those that 16 divides."""
+        names = [parameter.name for parameter in self.kernel.params if not parameter.is_constexpr]
+        types = dict(zip(names, self.types.split(), strict=True))
+        aligned = [name for name, kind in types.items() if kind.startswith("*") or kind.endswith(":16")]
+        return {name: kind.removesuffix(":16") for name, kind in types.items()}, aligned
+
+
+def target(arch: str) -> Target:
+    """The kernels' name for an architecture."""
+    return Target(ARCHITECTURES[arch].target.backend, arch, processors=1)
+
+
+def _entries(arch: str, key: str) -> Iterator[tuple[str, int | None, dict[str, Any]]]:
+    """The shipped configurations of one key: the start of a case's name, the largest side, tile sizes and options."""
+    for entry in tuning.load(tuning.SHIPPED / f"{arch}.json")[key]:
+        rest = {name: value for name, value in entry.items() if name != "up_to"}
+        yield f"{key}/{entry['up_to'] or 'any'}", entry["up_to"], rest
+
+
+def _covariance(arch: str) -> Iterator[Case]:
+    types = "*i64 *i64 *i64 *i32 *fp32 *fp32 *u8 *fp32"
+    mode = precision.resolve(precision.ROWS, target(arch))
+    variants = {
+        "covariance": [("bf16", tl.bfloat16, 0, True)],
+        "covariance_fp32": [("fp32", tl.float32, 0, True)],
+        "covariance_unaligned": [("bf16", tl.bfloat16, 0, False), ("fp32", tl.float32, 0, False)],
+        "covariance_patches": [
+            ("bf16, 2 dimensions", tl.bfloat16, 2, False),
+            ("fp32, 2 dimensions", tl.float32, 2, False),
+            ("fp32, 3 dimensions", tl.float32, 3, False),
+        ],
+    }
+    blocks = set()
+    for key, kinds in variants.items():
+        for name, _, config in _entries(arch, key):
+            block, block_k = config.pop("BLOCK"), config.pop("BLOCK_K")
+            blocks.add(block)
+            for kind, type_, spatial, aligned in kinds:
+                depth = covariance_launch.rows_at_a_time(block_k, spatial)
+                constants = {
+                    "DTYPE": type_, "BLOCK": block, "BLOCK_K": depth, "PRECISION": mode, "ALIGNED": aligned,
+                    "SPATIAL": spatial, "UPCAST": False, "HAS_ACCEPT": True,
+                }  # fmt: skip
+                yield Case(
+                    f"{name}/covariance_kernel/{kind}", covariance_kernel.covariance_kernel, types, constants, config,
+                    rows=block, wide=aligned,
+                )  # fmt: skip
+    for block in sorted(blocks):
+        part = min(block, covariance_launch.REDUCED_PART)
+        constants = {"BLOCK": block, "PART": part, "HAS_ACCEPT": True}
+        reduce = covariance_kernel.covariance_reduce_kernel
+        yield Case(f"-/-/covariance_reduce_kernel/{block}", reduce, types.removeprefix("*i64 "), constants, {"num_warps": 4})
+
+
+def _power(side: int) -> int:
+    """The side that a fused kernel pads a matrix to."""
+    return max(16, 1 << (side - 1).bit_length())
+
+
+def _newton_schulz(arch: str) -> Iterator[Case]:
+    kernel, exact = newton_schulz_kernel, precision.resolve(precision.EXACT, target(arch))
+    source = "*fp32 i32:16 i32:16 *fp32"
+    schedule = {"TOLERANCE": 1e-3, "EDGE": newton_schulz.EDGE, "LEAST": newton_schulz.LEAST, "MOST": newton_schulz.MOST}
+    rounding = {"ROUNDING": newton_schulz_launch._ROUNDING}
+    smallest = 1
+    for name, up_to, config in _entries(arch, "newton_schulz_fused"):
+        if config.pop("FUSED"):
+            largest = _power(up_to)
+            for side in (side for side in (16, 32, 64, 128) if _power(smallest) <= side <= largest):
+                constants = schedule | rounding | {"SIDE": side, "PRECISION": exact}
+                types = f"{source} *fp32 i32:16 i32:16 *fp32 i32:16 i32"
+                yield Case(f"{name}/fused_kernel/{side}", kernel.fused_kernel, types, constants, config, rows=side)
+            smallest = up_to + 1
+    for name, _, config in _entries(arch, "newton_schulz_step"):
+        tile = {"BLOCK": config.pop("BLOCK"), "BLOCK_K": config.pop("BLOCK_K"), "PRECISION": exact}
+        types = "*fp32 *fp32 *i32 i32 i32 i32:16"
+        yield Case(f"{name}/step_kernel/-", kernel.step_kernel, types, tile, config, rows=tile["BLOCK"], wide=True)
+    for name, _, config in _entries(arch, "newton_schulz_residual"):
+        tile = {"BLOCK": config.pop("BLOCK"), "BLOCK_K": config.pop("BLOCK_K"), "PRECISION": exact}
+        types = f"{source} *fp32 *fp32 i32:16 i32:16 *fp32 *i32 i32 i32 i32:16 i32:16"
+        yield Case(f"{name}/residual_kernel/-", kernel.residual_kernel, types, tile, config, rows=tile["BLOCK"], wide=True)
+    plain = {"BLOCK": newton_schulz_launch._TILE}
+    yield Case("-/-/norm_kernel/-", kernel.norm_kernel, f"{source} *fp64 *i32 i32 i32:16", plain, {})
+    types = f"{source} *fp32 *fp32 *fp32 *i32 i32 i32 i32:16 i32:16"
+    yield Case("-/-/prepare_kernel/-", kernel.prepare_kernel, types, plain, {})
+    chunk = {"CHUNK": newton_schulz_launch._CHUNK}
+    types = "*fp64 *fp32 *fp32 *fp32 i32 i32 i32"
+    yield Case("-/-/schedule_kernel/-", kernel.schedule_kernel, types, schedule | chunk, {"enable_fp_fusion": False})
+    yield Case("-/-/certificate_kernel/-", kernel.certificate_kernel, "*fp32 *fp32 i32 i32", rounding | chunk, {})
+
+
+def _factored_newton(arch: str) -> Iterator[Case]:
+    kernel, mode = factored_newton_kernel, precision.resolve(precision.COARSE, target(arch))
+    split = mode == "tf32"
+    strides = "i32:16 i32:16"
+    for name, _, config in _entries(arch, "factored_newton"):
+        block, block_k = config.pop("BLOCK"), config.pop("BLOCK_K")
+        prepare = {"BLOCK": block, "ROUND": split}
+        types = f"*fp32 *fp32 *fp32 *i32 *fp32 *i32 i32:16 {strides} i32:16"
+        warps = {"num_warps": config.get("num_warps", 4)}
+        yield Case(f"{name}/prepare_kernel/-", kernel.prepare_kernel, types, prepare, warps)
+        tile = {"BLOCK": block, "BLOCK_K": block_k, "PRECISION": mode}
+        for function, constants, types in (
+            (
+                kernel.factor_kernel,
+                {"SPLIT": split},
+                f"*fp32 *fp32 *fp32 *fp32 *fp32 *i32 *i32 i32:16 {strides} {strides} i32:16",
+            ),
+            (kernel.energy_kernel, {"SPLIT": split}, f"*fp32 *fp32 *fp32 *fp32 *i32 *i32 i32:16 {strides} i32:16"),
+            (
+                kernel.update_kernel,
+                {"ROUND": split},
+                f"*fp32 *fp32 *fp32 *fp32 *fp32 *i32 *fp32 *i32 i32:16 {strides} {strides} i32:16",
+            ),
+        ):
+            label = f"{name}/{function.__name__}/-"
+            yield Case(label, function, types, tile | constants, config, rows=block, wide=True)
+    for name, _, config in _entries(arch, "factored_newton_plan"):
+        rows = config.pop("BLOCK")
+        constants = {"BLOCK": rows, "BLOCK_K": config.pop("BLOCK_K"), "PRECISION": mode}
+        types = "*fp32 *fp32 *i32 *fp32 *fp32 *fp32 *fp32 i32:16 i32:16 i32 fp32 fp32 fp32"
+        yield Case(f"{name}/plan_kernel/-", kernel.plan_kernel, types, constants, config, rows=rows)
+
+
+def _precondition(arch: str) -> Iterator[Case]:
+    mode = precision.resolve(precision.COARSE, target(arch))
+    types = f"*fp32 *fp32 *fp32 *fp32 *fp32 i32:16 i32:16 i32:16 {' '.join(['i32:16'] * 8)}"
+    steps = {"symmetric": (False, False), "right root": (False, True), "left root": (True, True)}
+    for name, _, config in _entries(arch, "precondition"):
+        tile = {key: config.pop(key) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+        for step, (turned, triangular) in steps.items():
+            constants = {"PRECISION": mode, "LEFT_TRANSPOSED": turned, "TRIANGULAR": triangular, "REDUCE": True}
+            yield Case(
+                f"{name}/product_kernel/{step}", precondition_kernel.product_kernel, types, tile | constants, config,
+                rows=tile["BLOCK_M"], wide=not turned,
+            )  # fmt: skip
+
+
+def _lists(arch: str) -> Iterator[Case]:
+    del arch  # a kernel that only adds is the same everywhere
+    kernel = lists_kernel
+    for dtype, type_ in (("bf16", tl.bfloat16), ("fp32", tl.float32)):
+        constants = {"DTYPE": type_, "BLOCK": 8192}
+        yield Case(f"-/-/squares_kernel/{dtype}", kernel.squares_kernel, "*i64 *fp32", constants, {"num_warps": 8})
+        constants = {"DTYPE": type_, "BLOCK": 1024}
+        yield Case(f"-/-/gather_kernel/{dtype}", kernel.gather_kernel, "*i64 *fp32 i32:16 i32:16", constants, {"num_warps": 4})
+    types = "*fp32 *fp32 *fp32 *fp32 *u8 i32:16"
+    yield Case("-/-/blend_kernel/-", kernel.blend_kernel, types, {"BLOCK": 1024}, {"num_warps": 4})
+
+
+def shipped(arch: str) -> list[Case]:
+    """All of them for one architecture."""
+    families = (_covariance, _newton_schulz, _factored_newton, _precondition, _lists)
+    return [case for family in families for case in family(arch)]

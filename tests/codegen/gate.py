@@ -1,0 +1,117 @@
+"""The rules that compiled kernels must keep, and the table of what they were when it was last written down."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+SHARED_PER_PROGRAM = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+REMEMBERED = ("registers", "occupancy")
+MARK = "codegen: "  # starts the lines of a child
+_WIDE = {"async 16", "load 16", "bulk"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one case.
+
+    Attributes:
+        name: of the case.
+        kernel: "module.function".
+        rows: of the tile of its products, 0 for a kernel without any.
+        wide: whether it must copy 16 bytes at a time.
+        warps: that it is launched with.
+        report: fields of `audit.Report`, or None where nothing was compiled.
+        error: why not.
+    """
+
+    name: str
+    kernel: str
+    rows: int
+    wide: bool
+    warps: int
+    report: dict[str, Any] | None = None
+    error: str = ""
+
+
+def golden_file() -> Path:
+    """The table for the installed Triton."""
+    return HERE / "golden" / f"triton-{version('triton')}.json"
+
+
+def unit(arch: str, rows: int, warps: int) -> str:
+    """How the tensor-core instructions start that a tile with this many rows should use."""
+    whole_group = rows >= 64 and warps >= 4
+    return {"sm_80": "HMMA", "sm_90": "HGMMA" if whole_group else "HMMA", "sm_100": "UTC" if whole_group else "HMMA"}.get(
+        arch, "v_mfma"
+    )
+
+
+def objections(arch: str, outcome: Outcome) -> list[str]:
+    """What is wrong with one case; nothing, if it may ship."""
+    report = outcome.report
+    if report is None:
+        return [outcome.error]
+    found = []
+    if report["spills"]:
+        found.append(f"spills {report['spills']} bytes")
+    if report["shared"] > SHARED_PER_PROGRAM[arch]:
+        found.append(f"shared memory of {report['shared']} bytes, and a program has {SHARED_PER_PROGRAM[arch]}")
+    elif report["occupancy"] < 1:
+        found.append(f"no program fits a multiprocessor with {report['registers']} registers a thread")
+    if outcome.rows:
+        wanted = unit(arch, outcome.rows, outcome.warps)
+        if not any(kind.startswith(wanted) for kind in report["products"]):
+            found.append(f"no tensor cores of kind {wanted} in the hot loop, but {report['products'] or 'none'}")
+    if outcome.wide and (not report["copies"] or set(report["copies"]) - _WIDE):
+        found.append(f"narrow copies in the hot loop: {report['copies'] or 'none at all'}")
+    return found
+
+
+def _environment(cache: str) -> dict[str, str]:
+    """Of a child: kernels compiled, not interpreted; afresh; and the modules of the tests and the package in reach."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    return kept | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(ROOT)])}
+
+
+def compile_all(arch: str, which: str = "shipped") -> list[Outcome]:
+    """Compiles the "shipped" or the "rejected" cases for one architecture; a child that dies costs only its case."""
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory() as cache:
+        while True:
+            command = [sys.executable, "-m", "codegen.child", arch, which, str(len(outcomes))]
+            child = subprocess.run(command, cwd=ROOT, env=_environment(cache), capture_output=True, text=True, check=False)
+            marked = [line for line in child.stdout.splitlines() if line.startswith(MARK)]
+            lines = [json.loads(line.removeprefix(MARK)) for line in marked]
+            outcomes += [Outcome(**facts, **result) for facts, result in zip(lines[::2], lines[1::2], strict=False)]
+            if child.returncode == 0:
+                return outcomes
+            if len(lines) % 2 == 0:  # it died between two cases: not by compiling
+                raise RuntimeError(f"{' '.join(command)} failed:\n{child.stderr}")
+            said = [line for line in child.stderr.splitlines() if "Assertion" in line or "LLVM ERROR" in line]
+            outcomes.append(Outcome(**lines[-1], error=f"the compiler ended with {child.returncode}: {' '.join(said)[:500]}"))
+
+
+def remembered(outcomes: list[Outcome]) -> dict[str, dict[str, int]]:
+    """The part of the reports that the golden table keeps."""
+    return {o.name: {field: o.report[field] for field in REMEMBERED} for o in outcomes if o.report is not None}
+
+
+def write_golden(results: dict[str, list[Outcome]]) -> None:
+    """Writes the table for the installed Triton, a line a case."""
+    blocks = []
+    for arch, outcomes in results.items():
+        lines = [f"    {json.dumps(name)}: {json.dumps(facts)}" for name, facts in sorted(remembered(outcomes).items())]
+        blocks.append(f'  "{arch}": {{\n' + ",\n".join(lines) + "\n  }")
+    golden_file().parent.mkdir(exist_ok=True)
+    golden_file().write_text("{\n" + ",\n".join(blocks) + "\n}\n")
