@@ -1,0 +1,89 @@
+"""Which implementation serves a call, and with what precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kfac_triton.kernels import precision, runtime
+from kfac_triton.kernels.runtime import Target
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def nothing() -> str | None:
+    return None
+
+
+def something() -> str | None:
+    return "inputs[0] is torch.float64"
+
+
+@pytest.fixture
+def capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that the kernels can run on, as far as the choice goes."""
+    monkeypatch.setattr(runtime, "obstacle", lambda device: None)
+
+
+@pytest.mark.usefixtures("capability")
+@pytest.mark.parametrize(
+    ("backend", "device", "why_not", "chosen"),
+    [
+        ("auto", GPU, nothing, True),
+        ("auto", GPU, something, False),
+        ("auto", CPU, nothing, False),
+        ("torch", GPU, nothing, False),
+        ("triton", GPU, nothing, True),
+        ("triton", CPU, nothing, True),
+    ],
+)
+def test_choice(backend: str, device: torch.device, why_not: object, chosen: bool) -> None:
+    assert runtime.choose("squares", backend, device, why_not) is chosen
+
+
+@pytest.mark.usefixtures("capability")
+def test_what_insists_is_told_why_not() -> None:
+    with pytest.raises(ValueError, match=r"no kernel can serve squares: inputs\[0\] is torch.float64; use 'auto' or 'torch'"):
+        runtime.choose("squares", "triton", GPU, something)
+    with pytest.raises(ValueError, match="backend must be one of auto, triton, torch, but is 'cuda'"):
+        runtime.choose("squares", "cuda", CPU, nothing)
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "message"),
+    [
+        ({"AVAILABLE": False}, GPU, "Triton is not installed"),
+        ({"INTERPRETED": False}, CPU, "compiles for GPUs, and this is cpu; set TRITON_INTERPRET=1"),
+        ({"INTERPRETED": False, "target": lambda device: Target("cuda", "sm_75", 40)}, GPU, "8.0 or newer, and this is sm_75"),
+        ({"INTERPRETED": False, "target": lambda device: Target("cuda", "sm_90", 132)}, GPU, None),
+        ({"INTERPRETED": True}, CPU, None),
+    ],
+)
+def test_obstacles(
+    changes: dict[str, object], device: torch.device, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in changes.items():
+        monkeypatch.setattr(runtime, name, value)
+    reason = runtime.obstacle(device)
+    assert reason is None if message is None else message in str(reason)
+
+
+@pytest.mark.parametrize(
+    ("target", "modes"),
+    [
+        (Target("cuda", "sm_80", 108), ("tf32", "tf32x3", "tf32")),
+        (Target("cuda", "sm_100", 148), ("tf32", "tf32x3", "tf32")),
+        (Target("hip", "gfx942", 304), ("ieee", "ieee", "ieee")),
+        (Target("interpreter", "interpreter", 4), ("ieee", "ieee", "ieee")),
+    ],
+)
+def test_precision(target: Target, modes: tuple[str, ...]) -> None:
+    """tf32x3 is NVIDIA's alone; AMD's matrix cores multiply float32 as it is."""
+    assert tuple(precision.resolve(purpose, target) for purpose in precision.PURPOSES) == modes
+    with pytest.raises(ValueError, match="purpose must be one of rows, exact, coarse, but is 'fast'"):
+        precision.resolve("fast", target)
+
+
+def test_capability() -> None:
+    assert Target("cuda", "sm_103", 1).capability == 103
+    assert Target("hip", "gfx942", 1).capability == 0
