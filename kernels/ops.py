@@ -29,6 +29,7 @@ __all__ = [
     "window",
 ]
 
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)

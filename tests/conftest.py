@@ -1,12 +1,11 @@
-"""Fixtures of every test. Without a GPU kernels are interpreted, which must be said before they are imported."""
+"""Fixtures of every test. Kernels are interpreted, to be said before they are imported; `make gpu` runs them compiled."""
 
 import os
 
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -116,7 +116,7 @@ def _newton_schulz(arch: str) -> Iterator[Case]:
     rounding = {"ROUNDING": newton_schulz_launch._ROUNDING}
     smallest = 1
     for name, up_to, config in _entries(arch, "newton_schulz_fused"):
-        if config.pop("FUSED"):
+        if config.pop("FUSED") and up_to is not None:
             largest = _power(up_to)
             for side in (side for side in (16, 32, 64, 128) if _power(smallest) <= side <= largest):
                 constants = schedule | rounding | {"SIDE": side, "PRECISION": exact}
@@ -151,8 +151,8 @@ def _factored_newton(arch: str) -> Iterator[Case]:
         types = f"*fp32 *fp32 *fp32 *i32 *fp32 *i32 i32:16 {strides} i32:16"
         warps = {"num_warps": config.get("num_warps", 4)}
         yield Case(f"{name}/prepare_kernel/-", kernel.prepare_kernel, types, prepare, warps)
-        tile = {"BLOCK": block, "BLOCK_K": block_k, "PRECISION": mode}
-        for function, constants, types in (
+        tile: dict[str, Any] = {"BLOCK": block, "BLOCK_K": block_k, "PRECISION": mode}
+        for function, extra, types in (
             (
                 kernel.factor_kernel,
                 {"SPLIT": split},
@@ -166,7 +166,7 @@ def _factored_newton(arch: str) -> Iterator[Case]:
             ),
         ):
             label = f"{name}/{function.__name__}/-"
-            yield Case(label, function, types, tile | constants, config, rows=block, wide=True)
+            yield Case(label, function, types, tile | extra, config, rows=block, wide=True)
     for name, _, config in _entries(arch, "factored_newton_plan"):
         rows = config.pop("BLOCK")
         constants = {"BLOCK": rows, "BLOCK_K": config.pop("BLOCK_K"), "PRECISION": mode}
@@ -181,10 +181,12 @@ def _precondition(arch: str) -> Iterator[Case]:
     for name, _, config in _entries(arch, "precondition"):
         tile = {key: config.pop(key) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
         for step, (turned, triangular) in steps.items():
-            constants = {"PRECISION": mode, "LEFT_TRANSPOSED": turned, "TRIANGULAR": triangular, "REDUCE": True}
+            constants: dict[str, Any] = {
+                "PRECISION": mode, "LEFT_TRANSPOSED": turned, "TRIANGULAR": triangular, "REDUCE": True,
+            }  # fmt: skip
             yield Case(
                 f"{name}/product_kernel/{step}", precondition_kernel.product_kernel, types, tile | constants, config,
-                rows=tile["BLOCK_M"], wide=not turned,
+                rows=tile["BLOCK_M"], wide=not turned,  # what is turned on its way is copied in small pieces
             )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def run(arch: str, which: str, first: int) -> None:
         types, aligned = case.signature()
         try:
             compiled = audit.compile_kernel(case.kernel, types, case.constants, aligned, architecture, case.options)
-            result = {"report": asdict(audit.read(compiled, architecture))}
+            result: dict[str, Any] = {"report": asdict(audit.read(compiled, architecture))}
         except Exception as error:  # whatever a compiler may raise is this case's failure, and no other's
             cause = error.__cause__ or error
             result = {

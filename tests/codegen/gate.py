@@ -21,6 +21,11 @@ MARK = "codegen: "  # starts the lines of a child
 _WIDE = {"async 16", "load 16", "bulk"}
 
 
+# Spills that stay, by (Triton, architecture, case), in bytes. The fused inverse of 64 rows fills Hopper's registers: nothing is
+# spilled with four warps under 3.6 and 3.7, with eight under 3.9. By stages it would be a dozen launches instead of one.
+KNOWN_SPILLS = {("3.9.0", "sm_90", "newton_schulz_fused/64/fused_kernel/64"): 216}
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of one case.
@@ -63,7 +68,7 @@ def objections(arch: str, outcome: Outcome) -> list[str]:
     if report is None:
         return [outcome.error]
     found = []
-    if report["spills"]:
+    if report["spills"] > KNOWN_SPILLS.get((version("triton"), arch, outcome.name), 0):
         found.append(f"spills {report['spills']} bytes")
     if report["shared"] > SHARED_PER_PROGRAM[arch]:
         found.append(f"shared memory of {report['shared']} bytes, and a program has {SHARED_PER_PROGRAM[arch]}")

@@ -45,11 +45,15 @@ def in_stages(patch: pytest.MonkeyPatch) -> None:
 
 
 def factor(n: int, condition: float, unit: float = 1.0) -> Tensor:
-    """A positive semidefinite matrix in float64, its eigenvalues spread evenly in logarithm, a few of them zero."""
+    """A positive semidefinite matrix in float64, of many scales and not of full rank, its rows in units up to 30 apart.
+
+    The units are what makes || I - B X ||_F many times the error in the energy norm.
+    """
     basis = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0]
     spectrum = condition ** -torch.rand(n, dtype=torch.float64)
     spectrum[: n // 5] = 0
-    return unit * mirror((basis * spectrum) @ basis.T)
+    rows = torch.logspace(0, -1.5, n, dtype=torch.float64)
+    return unit * mirror((basis * spectrum) @ basis.T * rows[:, None] * rows)
 
 
 def stack(n: int, conditions: list[float], units: list[float]) -> tuple[Tensor, Tensor]:
@@ -107,7 +111,7 @@ tolerances = st.sampled_from([1e-1, 1e-2, 1e-3])
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)  # the slack rests on a search, not on a proof
-@given(stacks(64, 5), tolerances)
+@given(stacks(64, 7), tolerances)
 def test_fused_equals_the_reference(stack: tuple[Tensor, Tensor], tolerance: float) -> None:
     assert_sound(*stack, tolerance)
 
@@ -121,10 +125,10 @@ def test_stages_equal_the_reference(stack: tuple[Tensor, Tensor], tolerance: flo
 
 
 @pytest.mark.parametrize(
-    ("n", "conditions", "steps"), [(65, [1e3, 1e1], 10), (96, [1e6], 16), (131, [1e2], 8), (200, [1e1], 6)]
+    ("n", "conditions", "steps"), [(65, [1e3, 1e1], 10), (70, [1e6], 16), (131, [1e2], 8), (200, [1e1], 6)]
 )
 def test_larger_matrices_as_shipped(n: int, conditions: list[float], steps: int) -> None:
-    """In the second rounding rules: there || I - B X ||_F is many times the error that is certified."""
+    """In the second, rounding outweighs truncation."""
     assert_sound(*stack(n, conditions, [1.0, 1e-3][: len(conditions)]), 1e-2, steps)
 
 
@@ -156,13 +160,19 @@ def test_matrices_of_one_stack_do_not_know_each_other(path: str) -> None:
 
 
 def test_the_zero_matrix(path: str) -> None:
-    """Only damping: the inverse is 1 / damping on the diagonal, exactly zero elsewhere."""
-    factors, damping = torch.zeros(2, 20, 20, device=DEVICE), torch.tensor([1e-3, 5.0], device=DEVICE)
+    """Only damping: the inverse is 1 / damping on the diagonal, exactly zero elsewhere, and the certificate no estimate.
+
+    R is diagonal and each of its entries rounded twice, by u at most, since B X is close to 1.
+    """
+    n, u = 20, torch.finfo(torch.float32).eps / 2
+    factors, damping = torch.zeros(2, n, n, device=DEVICE), torch.tensor([1e-3, 5.0], device=DEVICE)
     inverse, residual = invert(factors, damping, tolerance=1e-6)
     diagonal = inverse.diagonal(dim1=-2, dim2=-1)
     assert torch.equal(inverse, torch.diag_embed(diagonal))
-    torch.testing.assert_close(diagonal, (1 / damping)[:, None].expand(2, 20), rtol=1e-5, atol=0)
-    assert (residual < 1e-4).all()
+    share = damping.double()[:, None] * diagonal.double()
+    assert (share - 1).abs().max() <= 1e-6 + 100 * u  # of some seven steps, each with a handful of roundings
+    expected = torch.linalg.vector_norm(1 - share, dim=1) + MULTIPLIED * u * share.sum(1)
+    assert (residual - expected).abs().max() <= 2 * u * n**0.5
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -213,10 +223,19 @@ def test_one_matrix_for_many_dampings(path: str) -> None:
     assert_sound(factors.expand(3, 17, 17), damping, 1e-2, max_steps=8)
 
 
-def test_the_schedule_is_the_references() -> None:
+def test_a_norm_beyond_float32_is_not_certified(path: str) -> None:
+    factors, damping = stack(18, [1e1, 1e1], [1e38, 1.0])
+    factors[0] = 3e38
+    _, residual = invert(factors, damping)
+    assert residual[0] == torch.inf
+    assert residual[1] < 1
+
+
+@pytest.mark.parametrize("tolerance", [5e-3, 0.0])
+def test_the_schedule_is_the_references(tolerance: float) -> None:
     """Coefficients, their number and the parity that follows from it, of spectra from harmless to hopeless."""
     damping = torch.tensor([0.9999, 0.995, 0.5, 1e-1, 1e-3, 1e-8, 1e-30, 0.0, -1.0, 2.0, torch.nan], device=DEVICE)
-    batch, steps, tolerance = len(damping), 24, 5e-3
+    batch, steps = len(damping), 24
     squares = torch.full((batch, 3), 1 / 3, dtype=torch.float64, device=DEVICE)
     uppers = torch.full((batch,), torch.nan, device=DEVICE)
     schedule = torch.full((steps + 1, batch, newton_schulz_kernel.ROW), torch.nan, device=DEVICE)

@@ -106,6 +106,14 @@ def test_roots_and_inverses_agree() -> None:
     )
 
 
+def test_what_a_root_is_known_to_have_zero_is_not_multiplied() -> None:
+    """NaN far above the diagonal is not seen: sums begin, or end, at the diagonal."""
+    gradient, left, right = torch.randn(2, 150, 170), torch.randn(2, 150, 150).tril(), torch.randn(2, 170, 170).tril()
+    clean = run(gradient, left, right, True)
+    left[:, 0, -1] = right[:, 0, -1] = torch.nan
+    assert all(torch.equal(a, b) for a, b in zip(run(gradient, left, right, True), clean, strict=True))
+
+
 @pytest.mark.parametrize("factored", [False, True])
 def test_parts_of_wider_stacks(factored: bool) -> None:
     """Leading blocks and runs of padded stacks, as the optimizer passes them; the pad is neither read nor written."""
