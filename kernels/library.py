@@ -64,7 +64,8 @@ class Operator:
         if self.launch is not None and example is not None:
             why_not = functools.partial(self.why_not, first, *rest, backend=backend)
             if runtime.choose(name, backend, example.device, why_not):
-                self.launch(first, *rest)
+                with runtime.current(example.device):
+                    self.launch(first, *rest)
                 return
         self.reference(first, *rest)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +62,11 @@ def target(device: torch.device) -> Target:
     if INTERPRETED:
         return Target("interpreter", "interpreter", 4)
     return _device_target(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one, where Triton launches whatever device its tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def obstacle(device: torch.device) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -82,6 +84,16 @@ def test_precision(target: Target, modes: tuple[str, ...]) -> None:
     assert tuple(precision.resolve(purpose, target) for purpose in precision.PURPOSES) == modes
     with pytest.raises(ValueError, match="purpose must be one of rows, exact, coarse, but is 'fast'"):
         precision.resolve("fast", target)
+
+
+def test_kernels_are_launched_where_their_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the current device: a model on the second GPU would be computed on the first."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    with runtime.current(torch.device("cuda", 1)):
+        assert entered == [torch.device("cuda", 1)]
+    with runtime.current(CPU):
+        assert len(entered) == 1
 
 
 def test_capability() -> None:
