@@ -71,7 +71,8 @@ def factored_newton_refresh_reference(
         taken = running & torch.isfinite(after)
         current = torch.where(taken[:, None, None], step, current)
         bound = torch.where(running, after, bound)
-        running = running & (after > tolerance)
+        # Below twice the rounding there is nothing left to gain.
+        running = running & (after > tolerance) & (after > 2 * rounding)
         if not factor.is_cuda and not bool(running.any()):
             break
     root.copy_(current)

@@ -239,7 +239,8 @@ def plan_kernel(
     tl.store(scales + batch, scale)
     tl.store(residual + batch, after)
     tl.store(flags + batch * 2 + 1, taken)
-    tl.store(flags + batch * 2, tl.where(after > tolerance, taken, 0))
+    # Below twice the rounding there is nothing left to gain.
+    tl.store(flags + batch * 2, tl.where(after > tl.maximum(tolerance, 2.0 * error), taken, 0))
 
 
 @triton.jit

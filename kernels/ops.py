@@ -185,7 +185,7 @@ def factored_newton_refresh(
         damping: (B,), positive.
         root: T, (B, n, n), updated in place; a matrix whose step does not contract keeps its last finite T.
         residual: output (B,): bound on the energy-norm error of T^T T after the refresh; infinite asks for a refactoring.
-        tolerance: residual at which a matrix stops.
+        tolerance: residual at which a matrix stops; it also does once all but half of the residual is rounding.
         max_steps: most Newton steps; one is taken in any case.
         backend: "auto", "triton" or "torch".
 

@@ -41,7 +41,10 @@ def store_mirrored(pointer, stride, rows, columns, values, n):
 
 @triton.jit
 def round_tf32(values):
-    """Nearest TF32 number, ties to even: the tensor core, which would cut bits off, then multiplies it exactly."""
+    """Nearest TF32 number, ties to even: the tensor core, which would cut bits off, then multiplies it exactly.
+
+    A NaN stays one: the bits of some would carry over into those of zero.
+    """
     bits = values.to(tl.int32, bitcast=True)
     bits = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF
-    return bits.to(tl.float32, bitcast=True)
+    return tl.where(values == values, bits.to(tl.float32, bitcast=True), values)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ DAMPING = 1e-3  # over the Frobenius norm of a factor: a condition number of abo
 _TF32 = 2.0**-10  # relative error of a float32 number whose last 13 bits are cut off
 
 
-class Problem:
+class Problem(ABC):
     """Arguments of one operation for a set of layers.
 
     Attributes:
@@ -38,17 +39,17 @@ class Problem:
         self.name = name
         self.device = device
 
+    @abstractmethod
     def calls(self) -> list[tuple[Any, ...]]:
         """Arguments of every call, in the order of the signature, without the backend."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prepare(self) -> None:
         """Sets what is updated in place to its start, and poisons what is only written."""
-        raise NotImplementedError
 
+    @abstractmethod
     def error(self) -> float:
         """Error of what is there now, against float64; infinite or NaN for a result that is no result."""
-        raise NotImplementedError
 
     def run(self, backend: str = "auto") -> None:
         """All calls."""
