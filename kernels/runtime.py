@@ -19,7 +19,10 @@ import torch
 try:
     triton: Any = importlib.import_module("triton")
     tl: Any = importlib.import_module("triton.language")
-except ImportError:
+    WHY_UNAVAILABLE = ""
+except ImportError as error:
+    # Triton itself, or something that it needs: its interpreter cannot do without NumPy.
+    WHY_UNAVAILABLE = "Triton is not installed" if error.name == "triton" else f"Triton cannot be imported: {error}"
     triton, tl = SimpleNamespace(jit=lambda function: function, __version__="none"), None
 
 AVAILABLE: bool = tl is not None
@@ -72,7 +75,7 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
 def obstacle(device: torch.device) -> str | None:
     """Why no Triton kernel can run on this device; None if one can."""
     if not AVAILABLE:
-        return "Triton is not installed"
+        return WHY_UNAVAILABLE
     if INTERPRETED:
         return None
     if device.type != "cuda":

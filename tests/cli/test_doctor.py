@@ -40,6 +40,7 @@ def test_a_machine_where_no_kernel_can_run(monkeypatch, capsys):
 
 def test_without_triton_the_reason_is_said(monkeypatch, capsys):
     monkeypatch.setattr(runtime, "AVAILABLE", False)
+    monkeypatch.setattr(runtime, "WHY_UNAVAILABLE", "Triton is not installed")
     assert main(["doctor", "--device", "cpu"]) == 0
     assert "covariance_ema: torch (Triton is not installed)" in capsys.readouterr().out
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -54,7 +58,7 @@ def test_what_insists_is_told_why_not() -> None:
 @pytest.mark.parametrize(
     ("changes", "device", "message"),
     [
-        ({"AVAILABLE": False}, GPU, "Triton is not installed"),
+        ({"AVAILABLE": False, "WHY_UNAVAILABLE": "Triton is not installed"}, GPU, "Triton is not installed"),
         ({"INTERPRETED": False}, CPU, "compiles for GPUs, and this is cpu; set TRITON_INTERPRET=1"),
         ({"INTERPRETED": False, "target": lambda device: Target("cuda", "sm_75", 40)}, GPU, "8.0 or newer, and this is sm_75"),
         ({"INTERPRETED": False, "target": lambda device: Target("cuda", "sm_90", 132)}, GPU, None),
@@ -84,6 +88,20 @@ def test_precision(target: Target, modes: tuple[str, ...]) -> None:
     assert tuple(precision.resolve(purpose, target) for purpose in precision.PURPOSES) == modes
     with pytest.raises(ValueError, match="purpose must be one of rows, exact, coarse, but is 'fast'"):
         precision.resolve("fast", target)
+
+
+@pytest.mark.parametrize(
+    ("blocked", "message"), [("triton", "Triton is not installed"), ("numpy", "Triton cannot be imported: .*numpy")]
+)
+def test_a_missing_package_is_named(blocked: str, message: str) -> None:
+    """In a process of its own. Triton's interpreter needs NumPy, and that is not Triton's absence."""
+    code = (
+        f"import sys; sys.modules[{blocked!r}] = None\n"
+        "import torch, kfac_triton.kernels.runtime as r; print(r.obstacle(torch.device('cpu')))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=True)
+    assert re.search(message, result.stdout)
 
 
 def test_kernels_are_launched_where_their_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
