@@ -21,7 +21,7 @@ _PROGRAMS_PER_PROCESSOR = 2  # rows are split until a launch has this many
 _LEAST_CHUNKS = 4  # loop iterations of a share of the rows
 _MOST_SHARES = 64
 REDUCED_PART = 32  # side of the part of a tile that a program of the reduction takes
-_KEPT = 64  # tables of pointers remembered; a training loop repeats a handful
+_KEPT = 64  # plans remembered; a training loop repeats a handful
 
 # (rows, n, row stride, column stride, factor stride, ...) of a layer, the first fields of its row in the layer table
 Geometry = tuple[int, ...]

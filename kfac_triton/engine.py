@@ -65,7 +65,9 @@ class Engine:
             InverseStack(s.factors, settings.inverse, settings.inverse_tolerance, backend, wait=self.host_looks)
             for s in self.bank.stacks
         ]
-        self.gradients = [GradientStack(group, self.blocks, self.bank, self.inverses, backend) for group in self.bank.groups]
+        self.gradients = [
+            GradientStack(group, self.blocks, self.bank, self.inverses, backend, self.host_looks) for group in self.bank.groups
+        ]
 
         self.gate = Gate()
         kernels_serve = backend != "torch" and all(s.factors.dtype == torch.float32 for s in self.bank.stacks)
@@ -180,6 +182,8 @@ class Engine:
         self.split = pi_split(traces[a], sizes[a], traces[g], sizes[g], self.settings.damping)
         damping = self.bank.scatter(self.split.a, self.split.g)
         for stack, inverse, run in zip(self.bank.stacks, self.inverses, self.bank.runs(), strict=True):
+            if self._has_newcomers:  # what is certified now is an inverse of nothing, or of what a checkpoint overwrote
+                inverse.restart()
             inverse.refresh(stack.factors, damping[run])
         self._stale = self._has_newcomers = False
 
@@ -208,8 +212,6 @@ class Engine:
         """Says that a layer's factors were written from outside, by a checkpoint."""
         self.without_statistics.discard(layer_number)
         self._has_newcomers = self._stale = True
-        for inverse in self.inverses:
-            inverse.restart()
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Module name -> copies of (A, G), bias-corrected; (groups, n, n) each for a layer with channel groups."""

@@ -32,12 +32,18 @@ class GradientStack:
     """
 
     def __init__(
-        self, group: ShapeGroup, blocks: list[Block], bank: FactorBank, inverses: list[InverseStack], backend: str = "auto"
+        self,
+        group: ShapeGroup,
+        blocks: list[Block],
+        bank: FactorBank,
+        inverses: list[InverseStack],
+        backend: str,
+        host_looks: bool,
     ) -> None:
         self.indices = group.blocks
         self.places = torch.tensor(group.blocks, device=bank.home)
         self._backend = backend
-        self._host_looks = bank.home.type == "cpu" and backend != "triton"
+        self._host_looks = host_looks
         self.members = [blocks[i] for i in group.blocks]
         self._left, self._right = inverses[group.g_stack], inverses[group.a_stack]
         self._left_run, self._right_run = group.g_run, group.a_run

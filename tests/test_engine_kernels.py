@@ -131,6 +131,24 @@ def test_a_bad_number_drops_that_layers_statistics_only(bad: float, rows: int) -
     assert all(side.isfinite().all() for pair in ours.factors().values() for side in pair)
 
 
+@pytest.mark.parametrize("inverse", ["newton_schulz", "factored"])
+def test_a_layer_that_comes_late_has_an_inverse_at_once(inverse: str) -> None:
+    """A mixture of experts: until then its certified inverse was that of nothing but damping."""
+    updates = []
+    for backend in ("triton", "torch"):
+        torch.manual_seed(0)
+        experts = nn.ModuleList([nn.Linear(6, 5), nn.Linear(6, 5)])
+        ours = KFACPreconditioner(experts, damping=1e-4, kl_clip=None, inverse=inverse, backend=backend)
+        for number in (0, 0, 1):
+            experts.zero_grad()
+            (100 * experts[number](100 * torch.randn(40, 6))).square().mean().backward()
+            ours.precondition_()
+        assert experts[1].weight.grad is not None
+        updates.append(experts[1].weight.grad)
+        assert all((i.residual <= 0.3).all() for i in ours.engine.inverses)
+    assert relative_error(*updates) <= 0.3  # a bound on the error of an inverse; that of nothing is off by a factor of 1e6
+
+
 def test_a_model_that_no_kernel_can_serve_is_refused() -> None:
     with pytest.raises(ValueError, match=r"backend is 'triton', but layer '0' has torch.float64 factors.*use backend='auto'"):
         KFAC(mlp(torch.float64), backend="triton")

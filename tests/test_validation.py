@@ -22,6 +22,17 @@ def model() -> nn.Linear:
 
 
 NOT_NUMBERS = ["0.1", None, True, False, [0.1], (1,), 1j, torch.tensor([0.1, 0.2])]
+NUMBERS = (
+    "lr",
+    "momentum",
+    "weight_decay",
+    "eps",
+    "damping",
+    "kl_clip",
+    "ema_decay",
+    "inverse_tolerance",
+    "loss_scale",
+)
 NOT_FINITE = [math.nan, math.inf, -math.inf]
 NOT_INTEGERS = [1.0, "1", None, True, False, math.nan, math.inf, [1], torch.tensor(1)]
 NOT_STRINGS = [None, True, 1, 0.5, ["expand"]]
@@ -29,17 +40,7 @@ NOT_STRINGS = [None, True, 1, 0.5, ["expand"]]
 TYPE_ERRORS: list[tuple[str, Any]] = [
     *(
         (name, value)
-        for name in (
-            "lr",
-            "momentum",
-            "weight_decay",
-            "eps",
-            "damping",
-            "kl_clip",
-            "ema_decay",
-            "inverse_tolerance",
-            "loss_scale",
-        )
+        for name in NUMBERS
         for value in NOT_NUMBERS
         if not (name == "kl_clip" and value is None) and not (name == "lr" and isinstance(value, torch.Tensor))
     ),
@@ -50,21 +51,7 @@ TYPE_ERRORS: list[tuple[str, Any]] = [
 ]
 
 VALUE_ERRORS: list[tuple[str, Any]] = [
-    *(
-        (name, value)
-        for name in (
-            "lr",
-            "momentum",
-            "weight_decay",
-            "eps",
-            "damping",
-            "kl_clip",
-            "ema_decay",
-            "inverse_tolerance",
-            "loss_scale",
-        )
-        for value in (*NOT_FINITE, -1.0, -1e-300, -1)
-    ),
+    *((name, value) for name in NUMBERS for value in (*NOT_FINITE, -1.0, -1e-300, -1)),
     *((name, 0) for name in ("damping", "kl_clip", "inverse_tolerance", "loss_scale")),
     *((name, 0.0) for name in ("damping", "kl_clip", "inverse_tolerance", "loss_scale")),
     *((name, value) for name in ("momentum", "ema_decay") for value in (1, 1.0, 1.5)),
