@@ -3,9 +3,10 @@
 `KFAC` is an optimizer; `KFACPreconditioner` is the same engine in front of any other optimizer.
 """
 
+from .likelihood import Likelihood
 from .optimizer import KFAC
 from .preconditioner import KFACPreconditioner
 
 __version__ = "0.1.0"
 
-__all__ = ["KFAC", "KFACPreconditioner", "__version__"]
+__all__ = ["KFAC", "KFACPreconditioner", "Likelihood", "__version__"]

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import fisher
-from .capture import Gate, Shared, Statistics
 from .factors import FactorBank, factor_dtype
 from .kernels import ops
 from .kernels.addresses import device_table
 from .kernels.lists import is_dense
 from .layers import Layer, Rows
+from .moments import Moments
+from .partition import Partition
 from .settings import Settings
+from .statistics import Entry, Gate, Shared, Statistics
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the layers' statistics, flags (layers,): `fresh` where some came, `accept` where they were finite too."""
+    """What became of the layers' statistics.
+
+    Attributes:
+        fresh: flags (layers,): some came.
+        accept: flags (layers,): and they were finite.
+        moment_scale: what turns sums of squared per-example gradients into their expectation over loss terms, (layers,).
+    """
 
     fresh: Tensor
     accept: Tensor
+    moment_scale: Tensor
 
 
 @dataclass(frozen=True)
@@ -34,16 +44,18 @@ class _Pool:
     whole: list[Tensor]
 
 
-def _shared(layers: list[Layer]) -> _Pool:
+def _shared(layers: list[Layer], entries: list[list[Entry]]) -> _Pool:
     parts: dict[int, Shared] = {}
     whole = []
     kinds = dict.fromkeys((layer.weight.device, factor_dtype(layer.weight)) for layer in layers)
     for device, dtype in kinds:
         members = [i for i, x in enumerate(layers) if (x.weight.device, factor_dtype(x.weight)) == (device, dtype)]
-        counts = torch.zeros(len(members), 2, device=device)
-        betas = torch.zeros(sum(2 * layers[i].groups for i in members), dtype=dtype, device=device)
-        pieces = betas.split([2 * layers[i].groups for i in members])
-        parts.update((i, Shared(counts[k], pieces[k])) for k, i in enumerate(members))
+        counts = torch.zeros(len(members), 4, device=device)
+        lengths = [len(entries[i]) for i in members]
+        betas = torch.zeros(sum(lengths), dtype=dtype, device=device)
+        parts.update(
+            (i, Shared(counts[k], piece)) for k, (i, piece) in enumerate(zip(members, betas.split(lengths), strict=True))
+        )
         whole += [counts, betas]
     return _Pool([parts[i] for i in range(len(layers))], whole)
 
@@ -52,68 +64,76 @@ class Collector:
     """Statistics of all layers since the last step.
 
     Args:
-        layers: the covered layers.
+        partition: of the covered layers into factors.
         bank: their factors.
         gate: switch of the hooks.
         backend: of the kernels.
         may_wait: whether small passes wait for the step, to go into the factors in one launch for all layers.
+        moments: EKFAC's, one a layer.
     """
 
-    def __init__(self, layers: list[Layer], bank: FactorBank, gate: Gate, backend: str, may_wait: bool) -> None:
+    def __init__(
+        self,
+        partition: Partition,
+        bank: FactorBank,
+        gate: Gate,
+        backend: str,
+        may_wait: bool,
+        moments: Sequence[Moments | None],
+    ) -> None:
         self.bank = bank
-        self.statistics: list[Statistics] = []
-        self._blocks: list[range] = []
-        self._shared = _shared(layers)
-        first = 0
-        for number, layer in enumerate(layers):
-            blocks = range(first, first + layer.groups)
-            first += layer.groups
-            sums = [bank.sums_of(block) for block in blocks]
-            flat = [a for a, _ in sums] + [g for _, g in sums]
-            self.statistics.append(Statistics(layer, gate, flat, self._shared.parts[number], backend, may_wait))
-            self._blocks.append(blocks)
+        layers = partition.layers
+        entries: list[list[Entry]] = [[] for _ in layers]
+        layer_of_slot, is_input = [0] * len(partition.parts), [False] * len(partition.parts)
+        for part, slot in zip(partition.parts, bank.slots, strict=True):
+            number = partition.blocks[part.block].layer_number
+            entries[number].append(Entry(part, slot, bank.sum_of(slot)))
+            layer_of_slot[slot], is_input[slot] = number, part.is_input
+        self._shared = _shared(layers, entries)
+        self.statistics = [
+            Statistics(layer, gate, entries[i], partition, self._shared.parts[i], backend, may_wait, moments[i])
+            for i, layer in enumerate(layers)
+        ]
         self._backend = backend
-        self._layer_of_block = torch.tensor(
-            [i for i, blocks in enumerate(self._blocks) for _ in blocks], device=bank.home, dtype=torch.long
-        )
+        self.layer_of_slot = torch.tensor(layer_of_slot, device=bank.home)
+        self._is_input = torch.tensor(is_input, device=bank.home)
 
     def update(self, settings: Settings) -> Outcome:
         """Blends the statistics into the factors and forgets them; those of a layer with a NaN or Inf are dropped."""
         home, layers = self.bank.home, len(self.statistics)
-        eager = device_table(tuple((s.eager_counts[0], s.eager_counts[1], int(s.summed)) for s in self.statistics), home)
-        compiled = torch.stack([s.compiled_counts.to(home) for s in self.statistics])
-        counts = compiled + eager[:, :2]
+        eager = device_table(
+            tuple((*map(float, s.eager_counts), float(s.summed)) for s in self.statistics), home, torch.float64
+        )
+        on_device = torch.stack([s.device_counts.to(home) for s in self.statistics])
+        counts = on_device[:, :3] + eager[:, :3]
         fresh = counts[:, 1] > 0
-        summed = (compiled[:, 1] > 0) | (eager[:, 2] > 0)
+        summed = (on_device[:, 3] > 0) | (eager[:, 3] > 0)
         finite = self._finite_sums(summed) & self._finite_passes(layers)
-        outcome = Outcome(fresh, fresh & finite)
+        accepted = fresh & finite
 
-        counts = counts.clamp_min(1).double()[self._layer_of_block]
-        g_scale = fisher.gradient_scale(counts[:, 1], settings.loss_reduction, settings.current_loss_scale())
-        scale = self.bank.scatter(fisher.input_scale(counts[:, 0]), g_scale)
-        accept = self._over_slots(outcome.accept)
+        # Where nothing came, any number will do; a weighted loss may have less than one term.
+        counts = torch.where(counts > 0, counts, 1.0)
+        reduction = settings.loss_reduction if settings.fisher == "empirical" else "sum"
+        moment_scale = fisher.gradient_scale(counts[:, 1], reduction, settings.current_loss_scale())
+        g_scale = moment_scale * counts[:, 1] / counts[:, 2]
+        scale = torch.where(self._is_input, fisher.input_scale(counts[:, 0])[self.layer_of_slot], g_scale[self.layer_of_slot])
+        accept = accepted[self.layer_of_slot]
         rate = self.bank.weights(accept, settings.ema_decay)
         keep, gain = 1 - rate, rate * scale
         waited = self._blend_passes(keep, gain, accept)
         if not all(s.passes for s in self.statistics) or any(s.summed for s in self.statistics):
-            keep = torch.where(self._over_slots(waited), 1.0, keep)  # it has been weighted already
-            self.bank.blend(keep, gain, accept & self._over_slots(summed), self._backend)
+            keep = torch.where(waited[self.layer_of_slot], 1.0, keep)  # it has been weighted already
+            self.bank.blend(keep, gain, accept & summed[self.layer_of_slot], self._backend)
         for statistics in self.statistics:
             statistics.clear()
         torch._foreach_zero_(self._shared.whole)
-        return outcome
-
-    def _over_slots(self, per_layer: Tensor) -> Tensor:
-        blocks = per_layer[self._layer_of_block]
-        return self.bank.scatter(blocks, blocks)
+        return Outcome(fresh, accepted, moment_scale)
 
     def _finite_sums(self, summed: Tensor) -> Tensor:
         """Flags (layers,). A NaN or Inf anywhere in the rows is in the diagonal of the sum of their squares."""
-        traces = self.bank.sum_traces()
-        finite = torch.isfinite(traces)
-        broken = ~(finite[self.bank.a_slots] & finite[self.bank.g_slots])
+        broken = ~torch.isfinite(self.bank.sum_traces())
         per_layer = torch.zeros(len(summed), dtype=torch.long, device=broken.device)
-        return ~summed | (per_layer.index_add(0, self._layer_of_block, broken.long()) == 0)
+        return ~summed | (per_layer.index_add(0, self.layer_of_slot, broken.long()) == 0)
 
     def _finite_passes(self, layers: int) -> Tensor:
         """Flags (layers,) of what waited."""
@@ -132,28 +152,28 @@ class Collector:
     def _blend_passes(self, keep: Tensor, gain: Tensor, accept: Tensor) -> Tensor:
         """The rows that waited, straight into the factors: one launch per pass, not per layer. Flags (layers,) of these."""
         for number in itertools.count():
-            members = [(i, s.passes[number]) for i, s in enumerate(self.statistics) if len(s.passes) > number]
+            members = [(s, s.passes[number]) for s in self.statistics if len(s.passes) > number]
             if not members:
                 break
-            for device in {self.statistics[i].sums[0].device for i, _ in members}:
-                here = [(i, rows) for i, rows in members if self.statistics[i].sums[0].device == device]
+            for device in {s.dense[0].total.device for s, _ in members}:
+                here = [(s, rows) for s, rows in members if s.dense[0].total.device == device]
                 self._blend_rows(here, torch.ones_like(keep) if number else keep, gain, accept, device)
         flags = tuple((int(bool(s.passes)),) for s in self.statistics)
         return device_table(flags, self.bank.home).flatten() > 0
 
     def _blend_rows(
-        self, members: list[tuple[int, Rows]], keep: Tensor, gain: Tensor, accept: Tensor, device: torch.device
+        self, members: list[tuple[Statistics, Rows]], keep: Tensor, gain: Tensor, accept: Tensor, device: torch.device
     ) -> None:
         slots: list[int] = []
         sources: list[Tensor] = []
         ones: list[bool] = []
         windows: list[int] = []
-        for i, rows in members:
-            pairs = [self.bank.slots_of(block) for block in self._blocks[i]]
-            slots += [a for a, _ in pairs] + [g for _, g in pairs]
-            sources += rows.inputs + rows.gradients
-            ones += self.statistics[i].ones_column
-            windows += rows.windows
+        for statistics, rows in members:
+            some_sources, some_windows, some_ones = statistics.read(statistics.dense, rows)
+            slots += [entry.slot for entry in statistics.dense]
+            sources += some_sources
+            windows += some_windows
+            ones += some_ones
         places = device_table(tuple((slot,) for slot in slots), self.bank.home).flatten()
         factors = [self.bank.padded_view(slot) for slot in slots]
         alpha, beta, flags = (vector[places].to(device) for vector in (gain, keep, accept))

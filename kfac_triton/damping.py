@@ -17,15 +17,26 @@ class SplitDamping:
     pi: Tensor
 
 
-def pi_split(trace_a: Tensor, size_a: Tensor, trace_g: Tensor, size_g: Tensor, damping: float | Tensor) -> SplitDamping:
+def pi_split(
+    trace_a: Tensor,
+    size_a: Tensor,
+    trace_g: Tensor,
+    size_g: Tensor,
+    damping: float | Tensor,
+    constant: Tensor | None = None,
+) -> SplitDamping:
     """Factored Tikhonov damping (Martens and Grosse 2015, section 6.3), all arguments of shape (layers,).
 
         (G + sqrt(damping) / pi I)^-1 W (A + sqrt(damping) pi I)^-1,   pi^2 = (tr A / size A) / (tr G / size G)
 
-    A zero or non-finite trace (a layer that is dead, or without statistics) gives pi = 1.
+    A zero or non-finite trace (a layer that is dead, or without statistics) gives pi = 1. Where `constant` is set, A is 1
+    and no approximation: G takes the whole damping.
     """
     pi = ((trace_a / size_a) / (trace_g / size_g)).sqrt()
     usable = torch.isfinite(pi) & (pi > 0)
     pi = torch.where(usable, pi, torch.ones_like(pi))
     root = torch.as_tensor(damping, dtype=pi.dtype, device=pi.device).sqrt()
-    return SplitDamping(a=root * pi, g=root / pi, pi=pi)
+    a, g = root * pi, root / pi
+    if constant is not None:
+        a, g = torch.where(constant, 0.0, a), torch.where(constant, root**2, g)
+    return SplitDamping(a=a, g=g, pi=pi)

@@ -15,56 +15,76 @@ def diagnostics(engine: Engine) -> dict[str, Any]:
 
     Returns:
         A dict with
-        - "steps": steps taken; "kl_clip_scale": nu of the last step, 1 where the KL clip did not bite;
+        - "steps": steps taken; "damping": the current one; "refreshes": how often inverses were made; "kl_clip_scale": nu of
+          the last step, 1 where the KL clip did not bite; "memory": bytes by kind (`Curvature.memory`);
         - "skipped": module name -> why a layer of a supported type is not covered;
         - "without_statistics": names of covered layers that no statistics came from yet, their gradients go unpreconditioned;
         - "layers": module name -> a dict with, for A and for G, "trace", "damping", "condition" (an upper bound: trace plus
           damping over damping), "residual" (certificate of the inverse in use: bound on its relative error in the energy
           norm), "fallbacks" (refreshes in which the chosen method was refused), "raised" (times ten that damping was raised
           because float32 could not invert the factor); and "pi", "updates" (of the factors), "dropped_statistics" and
-          "dropped_gradients" (steps with a NaN or Inf), "gradient_norm", "update_norm", "product" (<V, gradient>).
+          "dropped_gradients" (steps with a NaN or Inf), "gradient_norm", "update_norm", "product" (<V, gradient>), "cosine"
+          (between gradient and V).
         A layer with channel groups reports the worst group, its sums and norms over all groups.
     """
-    bank = engine.bank
-    traces = bank.traces()
+    bank, partition, curvature = engine.bank, engine.partition, engine.curvature
+    traces = bank.traces().double()
     damping, residual, fallbacks, raised = (
-        torch.cat([getattr(inverse, name).to(bank.home, torch.float64) for inverse in engine.inverses])
-        for name in ("damping", "residual", "fallbacks", "raised")
+        _over_slots(engine, name) for name in ("damping", "residual", "fallbacks", "raised")
     )
-    norms = {
-        index: (float(torch.linalg.vector_norm(w)), float(torch.linalg.vector_norm(v)), float(p))
-        for stack in engine.gradients
-        for index, w, v, p in zip(stack.indices, stack.gradient, stack.update, stack.product, strict=True)
-    }
+    sums = _tile_sums(engine)
     layers: dict[str, dict[str, Any]] = {}
-    first = 0
     for number, layer in enumerate(engine.layers):
-        blocks = list(range(first, first + layer.groups))
-        first += layer.groups
+        blocks = partition.blocks_of(number)
         entry: dict[str, Any] = {}
-        for side, slots in (("A", bank.a_slots[blocks]), ("G", bank.g_slots[blocks])):
+        for side, name in enumerate("AG"):
+            slots = [bank.slots[i] for block in blocks for i in partition.parts_of[block][side]]
             condition = (traces[slots] + damping[slots]) / damping[slots]
-            entry[f"trace_{side}"] = float(traces[slots].sum())
-            entry[f"damping_{side}"] = _worst(damping[slots])
-            entry[f"condition_{side}"] = _worst(condition.nan_to_num(nan=torch.inf, posinf=torch.inf))
-            entry[f"residual_{side}"] = _worst(residual[slots])
-            entry[f"fallbacks_{side}"] = int(fallbacks[slots].sum())
-            entry[f"raised_{side}"] = int(raised[slots].sum())
-        entry["pi"] = _worst(engine.split.pi[blocks]) if engine.split else 1.0
-        entry["updates"] = int(bank.updates[bank.a_slots[blocks]].min())
+            if layer.constant_input and side == 0:
+                condition = torch.ones_like(condition)
+            entry[f"trace_{name}"] = float(traces[slots].sum())
+            entry[f"damping_{name}"] = _worst(damping[slots])
+            entry[f"condition_{name}"] = _worst(condition.nan_to_num(nan=torch.inf, posinf=torch.inf))
+            entry[f"residual_{name}"] = _worst(residual[slots])
+            entry[f"fallbacks_{name}"] = int(fallbacks[slots].sum())
+            entry[f"raised_{name}"] = int(raised[slots].sum())
+        entry["pi"] = _worst(curvature.split.pi[blocks]) if curvature.split else 1.0
+        entry["updates"] = int(bank.updates[[bank.slots[partition.parts_of[block][0][0]] for block in blocks]].min())
+        tiles = [tile for block in blocks for tile in partition.tiles_of[block]]
         entry["dropped_statistics"] = int(engine.dropped_statistics[number])
-        entry["dropped_gradients"] = int(engine.dropped_gradients[blocks].sum())
-        entry["gradient_norm"] = sum(norms[i][0] ** 2 for i in blocks) ** 0.5
-        entry["update_norm"] = sum(norms[i][1] ** 2 for i in blocks) ** 0.5
-        entry["product"] = sum(norms[i][2] for i in blocks)
+        entry["dropped_gradients"] = int(engine.dropped_gradients[tiles].sum())
+        gradient, update, product, raw = (sum(sums[tile][k] for tile in tiles) for k in range(4))
+        entry["gradient_norm"], entry["update_norm"], entry["product"] = gradient**0.5, update**0.5, product
+        entry["cosine"] = raw / (gradient * update) ** 0.5 if gradient * update > 0 else 0.0
         layers[layer.name] = entry
     return {
         "steps": engine.steps,
+        "damping": engine.damping,
+        "refreshes": engine.refreshes,
         "kl_clip_scale": float(engine.nu),
+        "memory": curvature.memory(),
         "skipped": dict(engine.skipped),
         "without_statistics": [engine.layers[i].name for i in sorted(engine.without_statistics)],
         "layers": layers,
     }
+
+
+def _over_slots(engine: Engine, name: str) -> Tensor:
+    """A vector of the inverses, over all slots; diagonal factors are inverted exactly."""
+    dense = [getattr(inverse, name).to(engine.bank.home, torch.float64) for inverse in engine.curvature.inverses]
+    zero = (torch.zeros(len(store), dtype=torch.float64, device=engine.bank.home) for store in engine.bank.diagonals)
+    known = (store.damping.to(engine.bank.home, torch.float64) for store in engine.bank.diagonals)
+    return torch.cat([*dense, *(known if name == "damping" else zero)])
+
+
+def _tile_sums(engine: Engine) -> dict[int, tuple[float, ...]]:
+    """Tile -> squared norms of W and V, <V, W> before the clip, and after it."""
+    result: dict[int, tuple[float, ...]] = {}
+    for stack in engine.curvature.gradients:
+        w, v = stack.gradient.flatten(1).double(), stack.update.flatten(1).double()
+        values = torch.stack([w.square().sum(1), v.square().sum(1), stack.product.double(), (w * v).sum(1)], 1).tolist()
+        result.update(zip(stack.tiles, (tuple(row) for row in values), strict=True))
+    return result
 
 
 def _worst(values: Tensor) -> float:

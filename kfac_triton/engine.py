@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import CaptureHook, Gate, Statistics
+from .capture import attach
 from .collect import Collector
-from .damping import SplitDamping, pi_split
-from .factors import BlockSize, FactorBank, factor_dtype
-from .gradients import Block, GradientStack
-from .inverse import InverseStack
+from .curvature import Curvature
+from .factors import factor_dtype
+from .fisher_pass import FisherPass
+from .gradients import assemble
 from .kernels import runtime
 from .kernels.addresses import device_table
 from .layers import Layer, find_layers
+from .partition import Partition
 from .settings import Settings
+from .statistics import Gate, Statistics
 from .step_size import kl_clip_scale
 
 LearningRate = Callable[[nn.Parameter], float | Tensor]
@@ -44,48 +46,34 @@ class Engine:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
         self.settings = settings
-        self.layers, self.skipped = find_layers(model, settings.weight_sharing, settings.loss_terms)
-        if parameters is not None:
-            chosen = {id(p) for p in parameters}
-            self.skipped |= {x.name: "its weight is not optimized" for x in self.layers if id(x.weight) not in chosen}
-            self.layers = [layer for layer in self.layers if id(layer.weight) in chosen]
-        if not self.layers:
-            reasons = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in self.skipped.items())
-            raise ValueError(
-                "model has no layer that K-FAC covers (Linear, Conv1d, Conv2d, Conv3d with a trainable weight of its own)"
-                + (f": {reasons}" if reasons else "; use another optimizer")
-            )
-        backend = settings.backend
-        self.blocks = [Block(layer, group) for layer in self.layers for group in range(layer.groups)]
-        _require_backend(backend, self.layers)
-        self.bank = FactorBank([_block_size(block) for block in self.blocks])
+        self.layers, self.skipped = _choose_layers(model, settings, parameters)
+        _require_backend(settings.backend, self.layers)
+        self.partition = Partition(self.layers, settings.max_factor_size, settings.oversize)
+        home = self.layers[0].weight.device
         # The host may look at what a CPU computed; for a GPU it would have to wait.
-        self.host_looks = self.bank.home.type == "cpu" and backend != "triton"
-        self.inverses = [
-            InverseStack(s.factors, settings.inverse, settings.inverse_tolerance, backend, wait=self.host_looks)
-            for s in self.bank.stacks
-        ]
-        self.gradients = [
-            GradientStack(group, self.blocks, self.bank, self.inverses, backend, self.host_looks) for group in self.bank.groups
-        ]
-
-        self.gate = Gate()
-        kernels_serve = backend != "torch" and all(s.factors.dtype == torch.float32 for s in self.bank.stacks)
-        self.collector = Collector(self.layers, self.bank, self.gate, backend, may_wait=kernels_serve and not self.host_looks)
+        self.host_looks = home.type == "cpu" and settings.backend != "triton"
+        self.curvature = Curvature(self.partition, settings, self.host_looks)
+        self.bank = self.curvature.bank
+        self.gate = Gate(home, empirical=settings.fisher == "empirical")
+        kernels_serve = settings.backend != "torch" and all(s.factors.dtype == torch.float32 for s in self.bank.stacks)
+        may_wait = kernels_serve and not self.host_looks and not self.curvature.is_ekfac
+        self.collector = Collector(self.partition, self.bank, self.gate, settings.backend, may_wait, self.curvature.moments)
+        self._fisher_pass: FisherPass | None = None
+        if settings.likelihood is not None and settings.fisher != "empirical":
+            self._fisher_pass = FisherPass(settings.likelihood, settings.fisher, settings.fisher_samples, self.gate)
         self.steps = 0
         self.nu = torch.ones((), device=self.bank.home)
-        self.split: SplitDamping | None = None
         self.dropped_statistics = torch.zeros(len(self.layers), dtype=torch.long, device=self.bank.home)
-        self.dropped_gradients = torch.zeros(len(self.blocks), dtype=torch.long, device=self.bank.home)
+        self.dropped_gradients = torch.zeros(len(self.partition.tiles), dtype=torch.long, device=self.bank.home)
         self.without_statistics = set(range(len(self.layers)))
+        self.refreshes = 0
         self._warned: set[int] = set()
         self._stale = True  # factors or damping changed since the last inverses
+        self.damping = settings.damping_at(0)
         self._has_newcomers = False  # layers that got their first statistics since then
+        self._open_gate()
 
-        handles = [
-            layer.module.register_forward_hook(CaptureHook(statistics), with_kwargs=True)
-            for layer, statistics in zip(self.layers, self.statistics, strict=True)
-        ]
+        handles = attach(self.layers, self.statistics)
         # Also when an engine is dropped without close(): its hooks must not outlive it. The gate shuts compiled graphs.
         self._finalizer = weakref.finalize(self, _detach, handles, self.gate)
 
@@ -114,8 +102,25 @@ class Engine:
 
     def change(self, **settings: Any) -> None:
         """Changes settings between steps; checked as in the constructor."""
-        before, self.settings = self.settings, dataclasses.replace(self.settings, **settings)
-        self._stale |= self.settings.damping != before.damping
+        self.settings = dataclasses.replace(self.settings, **settings)
+        self._open_gate()
+
+    def accumulate_fisher(self, outputs: Tensor, targets: Tensor | None) -> None:
+        """Statistics of the model's own distribution; see `EngineFace.accumulate_fisher`."""
+        self._require_open()
+        likelihood = self.settings.likelihood
+        if likelihood is None:
+            raise RuntimeError(
+                "accumulate_fisher needs to know the loss: pass loss=nn.CrossEntropyLoss(), say, when making this"
+            )
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"outputs must be a tensor, what the loss takes, but is {type(outputs).__name__}; of a Hugging Face model pass "
+                "its .logits"
+            )
+        likelihood.check(outputs, targets)
+        if self._fisher_pass is not None and self.gate.open:
+            self._fisher_pass.run(outputs, targets, self.settings.current_loss_scale())
 
     @torch.no_grad()
     def precondition(self, learning_rate: LearningRate) -> list[tuple[nn.Parameter, Tensor]]:
@@ -131,22 +136,36 @@ class Engine:
         Raises:
             RuntimeError: if the engine is closed.
         """
-        if self.closed:
-            raise RuntimeError("this K-FAC optimizer is closed, and its hooks are gone: make a new one to go on training")
-        if self.steps % self.settings.statistics_every == 0:
+        self._require_open()
+        settings = self.settings
+        if settings.is_due("statistics_every", self.steps):
             self._update_factors()
+        damping = settings.damping_at(self.steps)
+        self._stale |= damping != self.damping
+        self.damping = damping
         # A layer's first statistics do not wait: until it has an inverse, its damping alone would scale the gradient up.
-        if self.steps % self.settings.inverse_every == 0 or self._has_newcomers:
+        if settings.is_due("inverse_every", self.steps) or self._has_newcomers:
             self._refresh_inverses()
         updates = self._preconditioned_gradients(learning_rate)
         self.steps += 1
-        self.gate.open = self.steps % self.settings.statistics_every == 0
+        self._open_gate()
         return updates
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise RuntimeError("this K-FAC optimizer is closed, and its hooks are gone: make a new one to go on training")
+
+    def _open_gate(self) -> None:
+        """Opens the gate for the next step, if it takes statistics."""
+        self.gate.open = self.settings.is_due("statistics_every", self.steps)
+        self.gate.fraction, self.gate.most_rows = self.settings.stats_fraction, self.settings.max_stats_tokens
+        self.gate.step = self.steps
 
     def _update_factors(self) -> None:
         # Asked before the statistics are forgotten; a layer whose first ones come in this step is worth one wait.
-        known = [s.eager_counts[1] > 0 for s in self.statistics]
+        known = [s.eager_counts[0] > 0 for s in self.statistics]
         outcome = self.collector.update(self.settings)
+        self.curvature.blend_moments(outcome, self.settings.ema_decay)
         self.dropped_statistics += outcome.fresh & ~outcome.accept
         may_have_news = self.host_looks or any(known[i] for i in self.without_statistics) or not any(known)
         if self.without_statistics and may_have_news:
@@ -165,11 +184,18 @@ class Engine:
             return
         self._warned.update(missing)
         names = ", ".join(repr(self.layers[i].name) for i in missing)
+        reason = (
+            "Either the module's forward never ran (something else reads its weight), or the model was compiled and run before "
+            "the optimizer was made (make it first, or call torch.compiler.reset()), or the forward pass ran inside paused()."
+        )
+        if self.settings.fisher != "empirical" and not any(fresh):
+            reason = (
+                f"fisher is {self.settings.fisher!r}: call accumulate_fisher(outputs, targets) between the forward pass and "
+                "backward()."
+            )
         warnings.warn(
             f"no statistics came from layers {names}, although their weights have gradients, which are used as they are. "
-            "Either the module's forward never ran (nn.MultiheadAttention reads out_proj.weight without calling out_proj), "
-            "or the model was compiled and run before the optimizer was made (make it first, or call "
-            "torch.compiler.reset()), or the forward pass ran inside paused().",
+            + reason,
             UserWarning,
             stacklevel=5,
         )
@@ -177,36 +203,34 @@ class Engine:
     def _refresh_inverses(self) -> None:
         if not self._stale:
             return
-        traces, a, g = self.bank.traces(), self.bank.a_slots, self.bank.g_slots
-        sizes = self.bank.sizes
-        self.split = pi_split(traces[a], sizes[a], traces[g], sizes[g], self.settings.damping)
-        damping = self.bank.scatter(self.split.a, self.split.g)
-        for stack, inverse, run in zip(self.bank.stacks, self.inverses, self.bank.runs(), strict=True):
-            if self._has_newcomers:  # what is certified now is an inverse of nothing, or of what a checkpoint overwrote
-                inverse.restart()
-            inverse.refresh(stack.factors, damping[run])
+        # With newcomers, what is certified now is an inverse of nothing, or of what a checkpoint overwrote.
+        self.curvature.refresh(self.damping, restart=self._has_newcomers)
+        self.refreshes += 1
         self._stale = self._has_newcomers = False
 
     def _preconditioned_gradients(self, learning_rate: LearningRate) -> list[tuple[nn.Parameter, Tensor]]:
         usable = [layer.weight.grad is not None and i not in self.without_statistics for i, layer in enumerate(self.layers)]
-        block_usable = [usable[i] for i, layer in enumerate(self.layers) for _ in range(layer.groups)]
-        for stack in self.gradients:
-            stack.precondition(block_usable)
-        products = torch.cat([stack.product.to(self.bank.home) for stack in self.gradients])
-        order = [i for stack in self.gradients for i in stack.indices]
-        rates = _vector([learning_rate(self.blocks[i].layer.weight) for i in order], products)
+        blocks, stacks = self.partition.blocks, self.curvature.gradients
+        products = self.curvature.precondition([usable[block.layer_number] for block in blocks], self.damping)
+        order = [number for stack in stacks for number in stack.tiles]
+        rates = _vector([learning_rate(blocks[self.partition.tiles[number].block].layer.weight) for number in order], products)
         self.nu = kl_clip_scale(products, rates, self.settings.kl_clip)
         updates: dict[int, Tensor] = {}
-        for stack in self.gradients:
+        for stack in stacks:
             self.dropped_gradients[stack.places] += stack.finish(self.nu).to(self.bank.home)
-            updates.update(zip(stack.indices, stack.update, strict=True))
+            updates.update(zip(stack.tiles, stack.update, strict=True))
         result = []
         first = 0
         for layer, is_usable in zip(self.layers, usable, strict=True):
             if is_usable:
-                result += layer.read_update([updates[first + group] for group in range(layer.groups)])
+                result += layer.read_update([assemble(self.partition, first + g, updates) for g in range(layer.groups)])
             first += layer.groups
         return [(p, update) for p, update in result if p.grad is not None]
+
+    def restore_step(self, steps: int) -> None:
+        """Goes on from a step, for the schedules and intervals."""
+        self.steps = steps
+        self._open_gate()
 
     def mark_restored(self, layer_number: int) -> None:
         """Says that a layer's factors were written from outside, by a checkpoint."""
@@ -214,26 +238,48 @@ class Engine:
         self._has_newcomers = self._stale = True
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Module name -> copies of (A, G), bias-corrected; (groups, n, n) each for a layer with channel groups."""
+        """Module name -> copies of (A, G), bias-corrected; see `EngineFace.factors`."""
         result = {}
-        first = 0
-        for layer in self.layers:
-            pairs = [self.bank.block(first + group) for group in range(layer.groups)]
-            first += layer.groups
+        for number, layer in enumerate(self.layers):
+            pairs = [[self._side(side) for side in self.partition.parts_of[i]] for i in self.partition.blocks_of(number)]
             a, g = (torch.stack(list(side)) for side in zip(*pairs, strict=True))
             result[layer.name] = (a, g) if layer.groups > 1 else (a[0], g[0])
         return result
+
+    def _side(self, parts: range) -> Tensor:
+        """A or G of a block, or its diagonal."""
+        views = [self.bank.view(self.bank.slots[i]) for i in parts]
+        return views[0].clone() if len(views) == 1 else torch.block_diag(*views)
+
+
+def _choose_layers(
+    model: nn.Module, settings: Settings, parameters: Iterable[nn.Parameter] | None
+) -> tuple[list[Layer], dict[str, str]]:
+    layers, skipped = find_layers(
+        model,
+        settings.weight_sharing,
+        settings.loss_terms,
+        skip=settings.skip,
+        include=settings.include,
+        norms=settings.norms,
+    )
+    if parameters is not None:
+        chosen = {id(p) for p in parameters}
+        skipped |= {x.name: "its weight is not optimized" for x in layers if id(x.weight) not in chosen}
+        layers = [layer for layer in layers if id(layer.weight) in chosen]
+    if not layers:
+        reasons = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in skipped.items())
+        raise ValueError(
+            "model has no layer that K-FAC covers (Linear, Conv1d, Conv2d, Conv3d with a trainable weight of its own)"
+            + (f": {reasons}" if reasons else "; use another optimizer")
+        )
+    return layers, skipped
 
 
 def _detach(handles: list[Any], gate: Gate) -> None:
     gate.open = False
     for handle in handles:
         handle.remove()
-
-
-def _block_size(block: Block) -> BlockSize:
-    layer = block.layer
-    return BlockSize(layer.input_size, layer.output_size, factor_dtype(layer.weight), layer.weight.device)
 
 
 def _require_backend(backend: str, layers: list[Layer]) -> None:

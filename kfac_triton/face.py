@@ -22,9 +22,27 @@ class EngineFace:
         """Module name -> copies of the bias-corrected factors (A, G).
 
         A is E[a a^T], the bias as last column of ones; G is E[g g^T] with g the gradient of one loss term (see `fisher`).
-        A layer with channel groups has (groups, n, n) stacks.
+        A layer with channel groups has (groups, n, n) stacks; of a factor that is kept as its diagonal that is returned,
+        (n,), and one that is kept in blocks is zero between them.
         """
         return self.engine.factors()
+
+    def accumulate_fisher(self, outputs: Tensor, targets: Tensor | None = None) -> None:
+        """Takes the statistics of fisher="mc" or "ggn", in extra backward passes: call it between forward and backward.
+
+        No gradient of a parameter is touched. With fisher="empirical", or in a step that takes no statistics, it does nothing
+        but check. The outputs' graph is kept; under reentrant checkpointing it cannot run (use use_reentrant=False).
+
+        Args:
+            outputs: what the loss takes first: logits, or means.
+            targets: what it takes second; needed where targets decide which terms count (ignore_index, class weights).
+
+        Raises:
+            RuntimeError: if no loss was passed to the constructor, or outputs have no graph.
+            TypeError: if outputs are no tensor.
+            ValueError: if outputs or targets do not fit the loss.
+        """
+        self.engine.accumulate_fisher(outputs, targets)
 
     def diagnostics(self) -> dict[str, Any]:
         """Numbers of the last step as a plain dict; see `kfac_triton.diagnostics.diagnostics` for the keys."""

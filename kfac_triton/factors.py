@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .diagonal import DiagonalStore
 from .kernels import ops
 
 ALIGNMENT = 16  # sides are padded to a multiple: an odd bias column would cost aligned loads and tensor cores
@@ -26,24 +27,42 @@ def factor_dtype(weight: Tensor) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class BlockSize:
-    """A Kronecker block to store: sides of A and G, where and in what precision."""
+class FactorSpec:
+    """A factor to store: its side, whether only its diagonal is kept, in what precision and where."""
 
-    a: int
-    g: int
+    size: int
     dtype: torch.dtype
     device: torch.device
+    diagonal: bool = False
 
 
 @dataclass(frozen=True)
-class ShapeGroup:
-    """Blocks whose gradients have one padded shape; their factors are contiguous runs of two stacks."""
+class SideGroup:
+    """One side of a `TileGroup`: the store of its factors, and their places in it.
 
-    blocks: tuple[int, ...]
-    a_stack: int
-    a_run: slice
-    g_stack: int
-    g_run: slice
+    Attributes:
+        store: number in `FactorBank.stores`.
+        places: one a tile.
+        run: the same as a slice where they are contiguous: then a stack needs no copy.
+    """
+
+    store: int
+    places: tuple[int, ...]
+
+    @property
+    def run(self) -> slice | None:
+        """The places as a slice of a stack, a view; None where factors are shared between tiles."""
+        first = self.places[0]
+        return slice(first, first + len(self.places)) if self.places == tuple(range(first, first + len(self.places))) else None
+
+
+@dataclass(frozen=True)
+class TileGroup:
+    """Tiles whose gradients have one padded shape and whose factors are of one kind: one launch for all."""
+
+    tiles: tuple[int, ...]
+    a: SideGroup
+    g: SideGroup
 
 
 class FactorStack:
@@ -62,100 +81,102 @@ class FactorStack:
 
 
 class FactorBank:
-    """Storage and moving average of the factors of all blocks.
+    """Storage and moving average of all factors.
 
-    Every factor has a slot, numbered through all stacks; vectors over slots (`updates`, traces, dampings) use that number.
+    Every factor has a slot, numbered through all stores; vectors over slots (`updates`, traces, dampings) use that number.
+
+    Args:
+        specs: the factors.
+        tiles: per tile the numbers of its factors A and G in specs; tiles may share factors.
 
     Attributes:
-        stacks: one per padded size, dtype and device.
-        groups: blocks by shape of their gradient.
-        a_slots, g_slots: slot of each block's A and G.
+        stacks: dense factors, one stack per padded size, dtype and device.
+        diagonals: diagonal ones, one store per dtype and device.
+        stores: stacks, then diagonals.
+        groups: tiles by shape of their gradient.
+        slots: slot of each factor of specs.
         updates: number of accepted updates a slot, (slots,).
     """
 
-    def __init__(self, blocks: Sequence[BlockSize]) -> None:
-        by_shape: dict[tuple[int, int, torch.dtype, torch.device], list[int]] = defaultdict(list)
-        for index, block in enumerate(blocks):
-            by_shape[padded(block.g), padded(block.a), block.dtype, block.device].append(index)
-        members: dict[tuple[int, torch.dtype, torch.device], list[tuple[str, int, int]]] = defaultdict(list)
-        runs = []
-        for (g_side, a_side, dtype, device), indices in by_shape.items():
-            a_members, g_members = members[a_side, dtype, device], members[g_side, dtype, device]
-            a_start = len(a_members)
-            a_members.extend(("a", i, blocks[i].a) for i in indices)
-            g_start = len(g_members)
-            g_members.extend(("g", i, blocks[i].g) for i in indices)
-            runs.append((indices, (a_side, dtype, device), a_start, (g_side, dtype, device), g_start))
-        keys = list(members)
-        self.stacks = [FactorStack([size for _, _, size in members[key]], *key) for key in keys]
-        self.groups = [
-            ShapeGroup(
-                blocks=tuple(indices),
-                a_stack=keys.index(a_key),
-                a_run=slice(a_start, a_start + len(indices)),
-                g_stack=keys.index(g_key),
-                g_run=slice(g_start, g_start + len(indices)),
-            )
-            for indices, a_key, a_start, g_key, g_start in runs
-        ]
-        self.home = blocks[0].device
-        slot_of = {
-            (kind, block): slot for slot, (kind, block, _) in enumerate(member for key in keys for member in members[key])
-        }
-        self.a_slots = torch.tensor([slot_of["a", i] for i in range(len(blocks))], device=self.home)
-        self.g_slots = torch.tensor([slot_of["g", i] for i in range(len(blocks))], device=self.home)
-        self.sizes = torch.tensor([size for stack in self.stacks for size in stack.sizes], device=self.home)
-        self.updates = torch.zeros(len(slot_of), device=self.home)
-        self._slots = [(stack, i) for stack in self.stacks for i in range(len(stack))]
-        self._slot_lists = self.a_slots.tolist(), self.g_slots.tolist()
+    def __init__(self, specs: Sequence[FactorSpec], tiles: Sequence[tuple[int, int]]) -> None:
+        keys = [self._key(spec) for spec in specs]
+        by_shape: dict[tuple[object, ...], list[int]] = defaultdict(list)
+        for index, (a, g) in enumerate(tiles):
+            by_shape[(keys[g], keys[a], *(specs[i].size for i in (g, a) if specs[i].diagonal))].append(index)
+        members: dict[tuple[object, ...], dict[int, None]] = defaultdict(dict)
+        for indices in by_shape.values():  # tile by tile, so that the factors of a group are contiguous
+            for side in (0, 1):
+                for number in (tiles[i][side] for i in indices):
+                    members[keys[number]][number] = None
+        order = sorted(members, key=lambda key: bool(key[0]))  # dense ones first
+        self.stacks: list[FactorStack] = []
+        self.diagonals: list[DiagonalStore] = []
+        for key in order:
+            held = [specs[i] for i in members[key]]
+            if held[0].diagonal:
+                self.diagonals.append(DiagonalStore([x.size for x in held], held[0].dtype, held[0].device))
+            else:
+                side = padded(held[0].size)
+                self.stacks.append(FactorStack([x.size for x in held], side, held[0].dtype, held[0].device))
+        self._slots = [(store, i) for store in self.stores for i in range(len(store))]
+        where = {number: (k, i) for k, key in enumerate(order) for i, number in enumerate(members[key])}
+        starts = [run.start for run in self.runs()]
+        self.slots = [starts[where[i][0]] + where[i][1] for i in range(len(specs))]
+
+        def side_group(indices: list[int], side: int) -> SideGroup:
+            places = [where[tiles[i][side]] for i in indices]
+            return SideGroup(places[0][0], tuple(place for _, place in places))
+
+        self.groups = [TileGroup(tuple(i), side_group(i, 0), side_group(i, 1)) for i in by_shape.values()]
+        self.home = specs[0].device
+        self.sizes = torch.tensor([size for store in self.stores for size in store.sizes], device=self.home)
+        self.updates = torch.zeros(len(specs), device=self.home)
+
+    @staticmethod
+    def _key(spec: FactorSpec) -> tuple[object, ...]:
+        return spec.diagonal, 0 if spec.diagonal else padded(spec.size), spec.dtype, spec.device
+
+    @property
+    def stores(self) -> list[FactorStack | DiagonalStore]:
+        """All stores, in the order of slots."""
+        return [*self.stacks, *self.diagonals]
 
     def view(self, slot: int) -> Tensor:
-        """The factor in a slot without its pad: a view."""
-        stack, index = self._slots[slot]
-        size = stack.sizes[index]
-        return stack.factors[index, :size, :size]
+        """The factor in a slot without its pad, (n, n) or its diagonal (n,): a view."""
+        store, index = self._slots[slot]
+        if isinstance(store, DiagonalStore):
+            return store.piece(store.factors, index)
+        size = store.sizes[index]
+        return store.factors[index, :size, :size]
 
     def padded_view(self, slot: int) -> Tensor:
-        """The factor in a slot with its pad: a view."""
-        stack, index = self._slots[slot]
-        return stack.factors[index]
+        """The dense factor in a slot with its pad: a view."""
+        store, index = self._slots[slot]
+        return store.factors[index]
 
-    def block(self, index: int) -> tuple[Tensor, Tensor]:
-        """A and G of a block: views of the bias-corrected moving averages."""
-        a_slots, g_slots = self._slot_lists
-        return self.view(a_slots[index]), self.view(g_slots[index])
+    def sum_of(self, slot: int) -> Tensor:
+        """Where backward passes sum what goes into a factor, in the stored size: a view."""
+        store, index = self._slots[slot]
+        return store.piece(store.sums, index) if isinstance(store, DiagonalStore) else store.sums[index]
 
     def runs(self) -> list[slice]:
-        """Per stack, the slots that it holds."""
+        """Per store, the slots that it holds."""
         starts = [0]
-        for stack in self.stacks:
-            starts.append(starts[-1] + len(stack))
+        for store in self.stores:
+            starts.append(starts[-1] + len(store))
         return [slice(start, stop) for start, stop in itertools.pairwise(starts)]
 
     def traces(self) -> Tensor:
         """Trace of every factor, (slots,)."""
-        return torch.cat([s.factors.diagonal(dim1=-2, dim2=-1).sum(-1).to(self.home) for s in self.stacks])
-
-    def scatter(self, a_values: Tensor, g_values: Tensor) -> Tensor:
-        """Vector over slots from one value a block for A and one for G."""
-        out = a_values.new_empty(len(self.updates))
-        out[self.a_slots] = a_values
-        out[self.g_slots] = g_values
-        return out
-
-    def sums_of(self, index: int) -> tuple[Tensor, Tensor]:
-        """Where backward passes sum a a^T and g g^T of a block, in the padded size: views."""
-        a, g = (self._slots[slots[index]] for slots in self._slot_lists)
-        return a[0].sums[a[1]], g[0].sums[g[1]]
-
-    def slots_of(self, index: int) -> tuple[int, int]:
-        """Slots of A and G of a block."""
-        a_slots, g_slots = self._slot_lists
-        return a_slots[index], g_slots[index]
+        return self._traces("factors")
 
     def sum_traces(self) -> Tensor:
         """Trace of every sum, (slots,): finite exactly when the sum is."""
-        return torch.cat([s.sums.diagonal(dim1=-2, dim2=-1).sum(-1).to(self.home) for s in self.stacks])
+        return self._traces("sums")
+
+    def _traces(self, name: str) -> Tensor:
+        dense = [getattr(s, name).diagonal(dim1=-2, dim2=-1).sum(-1).to(self.home) for s in self.stacks]
+        return torch.cat(dense + [s.traces(getattr(s, name)).to(self.home) for s in self.diagonals])
 
     def weights(self, accept: Tensor, ema_decay: float) -> Tensor:
         """Weight r of the new statistics in every slot, (slots,), counting the update where it is accepted.
@@ -173,7 +194,10 @@ class FactorBank:
 
     def blend(self, keep: Tensor, gain: Tensor, accept: Tensor, backend: str = "auto") -> None:
         """Factor <- keep factor + gain sum for every slot that is accepted; vectors over slots."""
-        for stack, run in zip(self.stacks, self.runs(), strict=True):
-            device = stack.factors.device
+        for store, run in zip(self.stores, self.runs(), strict=True):
+            device = store.factors.device
             old, new, accepted = (vector[run].to(device) for vector in (keep, gain, accept))
-            ops.blend(stack.factors, stack.sums, old, new, accepted, backend=backend)
+            if isinstance(store, DiagonalStore):
+                store.blend(old, new, accepted)
+            else:
+                ops.blend(store.factors, store.sums, old, new, accepted, backend=backend)

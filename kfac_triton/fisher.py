@@ -9,13 +9,16 @@ Captured is g, the gradient of whatever was sent backward. The factors belong to
 with g_n the gradient of one loss term and scale the loss scale of mixed precision. So a damping means the same at any batch
 size, sequence length, spatial size, number of accumulation steps and loss scale (same conventions as curvlinops).
 
-The labels are the data's: the empirical Fisher (Kunstner et al. 2019 on what that means).
+With the data's labels that is the empirical Fisher (Kunstner et al. 2019 on what that means). `FisherPass` sends something
+else backward, before the loss: gradients at labels drawn from the model ("mc", the true Fisher), or the columns of a square
+root of the loss's Hessian ("ggn", the generalized Gauss-Newton matrix, which is the true Fisher for the usual losses).
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
+FISHERS = ("empirical", "mc", "ggn")
 LOSS_REDUCTIONS = ("mean", "sum")
 LOSS_TERMS = ("examples", "tokens")
 

@@ -1,75 +1,73 @@
-"""Gradients of the layers of one shape, stacked, preconditioned and read back."""
+"""Gradients of the tiles of one shape, stacked, preconditioned and read back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .factors import FactorBank, ShapeGroup
-from .inverse import InverseStack
+from .factors import FactorBank, TileGroup
 from .kernels import ops
-from .layers import Layer
+from .partition import Partition
 
 
-@dataclass(frozen=True)
-class Block:
-    """One Kronecker block: a layer, or one channel group of it."""
+class Solve(Protocol):
+    """How a stack of gradients is preconditioned."""
 
-    layer: Layer
-    group: int
+    def __call__(self, gradient: Tensor, update: Tensor, product: Tensor) -> None:
+        """Writes V (B, m, n) to update and <V, W> (B,) to product, from W (B, m, n)."""
 
 
 class GradientStack:
-    """Persistent buffers (B, m, n) of one `ShapeGroup`, padded with zeros.
+    """Persistent buffers (B, m, n) of one `TileGroup`, padded with zeros.
 
     Attributes:
-        members: the blocks in order.
-        gradient: W = [weight.grad | bias.grad].
+        tiles: their numbers, in order.
+        gradient: W = [weight.grad | bias.grad], or the tile of it.
         update: V = G^-1 W A^-1.
         product: <V, W>, (B,).
     """
 
     def __init__(
-        self,
-        group: ShapeGroup,
-        blocks: list[Block],
-        bank: FactorBank,
-        inverses: list[InverseStack],
-        backend: str,
-        host_looks: bool,
+        self, group: TileGroup, partition: Partition, bank: FactorBank, solve: Solve, backend: str, host_looks: bool
     ) -> None:
-        self.indices = group.blocks
-        self.places = torch.tensor(group.blocks, device=bank.home)
+        self.tiles = group.tiles
+        self.places = torch.tensor(group.tiles, device=bank.home)
+        self._solve = solve
         self._backend = backend
         self._host_looks = host_looks
-        self.members = [blocks[i] for i in group.blocks]
-        self._left, self._right = inverses[group.g_stack], inverses[group.a_stack]
-        self._left_run, self._right_run = group.g_run, group.a_run
-        rows, columns = (bank.stacks[i].factors.shape[-1] for i in (group.g_stack, group.a_stack))
-        self.gradient = bank.stacks[group.a_stack].factors.new_zeros(len(self.members), rows, columns)
+        self._partition = partition
+        sides = [bank.stores[side.store] for side in (group.g, group.a)]
+        m, n = (
+            store.factors.shape[-1] if store.factors.dim() == 3 else store.sizes[side.places[0]]
+            for store, side in zip(sides, (group.g, group.a), strict=True)
+        )
+        self.gradient = sides[0].factors.new_zeros(len(group.tiles), m, n)
         self.update = torch.zeros_like(self.gradient)
-        self.product = self.gradient.new_zeros(len(self.members))
+        self.product = self.gradient.new_zeros(len(group.tiles))
         self._nothing = self.gradient.new_empty(0)
 
-    def precondition(self, usable: list[bool]) -> None:
-        """V and <V, W> for the blocks that are usable; zero for the others."""
-        parts = [
-            block.layer.gradient(block.group) if usable[index] else (None, None)
-            for index, block in zip(self.indices, self.members, strict=True)
-        ]
+    def precondition(self, usable: Sequence[bool]) -> None:
+        """V and <V, W> for the tiles of blocks that are usable; zero for the others."""
+        parts = [self._read(number, usable) for number in self.tiles]
         weights, biases = ([self._nothing if x is None else x for x in side] for side in zip(*parts, strict=True))
         ops.gather(weights, biases, self.gradient, backend=self._gather_backend(weights + biases))
-        ops.precondition(
-            self.gradient,
-            self._left.values[self._left_run],
-            self._right.values[self._right_run],
-            self.update,
-            self.product,
-            factored=self._left.factored,
-            backend=self._backend,
-        )
+        self._solve(self.gradient, self.update, self.product)
+
+    def _read(self, number: int, usable: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of weight and bias that a tile covers."""
+        tile = self._partition.tiles[number]
+        if not usable[tile.block]:
+            return None, None
+        block = self._partition.blocks[tile.block]
+        weight, bias = block.layer.gradient(block.group)
+        a, g = self._partition.parts[tile.a], self._partition.parts[tile.g]
+        if weight is None or (a.whole and g.whole):
+            return weight, bias
+        weight = weight.flatten(1)[g.start : g.stop, a.start : a.stop - a.ones]
+        return weight, bias[g.start : g.stop] if bias is not None and a.ones else None
 
     def _gather_backend(self, gradients: list[Tensor]) -> str:
         """Gradients with gaps, or of several types, are copied one by one whatever the backend."""
@@ -77,9 +75,21 @@ class GradientStack:
         return self._backend if plain and len({g.dtype for g in gradients if g.numel()}) == 1 else "torch"
 
     def finish(self, scale: Tensor) -> Tensor:
-        """Scales V by nu; a block whose gradient is not finite gets no update. Returns the flags (B,) of those."""
+        """Scales V by nu; a tile whose gradient is not finite gets no update. Returns the flags (B,) of those."""
         broken = ~torch.isfinite(self.product)
         self.update.mul_(scale.to(self.update))
         if not self._host_looks or bool(broken.any()):
             self.update.masked_fill_(broken[:, None, None], 0.0)
         return broken
+
+
+def assemble(partition: Partition, block: int, updates: dict[int, Tensor]) -> Tensor:
+    """W of a block from its tiles, (m, n) or wider: the tile itself where there is one."""
+    tiles = partition.tiles_of[block]
+    if len(tiles) == 1:
+        return updates[tiles[0]]
+    a_parts, g_parts = partition.parts_of[block]
+    columns = [partition.parts[i].size for i in a_parts]
+    rows = [partition.parts[i].size for i in g_parts]
+    pieces = iter(tiles)
+    return torch.cat([torch.cat([updates[next(pieces)][:m, :n] for n in columns], 1) for m in rows])

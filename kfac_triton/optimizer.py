@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 from . import state, tail
 from .engine import Engine
 from .face import EngineFace
-from .settings import Settings
+from .layers import Choice
+from .likelihood import Likelihood
+from .settings import Schedule, Settings
 
 
 class KFAC(EngineFace, Optimizer):
@@ -38,11 +40,20 @@ class KFAC(EngineFace, Optimizer):
         betas: of the AdamW tail.
         eps: of the AdamW tail.
         damping: Tikhonov damping of the Fisher of the mean loss, split by pi between the factors. Its unit is that of a
-            squared gradient of the loss over a squared parameter.
+            squared gradient of the loss over a squared parameter. A number, or a function of the step.
         kl_clip: bound on lr^2 <V, dW>, twice the KL divergence of a step; None for no bound.
         ema_decay: weight of the past in the factors' moving averages, bias-corrected.
-        statistics_every: steps between statistics.
-        inverse_every: steps between inverses. Fresh ones allow lower damping and longer steps.
+        statistics_every: steps between statistics: a number, or a function of the step.
+        inverse_every: steps between inverses, likewise. Fresh ones allow lower damping and longer steps.
+        warmup: steps at the start in which both are made every time.
+        fisher: whose labels make G: "empirical", the data's; "mc", drawn from the model, the true Fisher; "ggn", the
+            generalized Gauss-Newton matrix, exact, a backward pass an output. The last two need `loss` and a call of
+            `accumulate_fisher(outputs, targets)` between forward and backward.
+        fisher_samples: label draws a step of "mc".
+        loss: the loss that is trained with, nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss, or a
+            `kfac_triton.Likelihood`.
+        curvature: "kfac", or "ekfac" (George et al. 2018): eigenbases when inverses are due, their second moments every step.
+        exact_damping: dampen the Kronecker product itself, in its eigenbasis, instead of its factors. EKFAC always does.
         weight_sharing: "expand" or "reduce" for positions and tokens (Eschenhagen et al. 2023).
         inverse: "auto", "newton_schulz", "factored", "cholesky" or "eigh".
         inverse_tolerance: energy-norm error that the iterative inverses stop at.
@@ -50,6 +61,13 @@ class KFAC(EngineFace, Optimizer):
         loss_terms: "examples", or "tokens" when each position has a loss of its own (language models).
         loss_scale: factor on the loss when gradients were captured: a number, or a callable such as
             `torch.amp.GradScaler.get_scale`.
+        stats_fraction: part of the rows (tokens, images) that statistics are taken of, in (0, 1].
+        max_stats_tokens: most rows that a pass takes of a layer; None for all.
+        max_factor_size: a side of W beyond it is kept as `oversize` says; None for no limit.
+        oversize: "diagonal", or "block": cut into blocks along the diagonal.
+        norms: scale and shift of norms: "diagonal", "full" or "skip".
+        skip: modules to leave out: patterns of their names or classes (* and ?), or a function of name and module.
+        include: modules to consider, likewise.
         backend: "auto" runs the Triton kernels on a GPU and PyTorch elsewhere, "triton" insists on the kernels, "torch" does
             without them.
 
@@ -80,17 +98,30 @@ class KFAC(EngineFace, Optimizer):
         tail: str = "sgd",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        damping: float = Settings.damping,
+        damping: Schedule = Settings.damping,
         kl_clip: float | None = Settings.kl_clip,
         ema_decay: float = Settings.ema_decay,
-        statistics_every: int = Settings.statistics_every,
-        inverse_every: int = Settings.inverse_every,
+        statistics_every: int | Callable[[int], int] = Settings.statistics_every,
+        inverse_every: int | Callable[[int], int] = Settings.inverse_every,
+        warmup: int = Settings.warmup,
+        fisher: str = Settings.fisher,
+        fisher_samples: int = Settings.fisher_samples,
+        loss: nn.Module | Likelihood | None = Settings.loss,
+        curvature: str = Settings.curvature,
+        exact_damping: bool = Settings.exact_damping,
         weight_sharing: str = Settings.weight_sharing,
         inverse: str = Settings.inverse,
         inverse_tolerance: float = Settings.inverse_tolerance,
         loss_reduction: str = Settings.loss_reduction,
         loss_terms: str = Settings.loss_terms,
         loss_scale: float | Callable[[], float] = Settings.loss_scale,
+        stats_fraction: float = Settings.stats_fraction,
+        max_stats_tokens: int | None = Settings.max_stats_tokens,
+        max_factor_size: int | None = Settings.max_factor_size,
+        oversize: str = Settings.oversize,
+        norms: str = Settings.norms,
+        skip: Choice = Settings.skip,
+        include: Choice = Settings.include,
         backend: str = Settings.backend,
     ) -> None:
         settings = Settings(
@@ -99,12 +130,25 @@ class KFAC(EngineFace, Optimizer):
             ema_decay=ema_decay,
             statistics_every=statistics_every,
             inverse_every=inverse_every,
+            warmup=warmup,
+            fisher=fisher,
+            fisher_samples=fisher_samples,
+            loss=loss,
+            curvature=curvature,
+            exact_damping=exact_damping,
             weight_sharing=weight_sharing,
             inverse=inverse,
             inverse_tolerance=inverse_tolerance,
             loss_reduction=loss_reduction,
             loss_terms=loss_terms,
             loss_scale=loss_scale,
+            stats_fraction=stats_fraction,
+            max_stats_tokens=max_stats_tokens,
+            max_factor_size=max_factor_size,
+            oversize=oversize,
+            norms=norms,
+            skip=skip,
+            include=include,
             backend=backend,
         )
         if not isinstance(model, nn.Module):

@@ -24,8 +24,7 @@ class KFACPreconditioner(EngineFace):
     Args:
         model: the module to train.
         lr: learning rate that the KL clip reckons with while no optimizer is attached; an attached one's own rates win.
-        settings: curvature settings by name, the same as for `KFAC` (damping, kl_clip, ema_decay, statistics_every,
-            inverse_every, weight_sharing, inverse, inverse_tolerance, loss_reduction, loss_terms, loss_scale, backend).
+        settings: curvature settings by name, the same as for `KFAC`: all of its arguments from `damping` on.
 
     Raises:
         TypeError: if an argument has the wrong type or an unknown name.

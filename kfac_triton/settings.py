@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from . import validation
-from .fisher import LOSS_REDUCTIONS, LOSS_TERMS
+from .fisher import FISHERS, LOSS_REDUCTIONS, LOSS_TERMS
 from .inverse import METHODS
 from .kernels.runtime import BACKENDS
+from .likelihood import Likelihood, likelihood_of
+from .partition import OVERSIZE
 
 WEIGHT_SHARING = ("expand", "reduce")
+CURVATURES = ("kfac", "ekfac")
+NORMS = ("diagonal", "full", "skip")
+
+Schedule = float | Callable[[int], float]
 
 
 @dataclass(frozen=True)
@@ -24,34 +31,89 @@ class Settings:
         ValueError: if a value is outside its range.
     """
 
-    damping: float = 3e-2
+    damping: Schedule = 3e-2
     kl_clip: float | None = 1e-3
     ema_decay: float = 0.95
-    statistics_every: int = 1
-    inverse_every: int = 1
+    statistics_every: int | Callable[[int], int] = 1
+    inverse_every: int | Callable[[int], int] = 1
+    warmup: int = 0
+    fisher: str = "empirical"
+    fisher_samples: int = 1
+    loss: Any = None
+    curvature: str = "kfac"
+    exact_damping: bool = False
     weight_sharing: str = "expand"
     inverse: str = "auto"
     inverse_tolerance: float = 0.05
     loss_reduction: str = "mean"
     loss_terms: str = "examples"
     loss_scale: Any = 1.0
+    stats_fraction: float = 1.0
+    max_stats_tokens: int | None = None
+    max_factor_size: int | None = 8192
+    oversize: str = "diagonal"
+    norms: str = "diagonal"
+    skip: Any = ()
+    include: Any = "*"
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        validation.real("damping", self.damping, open_low=True)
+        self.damping_at(0)
+        self.interval_at("statistics_every", 0)
+        self.interval_at("inverse_every", 0)
         if self.kl_clip is not None:
             validation.real("kl_clip", self.kl_clip, open_low=True)
         validation.real("ema_decay", self.ema_decay, high=1.0)
-        validation.whole("statistics_every", self.statistics_every)
-        validation.whole("inverse_every", self.inverse_every)
+        validation.whole("warmup", self.warmup, low=0)
+        validation.choice("fisher", self.fisher, FISHERS)
+        validation.whole("fisher_samples", self.fisher_samples)
+        if self.loss is not None:
+            likelihood_of(self.loss)
+        elif self.fisher != "empirical":
+            raise ValueError(
+                f"fisher is {self.fisher!r}, which needs the distribution that the model's outputs (logits) parametrize: pass "
+                "loss=nn.CrossEntropyLoss() or the loss that you train with, and call accumulate_fisher(outputs, targets) "
+                "between forward and backward"
+            )
+        validation.choice("curvature", self.curvature, CURVATURES)
+        if not isinstance(self.exact_damping, bool):
+            raise TypeError(f"exact_damping must be True or False, but is {self.exact_damping!r}")
         validation.choice("weight_sharing", self.weight_sharing, WEIGHT_SHARING)
         validation.choice("inverse", self.inverse, METHODS)
         validation.real("inverse_tolerance", self.inverse_tolerance, high=0.3, open_low=True)
         validation.choice("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
         validation.choice("loss_terms", self.loss_terms, LOSS_TERMS)
+        if validation.real("stats_fraction", self.stats_fraction, open_low=True) > 1:
+            raise ValueError(f"stats_fraction must be at most 1, but is {self.stats_fraction}")
+        for name in ("max_stats_tokens", "max_factor_size"):
+            if getattr(self, name) is not None:
+                validation.whole(name, getattr(self, name))
+        validation.choice("oversize", self.oversize, OVERSIZE)
+        validation.choice("norms", self.norms, NORMS)
+        for name in ("skip", "include"):
+            _check_choice(name, getattr(self, name))
         validation.choice("backend", self.backend, BACKENDS)
         if not callable(self.loss_scale):
             validation.real("loss_scale", self.loss_scale, open_low=True)
+
+    @property
+    def likelihood(self) -> Likelihood | None:
+        """What the loss says about the outputs."""
+        return None if self.loss is None else likelihood_of(self.loss)
+
+    def damping_at(self, step: int) -> float:
+        """Damping in a step."""
+        return validation.real("damping", self.damping(step) if callable(self.damping) else self.damping, open_low=True)
+
+    def interval_at(self, name: str, step: int) -> int:
+        """`statistics_every` or `inverse_every` in a step: 1 in the warm-up."""
+        value = getattr(self, name)
+        interval = validation.whole(name, value(step) if callable(value) else value)
+        return 1 if step < self.warmup else interval
+
+    def is_due(self, name: str, step: int) -> bool:
+        """Whether statistics are taken, or inverses made, in a step."""
+        return step % self.interval_at(name, step) == 0
 
     def current_loss_scale(self) -> float | Tensor:
         """The loss scale of the gradients at hand: a number, or what the callable says (`GradScaler.get_scale`).
@@ -65,3 +127,10 @@ class Settings:
         if isinstance(scale, Tensor):
             return scale
         return validation.real("loss_scale", scale, open_low=True)
+
+
+def _check_choice(name: str, value: Any) -> None:
+    if callable(value) or isinstance(value, str):
+        return
+    if not isinstance(value, (list, tuple)) or not all(isinstance(pattern, str) for pattern in value):
+        raise TypeError(f"{name} must be a pattern, a list of patterns or a function of name and module, but is {value!r}")

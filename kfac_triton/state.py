@@ -15,21 +15,25 @@ if TYPE_CHECKING:
 KEYS = ("kfac_A", "kfac_G", "kfac_updates", "kfac_steps")
 
 
+def _slots(engine: Engine, number: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Slots of a layer's A and of its G, a list a group."""
+    sides = [engine.partition.parts_of[block] for block in engine.partition.blocks_of(number)]
+    return tuple([[engine.bank.slots[i] for i in side[k]] for side in sides] for k in (0, 1))  # type: ignore[return-value]
+
+
+def _flat(engine: Engine, groups: list[list[int]]) -> Tensor:
+    """Factors of one side: (groups, n, n), (groups, n) of diagonals, or (groups, numbers) of several blocks end to end."""
+    views = [[engine.bank.view(slot) for slot in slots] for slots in groups]
+    return torch.stack([x[0] if len(x) == 1 else torch.cat([view.flatten() for view in x]) for x in views])
+
+
 def export_factors(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """Module name -> factors (groups, n, n), accepted updates (groups, 2) of A and G, and the engine's step."""
+    """Module name -> factors (see `_flat`), accepted updates (groups, 2) of A and G, and the engine's step."""
     result = {}
-    first = 0
-    for layer in engine.layers:
-        blocks = list(range(first, first + layer.groups))
-        first += layer.groups
-        pairs = [engine.bank.block(block) for block in blocks]
-        updates = torch.stack([engine.bank.updates[s[blocks]] for s in (engine.bank.a_slots, engine.bank.g_slots)], 1)
-        values = (
-            torch.stack([a for a, _ in pairs]),
-            torch.stack([g for _, g in pairs]),
-            updates,
-            torch.tensor(engine.steps),
-        )
+    for number, layer in enumerate(engine.layers):
+        a, g = _slots(engine, number)
+        updates = torch.stack([engine.bank.updates[[slots[0] for slots in side]] for side in (a, g)], 1)
+        values = (_flat(engine, a), _flat(engine, g), updates, torch.tensor(engine.steps))
         result[layer.name] = dict(zip(KEYS, values, strict=True))
     return result
 
@@ -40,13 +44,13 @@ def check_factors(engine: Engine, factors: dict[str, dict[str, Tensor]]) -> None
     Raises:
         ValueError: if a factor has the wrong shape or is not finite.
     """
-    for layer in engine.layers:
+    for number, layer in enumerate(engine.layers):
         values = factors.get(layer.name)
         if values is None:
             continue
         name = layer.name
-        for key, size in (("kfac_A", layer.input_size), ("kfac_G", layer.output_size)):
-            expected = (layer.groups, size, size)
+        for key, groups in zip(KEYS[:2], _slots(engine, number), strict=True):
+            expected = tuple(_flat(engine, groups).shape)
             if tuple(values[key].shape) != expected:
                 raise ValueError(f"{key} of layer {name!r} must have shape {expected}, but has {tuple(values[key].shape)}")
             if not bool(torch.isfinite(values[key]).all()):
@@ -55,23 +59,20 @@ def check_factors(engine: Engine, factors: dict[str, dict[str, Tensor]]) -> None
 
 def restore_factors(engine: Engine, factors: dict[str, dict[str, Tensor]]) -> None:
     """Writes factors that passed `check_factors`; layers without any keep theirs. Inverses follow at the next step."""
-    first = 0
     for number, layer in enumerate(engine.layers):
-        start, first = first, first + layer.groups
         values = factors.get(layer.name)
         if values is None:
             continue
-        for group in range(layer.groups):
-            block = start + group
-            a, g = engine.bank.block(block)
-            a.copy_(values["kfac_A"][group])
-            g.copy_(values["kfac_G"][group])
-            engine.bank.updates[engine.bank.a_slots[block]] = values["kfac_updates"][group, 0].to(engine.bank.updates)
-            engine.bank.updates[engine.bank.g_slots[block]] = values["kfac_updates"][group, 1].to(engine.bank.updates)
+        for side, (key, groups) in enumerate(zip(KEYS[:2], _slots(engine, number), strict=True)):
+            for group, slots in enumerate(groups):
+                views = [engine.bank.view(slot) for slot in slots]
+                pieces = values[key][group].flatten().split([view.numel() for view in views])
+                for view, piece in zip(views, pieces, strict=True):
+                    view.copy_(piece.view_as(view))
+                engine.bank.updates[slots] = values["kfac_updates"][group, side].to(engine.bank.updates)
         if bool((values["kfac_updates"] > 0).all()):
             engine.mark_restored(number)
-        engine.steps = int(values["kfac_steps"])
-    engine.gate.open = engine.steps % engine.settings.statistics_every == 0
+        engine.restore_step(int(values["kfac_steps"]))
 
 
 def _weight_indices(optimizer: Optimizer, engine: Engine) -> dict[str, int]:

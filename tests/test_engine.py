@@ -26,13 +26,13 @@ def test_statistics_every_and_inverse_every() -> None:
     preconditioner = KFACPreconditioner(model, statistics_every=2, inverse_every=3)
     engine = preconditioner.engine
     updates, changed = [], []
-    before = [i.values.clone() for i in engine.inverses]
+    before = [i.values.clone() for i in engine.curvature.inverses]
     for step in range(7):
         backward_of_mlp(model, seed=step)
         preconditioner.precondition_()
         updates.append(int(engine.bank.updates[0]))
-        changed.append(any(not torch.equal(a, b.values) for a, b in zip(before, engine.inverses, strict=True)))
-        before = [i.values.clone() for i in engine.inverses]
+        changed.append(any(not torch.equal(a, b.values) for a, b in zip(before, engine.curvature.inverses, strict=True)))
+        before = [i.values.clone() for i in engine.curvature.inverses]
     assert updates == [1, 1, 2, 2, 3, 3, 4]
     assert changed == [True, False, False, True, False, False, True]
 
@@ -140,7 +140,7 @@ def test_shared_parametrized_and_overridden_layers_are_left_out_with_a_reason() 
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), Doubled(4, 4))
+    model = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 1), nn.Linear(4, 4), nn.Linear(4, 4), Doubled(4, 4))
     model[1].weight = model[0].weight
     nn.utils.parametrizations.weight_norm(model[2])
     engine = Engine(model, Settings())
@@ -148,6 +148,30 @@ def test_shared_parametrized_and_overridden_layers_are_left_out_with_a_reason() 
     assert "shared" in engine.skipped["0"]
     assert "shared" in engine.skipped["1"]
     assert "parameter of its own" in engine.skipped["2"]
+
+
+def test_linear_layers_that_share_a_weight_are_one_layer_called_twice() -> None:
+    """Their own biases stay out of it, and train along their gradients."""
+    torch.manual_seed(1)
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    tied[2].weight = tied[0].weight
+    shared = nn.Linear(4, 4, bias=False).double()
+    shared.weight = tied[0].weight
+    x = torch.randn(6, 4, dtype=torch.float64)
+    with KFACPreconditioner(tied, kl_clip=None) as ours:
+        tied(x).square().sum().backward()
+        ours.precondition_()
+        factors, update = ours.factors()["0"], tied[0].weight.grad
+        bias = tied[2].bias.grad.clone()
+    tied[0].weight.grad = None
+    with KFACPreconditioner(shared, kl_clip=None) as twice:
+        hidden = torch.tanh(shared(x) + tied[0].bias.detach())
+        (shared(hidden) + tied[2].bias).square().sum().backward()
+        twice.precondition_()
+    for one, other in zip(factors, twice.factors()[""], strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(update, shared.weight.grad)
+    torch.testing.assert_close(tied[2].bias.grad, 2 * bias)  # added to, never preconditioned
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

@@ -46,7 +46,7 @@ def test_a_bad_number_drops_that_layers_statistics_only(bad: float, where: str) 
             assert layers[name]["dropped_statistics"] == 1
             assert layers[name]["updates"] == 1
             assert all(torch.equal(a, b) for a, b in zip(pair, before[name], strict=True))
-    assert all(torch.isfinite(i.values).all() for i in engine.inverses)
+    assert all(torch.isfinite(i.values).all() for i in engine.curvature.inverses)
 
     backward_of_mlp(model, seed=2)  # and the next good batch counts again, as if the bad one had not been
     preconditioner.precondition_()

@@ -145,7 +145,7 @@ def test_a_layer_that_comes_late_has_an_inverse_at_once(inverse: str) -> None:
             ours.precondition_()
         assert experts[1].weight.grad is not None
         updates.append(experts[1].weight.grad)
-        assert all((i.residual <= 0.3).all() for i in ours.engine.inverses)
+        assert all((i.residual <= 0.3).all() for i in ours.engine.curvature.inverses)
     assert relative_error(*updates) <= 0.3  # a bound on the error of an inverse; that of nothing is off by a factor of 1e6
 
 

@@ -51,7 +51,7 @@ def _backward(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def _forget_refused(optimizer: KFAC) -> None:
     """No refactoring: where kernels are only counted, what they would have written is not certified."""
-    for stack in optimizer.engine.inverses:
+    for stack in optimizer.engine.curvature.inverses:
         assert stack._refused is not None
         stack._refused.receive()
 

@@ -3,15 +3,46 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kfac_triton.factors import ALIGNMENT, BlockSize, FactorBank, padded
+from kfac_triton.factors import ALIGNMENT, FactorBank, FactorSpec, padded
 
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class BlockSize:
+    """A layer's factors: sides of A and G, in one precision."""
+
+    a: int
+    g: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def specs(self) -> list[FactorSpec]:
+        return [FactorSpec(size, self.dtype, self.device) for size in (self.a, self.g)]
+
+
+class Bank(FactorBank):
+    """A bank whose tiles share no factor."""
+
+    def __init__(self, blocks: list[BlockSize]) -> None:
+        super().__init__([s for b in blocks for s in b.specs()], [(2 * i, 2 * i + 1) for i in range(len(blocks))])
+        self.a_slots, self.g_slots = torch.tensor(self.slots[::2]), torch.tensor(self.slots[1::2])
+
+    def block(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.view(self.slots[2 * index]), self.view(self.slots[2 * index + 1])
+
+    def scatter(self, a_values: Tensor, g_values: Tensor) -> Tensor:
+        out = a_values.new_empty(len(self.updates))
+        out[self.a_slots], out[self.g_slots] = a_values, g_values
+        return out
+
 
 block_sizes = st.builds(
     BlockSize,
@@ -34,7 +65,7 @@ def test_padded_is_the_next_multiple(size: int) -> None:
 @given(blocks_of_a_model)
 def test_every_factor_has_a_slot_of_its_own(blocks: list[BlockSize]) -> None:
     """Slots are numbered through all stacks; a view has the factor's size and writes to the stack, and only there."""
-    bank = FactorBank(blocks)
+    bank = Bank(blocks)
     slots = bank.a_slots.tolist() + bank.g_slots.tolist()
     assert sorted(slots) == list(range(2 * len(blocks)))
     assert bank.sizes[bank.a_slots].tolist() == [b.a for b in blocks]
@@ -55,7 +86,7 @@ def test_every_factor_has_a_slot_of_its_own(blocks: list[BlockSize]) -> None:
 @settings(deadline=None)
 @given(blocks_of_a_model)
 def test_stacks_hold_one_padded_size_and_type_each(blocks: list[BlockSize]) -> None:
-    bank = FactorBank(blocks)
+    bank = Bank(blocks)
     kinds = [(s.factors.shape[1], s.factors.shape[2], s.factors.dtype) for s in bank.stacks]
     assert len(set(kinds)) == len(kinds)
     assert set(kinds) == {(padded(n), padded(n), b.dtype) for b in blocks for n in (b.a, b.g)}
@@ -70,26 +101,24 @@ def test_stacks_hold_one_padded_size_and_type_each(blocks: list[BlockSize]) -> N
 @given(blocks_of_a_model)
 def test_groups_are_contiguous_runs_of_two_stacks(blocks: list[BlockSize]) -> None:
     """One launch a group: the k-th block of a group has the k-th factor of both runs."""
-    bank = FactorBank(blocks)
-    assert sorted(i for group in bank.groups for i in group.blocks) == list(range(len(blocks)))
+    bank = Bank(blocks)
+    assert sorted(i for group in bank.groups for i in group.tiles) == list(range(len(blocks)))
     shapes = {(padded(b.g), padded(b.a), b.dtype) for b in blocks}
     assert len(bank.groups) == len(shapes)
     starts = [run.start for run in bank.runs()]
     for group in bank.groups:
-        assert len({(padded(blocks[i].g), padded(blocks[i].a), blocks[i].dtype) for i in group.blocks}) == 1
-        for slots, stack, run in (
-            (bank.a_slots, group.a_stack, group.a_run),
-            (bank.g_slots, group.g_stack, group.g_run),
-        ):
-            expected = [starts[stack] + i for i in range(run.start, run.stop)]
-            assert slots[list(group.blocks)].tolist() == expected
+        assert len({(padded(blocks[i].g), padded(blocks[i].a), blocks[i].dtype) for i in group.tiles}) == 1
+        for slots, side in ((bank.a_slots, group.a), (bank.g_slots, group.g)):
+            assert side.run is not None
+            expected = [starts[side.store] + i for i in range(side.run.start, side.run.stop)]
+            assert slots[list(group.tiles)].tolist() == expected
 
 
 @settings(deadline=None)
 @given(blocks_of_a_model, st.integers(0, 2**32))
-def test_traces_and_scatter_go_by_slot(blocks: list[BlockSize], seed: int) -> None:
+def test_traces_go_by_slot(blocks: list[BlockSize], seed: int) -> None:
     torch.manual_seed(seed)
-    bank = FactorBank(blocks)
+    bank = Bank(blocks)
     for stack in bank.stacks:
         for factor, size in zip(stack.factors, stack.sizes, strict=True):
             factor[:size, :size] = torch.randint(-3, 4, (size, size))
@@ -105,7 +134,7 @@ def test_traces_and_scatter_go_by_slot(blocks: list[BlockSize], seed: int) -> No
 
 
 def test_two_types_do_not_share_a_stack() -> None:
-    bank = FactorBank([BlockSize(5, 5, torch.float32, CPU), BlockSize(5, 5, torch.float64, CPU)])
+    bank = Bank([BlockSize(5, 5, torch.float32, CPU), BlockSize(5, 5, torch.float64, CPU)])
     assert [len(s) for s in bank.stacks] == [2, 2]
     assert len(bank.groups) == 2
 
@@ -121,10 +150,10 @@ def sums_of(blocks: list[BlockSize]) -> tuple[list[Tensor], list[Tensor]]:
     return [one(b.a, b.dtype) for b in blocks], [one(b.g, b.dtype) for b in blocks]
 
 
-def update(bank: FactorBank, a_sums: list[Tensor], g_sums: list[Tensor], scale: Tensor, accept: Tensor, decay: float) -> None:
+def update(bank: Bank, a_sums: list[Tensor], g_sums: list[Tensor], scale: Tensor, accept: Tensor, decay: float) -> None:
     """One step of the moving average from sums that backward passes would have left in the bank."""
     for i, (a, g) in enumerate(zip(a_sums, g_sums, strict=True)):
-        for place, value in zip(bank.sums_of(i), (a, g), strict=True):
+        for place, value in zip((bank.sum_of(bank.slots[2 * i]), bank.sum_of(bank.slots[2 * i + 1])), (a, g), strict=True):
             place.copy_(value)
     rate = bank.weights(accept, decay)
     bank.blend(1 - rate, rate * scale, accept)
@@ -140,7 +169,7 @@ def test_the_moving_average_is_the_weighted_mean(decay: float, schedule: list[tu
     """The sum of decay^(t-i) x_i over that of decay^(t-i), i over the accepted updates alone; what is skipped may be NaN."""
     torch.manual_seed(seed)
     blocks = [BlockSize(3, 5, torch.float64, CPU), BlockSize(17, 5, torch.float64, CPU), BlockSize(3, 5, torch.float64, CPU)]
-    bank = FactorBank(blocks)
+    bank = Bank(blocks)
     scale = bank.scatter(torch.tensor([0.5, 2.0, 0.1]).double(), torch.tensor([3.0, 0.25, 7.0]).double())
     history: list[list[tuple[Tensor, Tensor]]] = [[], [], []]
     for flags in schedule:
@@ -170,7 +199,7 @@ def test_the_moving_average_is_the_weighted_mean(decay: float, schedule: list[tu
 def test_the_first_update_is_the_sum_itself() -> None:
     """Bias correction: no trace of the zeros that the average starts from."""
     blocks = [BlockSize(4, 3, torch.float64, CPU)]
-    bank = FactorBank(blocks)
+    bank = Bank(blocks)
     a_sums, g_sums = sums_of(blocks)
     update(bank, a_sums, g_sums, torch.ones(2).double(), torch.tensor([True, True]), 0.95)
     a, g = bank.block(0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,15 @@ class Rows:
     """What one backward pass through a layer adds to its factors.
 
     Attributes:
-        inputs: per group the rows of A, as `kernels.ops.covariance_ema` takes them.
+        inputs: per group the rows of A, as `kernels.ops.covariance_ema` takes them; a vector of whole numbers stands for
+            one-hot rows (the indices of an embedding).
         gradients: per group the rows of G.
         input_window: how to read rows from each entry of inputs.
         gradient_window: the same for gradients.
         input_count: rows of A in this pass: examples times positions (expand) or examples (reduce).
         terms: loss terms in this pass, the number that a mean loss divides by.
+        examples: rows belong to so many examples, as many to each, those of one example together.
+        share: part of the rows that is in here, where only some are taken.
     """
 
     inputs: list[Tensor]
@@ -28,29 +32,83 @@ class Rows:
     gradient_window: tuple[int, ...]
     input_count: int
     terms: int
+    examples: int = 0
+    share: float = 1.0
 
     @property
     def windows(self) -> list[int]:
         """Windows of inputs, then of gradients, as `kernels.ops.covariance_ema` takes them."""
         return list(self.input_window * len(self.inputs) + self.gradient_window * len(self.gradients))
 
+    def sample(self, every: int, offset: int) -> Rows:
+        """Every so-many-th row (of a matrix) or example (of a convolution), as views, from a row below `every` on."""
+        first = min(offset, max(0, len(self.gradients[0]) - 1)) if self.gradients else 0
+        inputs = [source[first::every] for source in self.inputs]
+        gradients = [source[first::every] for source in self.gradients]
+        share = len(gradients[0]) / max(1, len(self.gradients[0]))
+        taken = round(self.input_count * share)
+        return replace(self, inputs=inputs, gradients=gradients, input_count=taken, share=share, examples=len(gradients[0]))
+
 
 class Layer(ABC):
     """One module that K-FAC covers: y = W a with W = [weight | bias], a factor pair per group.
 
-    A is the covariance of a (with a last 1 for the bias), G that of the gradient with respect to y.
+    A is the covariance of a (with a last 1 for the bias), G that of the gradient with respect to y. A module type of your
+    own needs `module_type` and `rows`; the rest is right for every module with a weight (out, ...) and a bias (out,).
+
+    Attributes:
+        module_type: the module class that the adapter is for.
+        diagonal_inputs: whether A is kept as its diagonal.
+        diagonal_gradients: whether G is.
+        constant_input: whether a is 1, and G (the Fisher matrix itself) takes all of the damping.
+        modules: those that share the weight; one, as a rule.
     """
 
     module_type: type[nn.Module]
+    diagonal_inputs: ClassVar[bool] = False
+    diagonal_gradients: bool = False
+    constant_input: ClassVar[bool] = False
 
     def __init__(self, name: str, module: nn.Module, weight_sharing: str, loss_terms: str) -> None:
         self.name = name
         self.module = module
+        self.modules = [module]
         self.reduce = weight_sharing == "reduce"
         self.tokens = loss_terms == "tokens"
         # Decided once: a factor's size cannot follow a bias that is frozen later; its column then just has no use.
         bias = module._parameters.get("bias")
         self.has_bias: bool = bias is not None and bias.requires_grad
+
+    @classmethod
+    def cover(cls, name: str, module: nn.Module, weight_sharing: str, loss_terms: str, **options: Any) -> list[Layer]:
+        """The layers that a module is made of: one, unless it holds several weights.
+
+        Args:
+            name: of the module.
+            module: the module.
+            weight_sharing: "expand" or "reduce".
+            loss_terms: "examples" or "tokens".
+            options: settings that concern some adapters: `norms`.
+        """
+        return [cls(name, module, weight_sharing, loss_terms)]
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        """Why a module of this type cannot be covered; None if it can."""
+        weight = module._parameters.get("weight")
+        if weight is None:
+            return "its weight is not a parameter of its own (parametrized or replaced)"
+        return None if weight.requires_grad else "its weight is frozen"
+
+    @classmethod
+    def tie(cls, modules: list[nn.Module]) -> type[Layer] | None:
+        """The adapter for modules that share one weight; None if there is none."""
+        return None
+
+    def share(self, modules: list[nn.Module]) -> None:
+        """Says that these modules share the weight. A bias that they do not share stays out."""
+        self.modules = modules
+        self.has_bias &= len({id(module._parameters.get("bias")) for module in modules}) == 1
 
     @property
     def weight(self) -> nn.Parameter:
@@ -77,12 +135,21 @@ class Layer(ABC):
         """Rows of W and side of G, of one group."""
         return self.weight.shape[0] // self.groups
 
+    @property
+    def input_unit(self) -> int:
+        """Columns of W that cannot be parted: the kernel elements of a convolution's channel."""
+        return 1
+
     @abstractmethod
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
         """Rows of A and G from the module's input and the gradient with respect to its output."""
 
+    def rows_of_use(self, use: int, x: Tensor, gradient: Tensor, sums: list[Tensor]) -> Rows:
+        """Rows from the use-th module that shares the weight; sums is what the passes before left of A and G."""
+        return self.rows(x, gradient)
+
     def gradient(self, group: int) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of weight and bias of one group, where they are."""
+        """Gradients of one group as they stand in W: that of the weight (rows, ...) and of the bias (rows,)."""
         rows = slice(group * self.output_size, (group + 1) * self.output_size)
         weight, bias = self.weight.grad, None if self.bias is None else self.bias.grad
         return None if weight is None else weight[rows], None if bias is None else bias[rows]
@@ -96,3 +163,20 @@ class Layer(ABC):
         if self.bias is not None:
             result.append((self.bias, update[:, columns]))
         return result
+
+
+def token_rows(x: Tensor, gradient: Tensor, reduce: bool, tokens: bool) -> tuple[Tensor, Tensor, int, int, int]:
+    """(rows of A, rows of G, count of rows, loss terms, examples) of a module on (N, ..., in) and (N, ..., out).
+
+    Expand: every position is a row. Reduce: an example's mean input and summed gradient (Eschenhagen et al. 2023).
+    """
+    if x.dim() == 1:
+        x, gradient = x.unsqueeze(0), gradient.unsqueeze(0)
+    examples = x.shape[0]
+    positions = x.shape[1:-1].numel()
+    inputs = x.reshape(examples * positions, x.shape[-1])
+    gradients = gradient.reshape(examples * positions, gradient.shape[-1])
+    if reduce and x.dim() > 2:
+        inputs = x.reshape(examples, positions, x.shape[-1]).mean(1)
+        gradients = gradient.reshape(examples, positions, gradient.shape[-1]).sum(1)
+    return inputs, gradients, inputs.shape[0], examples * positions if tokens else examples, examples

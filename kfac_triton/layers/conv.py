@@ -35,6 +35,11 @@ class ConvLayer(Layer):
         """The module, typed."""
         return cast(_Conv, self.module)
 
+    @property
+    def input_unit(self) -> int:
+        """A channel's kernel elements."""
+        return math.prod(self.conv.kernel_size)
+
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
         """Expand: every position is a row. Reduce: an example's mean patch and summed gradient."""
         spatial = len(self.conv.kernel_size)
@@ -59,6 +64,7 @@ class ConvLayer(Layer):
                 gradient_window=ops.ROWS,
                 input_count=examples,
                 terms=terms,
+                examples=examples,
             )
         return Rows(
             inputs=list(input_groups),
@@ -69,6 +75,7 @@ class ConvLayer(Layer):
             gradient_window=ops.window((1,) * spatial),
             input_count=examples * positions,
             terms=terms,
+            examples=examples,
         )
 
     def _mean_patches(self, x: Tensor, padding: list[tuple[int, int]], positions: torch.Size) -> Tensor:

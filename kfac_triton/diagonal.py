@@ -1,0 +1,79 @@
+"""Factors of which only the diagonal is kept: embeddings, norms, sides too wide for a matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .kernels.covariance import WINDOW, patch_matrix
+
+
+class DiagonalStore:
+    """All diagonal factors of one type and place, end to end in one vector, so that one operation serves them all.
+
+    Attributes:
+        sizes: of the factors.
+        factors: bias-corrected moving averages of the diagonals.
+        sums: what passes added since the last step.
+        values: inverses of the damped diagonals, 1 / (d + damping).
+        damping: the damping (factors,) that values were made with.
+        owner: for every place the number of its factor.
+    """
+
+    def __init__(self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self.sizes = list(sizes)
+        total = sum(sizes)
+        self.factors = torch.zeros(total, dtype=dtype, device=device)
+        self.sums = torch.zeros_like(self.factors)
+        self.values = torch.zeros_like(self.factors)
+        self.damping = torch.zeros(len(sizes), dtype=dtype, device=device)
+        self.owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
+        self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def piece(self, vector: Tensor, index: int) -> Tensor:
+        """One factor's part of a vector over all: a view."""
+        start = self._starts[index]
+        return vector[start : start + self.sizes[index]]
+
+    def traces(self, vector: Tensor) -> Tensor:
+        """Sum over each factor, (factors,)."""
+        return vector.new_zeros(len(self)).index_add_(0, self.owner, vector)
+
+    def blend(self, keep: Tensor, gain: Tensor, accept: Tensor) -> None:
+        """Factor <- keep factor + gain sum for every factor that is accepted; vectors over factors."""
+        keep, gain = (x.to(self.factors)[self.owner] for x in (keep, gain))
+        self.factors.copy_(torch.where(accept[self.owner], keep * self.factors + gain * self.sums, self.factors))
+
+    def refresh(self, damping: Tensor) -> None:
+        """Inverts the damped diagonals; a damping of zero stands for a factor that is 1 and needs none."""
+        self.damping.copy_(damping)
+        self.values.copy_(1 / (self.factors + self.damping[self.owner]))
+
+
+def squared_rows(source: Tensor, geometry: Sequence[int], size: int, dtype: torch.dtype) -> Tensor:
+    """Diagonal of X^T X, without the ones, from rows as `kernels.ops.covariance_ema` takes them, or from indices.
+
+    Args:
+        source: X (rows, n); the input (N, C, *spatial) of a convolution; or indices (rows,), which stand for one-hot rows.
+        geometry: the window of a convolution.
+        size: n.
+        dtype: of the sum.
+    """
+    if source.dim() == 1:
+        return torch.zeros(size, dtype=dtype, device=source.device).index_add_(
+            0, source, torch.ones(1, dtype=dtype, device=source.device).expand(len(source))
+        )
+    squares = source.to(dtype).square()
+    if source.dim() == 2:
+        return squares.sum(0)
+    assert len(geometry) == WINDOW
+    kernel = geometry[3 - (source.dim() - 2) : 3]
+    if math.prod(kernel) == 1:
+        return squares.flatten(2).sum((0, 2))
+    return patch_matrix(squares, geometry).sum(1)

@@ -1,0 +1,219 @@
+"""What backward passes leave of one layer between two steps."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .diagonal import squared_rows
+from .kernels import ops
+from .layers import Layer, Rows
+from .moments import Moments
+from .partition import Part, Partition
+
+
+class Gate:
+    """One switch for every hook of an engine; torch.compile keeps a graph for each position of `open`.
+
+    Attributes:
+        open: whether forward passes are tapped.
+        listening: whether an eager backward pass through a tap leaves statistics.
+        counting: whether such a pass counts rows and terms and adds to A: not from the second class column of a GGN on.
+        terms: loss terms of the Fisher pass that runs; None counts them by the shapes of a layer's rows.
+        weight: what a compiled pass, which cannot ask `listening`, multiplies its statistics by: 0 or 1.
+        compiled_terms: `terms` for compiled passes.
+        probe: requires a gradient and gets none: asking for it runs a backward pass through all taps, and past all weights.
+        fraction: part of the rows that statistics are taken of.
+        most_rows: most rows that a pass takes of a layer.
+        step: shifts the rows that are taken.
+    """
+
+    def __init__(self, device: torch.device | None = None, empirical: bool = True) -> None:
+        self.open = True
+        self.empirical = empirical
+        self.listening = empirical
+        self.counting = True
+        self.terms: int | Tensor | None = None
+        self.weight = torch.full((), float(empirical), device=device)
+        self.compiled_terms = torch.zeros((), device=device)
+        self.probe = torch.zeros((), device=device, requires_grad=True)
+        self.fraction = 1.0
+        self.most_rows: int | None = None
+        self.step = 0
+
+    def every(self, rows: int) -> int:
+        """One row in how many is taken."""
+        most = rows if self.most_rows is None else self.most_rows
+        return max(math.ceil(1 / self.fraction - 1e-9), -(-rows // most) if most else 1)
+
+
+class Shared(NamedTuple):
+    """One layer's part of what all layers share, so that one operation clears it for all.
+
+    Attributes:
+        counts: rows of A, loss terms, loss terms whose rows were taken, and compiled passes, (4,), as counted on the device:
+            a compiled pass may not touch Python numbers.
+        beta: weight of what a sum holds when the next pass comes, one a sum. With zero it is overwritten, never cleared.
+    """
+
+    counts: Tensor
+    beta: Tensor
+
+
+class Entry(NamedTuple):
+    """A factor of the layer, and where its passes are summed."""
+
+    part: Part
+    slot: int
+    total: Tensor
+
+
+class Statistics:
+    """What backward passes left of one layer since the last step.
+
+    A pass is summed at once, in buffers of the factors' size. Where kernels take many layers in one launch, a pass whose rows
+    take no more memory than those buffers waits for the step instead, and goes straight into the factors.
+
+    Attributes:
+        dense: factors that are matrices, those of A first.
+        diagonal: factors of which the diagonal is kept, those of A first.
+        passes: rows of the passes that wait.
+        summed: whether an eager pass was summed.
+        device_counts: rows of A, loss terms, taken loss terms and compiled passes as counted on the device, (4,).
+        eager_counts: the first three as the host counted them.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        gate: Gate,
+        entries: list[Entry],
+        partition: Partition,
+        shared: Shared,
+        backend: str,
+        may_wait: bool,
+        moments: Moments | None = None,
+    ) -> None:
+        self.layer = layer
+        self.gate = gate
+        self.dense = sorted((e for e in entries if not e.part.diagonal), key=lambda e: not e.part.is_input)
+        self.diagonal = sorted((e for e in entries if e.part.diagonal), key=lambda e: not e.part.is_input)
+        self.moments = moments
+        self.passes: list[Rows] = []
+        self.summed = False
+        self.device_counts = shared.counts
+        self.eager_counts: list[float] = [0, 0, 0]
+        self._partition = partition
+        self._backend = backend
+        self._may_wait = may_wait and not self.diagonal
+        self._alpha = torch.ones_like(shared.beta)
+        self._beta = shared.beta
+        self._last_backward = -1
+
+    @property
+    def counts(self) -> Tensor:
+        """Rows of A and loss terms of all passes, (2,)."""
+        return self.device_counts[:2] + torch.tensor(self.eager_counts[:2], device=self.device_counts.device)
+
+    def add(self, x: Tensor, gradient: Tensor, use: int = 0, is_ours: bool = False) -> None:
+        """Adds one backward pass through the layer.
+
+        Args:
+            x: input of the module.
+            gradient: with respect to its output.
+            use: which of the modules that share the weight.
+            is_ours: whether nobody but autograd holds x; a batch that the user may overwrite before the step cannot wait.
+        """
+        gate, is_compiling = self.gate, torch.compiler.is_compiling()
+        if not is_compiling and not gate.listening:
+            return
+        rows = self.layer.rows_of_use(use, x, gradient, [e.total for e in self.dense + self.diagonal])
+        if self.moments is not None and not is_compiling:
+            self.moments.add(rows)
+        every = gate.every(rows.input_count)
+        if every > 1:
+            rows = rows.sample(every, 0 if is_compiling else gate.step % every)
+        if is_compiling:  # cannot tell a second call in one backward pass, and counts every one
+            self._sum(rows, gate.weight)
+            terms = rows.terms if gate.empirical else gate.compiled_terms
+            self._count_on_device(rows.input_count * gate.weight, terms, rows.share)
+            self.device_counts[3].add_(gate.weight)
+            return
+        if is_ours and self._may_wait and gate.counting and self._is_small(rows):
+            self.passes.append(rows)
+        else:
+            self._sum(rows)
+            self.summed = True
+        is_new = self._is_new_backward()
+        if not gate.counting:
+            return
+        self.eager_counts[0] += rows.input_count
+        if not is_new:
+            return
+        terms = rows.terms if gate.terms is None else gate.terms
+        if isinstance(terms, Tensor):
+            self._count_on_device(0, terms, rows.share)
+        else:
+            self.eager_counts[1] += terms
+            self.eager_counts[2] += terms * rows.share
+
+    def clear(self) -> None:
+        """Forgets everything, but for what it shares."""
+        self.eager_counts = [0, 0, 0]
+        self.passes = []
+        self.summed = False
+
+    def _count_on_device(self, count: Tensor | float, terms: Tensor | float, share: float) -> None:
+        self.device_counts[0].add_(count)
+        self.device_counts[1].add_(terms)
+        self.device_counts[2].add_(terms * share)
+
+    def _is_small(self, rows: Rows) -> bool:
+        return _bytes(rows.inputs + rows.gradients) <= _bytes([e.total for e in self.dense])
+
+    def read(self, entries: list[Entry], rows: Rows) -> tuple[list[Tensor], list[int], list[bool]]:
+        """(sources, windows, ones column) of some dense factors, as `kernels.ops.covariance_ema` takes them."""
+        found = [self._partition.sources(e.part, rows) for e in entries]
+        return [x for x, _ in found], [i for _, window in found for i in window], [e.part.ones for e in entries]
+
+    def _sum(self, rows: Rows, weight: Tensor | None = None) -> None:
+        """Adds to the sums. All of them in a pass that counts, those of G alone in another."""
+        with_inputs = self.gate.counting
+        first = 0 if with_inputs else sum(e.part.is_input for e in self.dense)
+        entries = self.dense[first:]
+        alpha = self._alpha if weight is None else self._alpha * weight
+        if entries:
+            sources, windows, ones = self.read(entries, rows)
+            places = slice(first, len(self.dense))
+            totals = [e.total for e in entries]
+            ops.covariance_ema(totals, sources, alpha[places], self._beta[places], ones, windows, backend=self._backend)
+            self._beta[places].fill_(1.0)
+        for number, entry in enumerate(self.diagonal, len(self.dense)):
+            if with_inputs or not entry.part.is_input:
+                added = self._squares(entry.part, rows, entry.total) * alpha[number]
+                # The old sum is not read where it does not count: it may hold a NaN.
+                entry.total.copy_(torch.where(self._beta[number] > 0, entry.total + added, added))
+                self._beta[number].fill_(1.0)
+
+    def _squares(self, part: Part, rows: Rows, total: Tensor) -> Tensor:
+        if part.is_input and self.layer.constant_input:
+            return torch.full_like(total, rows.input_count)
+        source, window = self._partition.sources(part, rows)
+        squares = squared_rows(source, window, part.size - part.ones, total.dtype)
+        if not part.ones:
+            return squares
+        return torch.cat([squares, squares.new_full((1,), rows.input_count)])
+
+    def _is_new_backward(self) -> bool:
+        """Whether this is the module's first call in the running backward pass; a second one sees the same loss terms again."""
+        backward = torch._C._current_graph_task_id()
+        is_new = backward != self._last_backward
+        self._last_backward = backward
+        return is_new
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
