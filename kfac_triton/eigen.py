@@ -68,9 +68,10 @@ class EigenStack:
         remaining = torch.arange(len(factors), device=factors.device)
         if not self._is_cold:
             vectors = self.vectors
+            # Below the damping eigenvectors do not matter, and columns of A Q that are mere rounding would be turned at random.
+            shift = damping[:, None, None]
             for _ in range(_ITERATIONS):
-                # Columns of A Q are as small as the eigenvalues; the pad's are zero and must stay what they are.
-                vectors = torch.linalg.qr(factors @ vectors + self._keep_pad(vectors))[0]
+                vectors = torch.linalg.qr(factors @ vectors + shift * vectors)[0]
             values, residual = off_diagonal(vectors.mT @ factors @ vectors, damping)
             good = residual <= _WARM_TOLERANCE
             self._store(remaining[good], vectors[good], values[good], residual[good], damping)
@@ -79,9 +80,6 @@ class EigenStack:
         for index in remaining.tolist():
             self._decompose(index, factors[index], damping)
         self._is_cold = False
-
-    def _keep_pad(self, vectors: Tensor) -> Tensor:
-        return vectors * self._pad.unsqueeze(-2)
 
     def _decompose(self, index: int, factor: Tensor, damping: Tensor) -> None:
         # The pad gets an eigenvalue below all others, so that its vectors are not mixed with the factor's null space.

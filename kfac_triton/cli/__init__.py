@@ -22,12 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments after the program name; those of the process if None.
     """
-    from . import demo, doctor, tune  # here, because the commands import the argument types below
+    from . import demo, doctor, report, tune  # here, because the commands import the argument types below
 
     parser = argparse.ArgumentParser(prog="kfac-triton", description="K-FAC optimizer for PyTorch.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True)
-    for command in (demo, tune, doctor):
+    for command in (demo, report, tune, doctor):
         command.add_parser(subparsers)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
