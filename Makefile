@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check bench gpu codegen clean
+.PHONY: help demo race test test-all check bench gpu codegen clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -19,6 +19,9 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 
 demo: $(VENV)/.installed-demo  ## train the MNIST autoencoder with K-FAC, Adam and SGD; table and picture
 	$(BIN)/kfac-triton demo --output demo.png $(DEMO)
+
+race: $(VENV)/.installed-demo  ## K-FAC against tuned AdamW on three problems: half an hour, goes on where it stopped; table and picture
+	PYTHONPATH=benchmarks $(BIN)/python -m convergence $(RACE)
 
 check: $(VENV)/.installed-test $(VENV)/.installed-demo  ## lint, format, types
 	$(BIN)/ruff check .
