@@ -76,9 +76,10 @@ class CaptureHook:
 
 
 def attach(layers: list[Layer], statistics: list[Statistics]) -> list[RemovableHandle]:
-    """Hooks that feed the statistics, one a module of each layer."""
+    """Hooks that feed the statistics, one a module of each layer (see `functional.attach_functional` for the others)."""
     return [
-        module.register_forward_hook(CaptureHook(own, use), with_kwargs=True)
+        module.register_forward_hook(CaptureHook(own.second if layer.is_second(use) else own, use), with_kwargs=True)
         for layer, own in zip(layers, statistics, strict=True)
+        if not layer.functional
         for use, module in enumerate(layer.modules)
     ]

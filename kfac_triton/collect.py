@@ -15,8 +15,10 @@ from .kernels import ops
 from .kernels.addresses import device_table
 from .kernels.lists import is_dense
 from .layers import Layer, Rows
+from .layers.tied import TiedLayer
 from .moments import Moments
 from .partition import Partition
+from .second_use import SecondUse
 from .settings import Settings
 from .statistics import Entry, Gate, Shared, Statistics
 
@@ -28,11 +30,13 @@ class Outcome:
     Attributes:
         fresh: flags (layers,): some came.
         accept: flags (layers,): and they were finite.
+        moments: flags, one a layer: EKFAC's moments came, too.
         moment_scale: what turns sums of squared per-example gradients into their expectation over loss terms, (layers,).
     """
 
     fresh: Tensor
     accept: Tensor
+    moments: list[bool]
     moment_scale: Tensor
 
 
@@ -94,6 +98,12 @@ class Collector:
             Statistics(layer, gate, entries[i], partition, self._shared.parts[i], backend, may_wait, moments[i])
             for i, layer in enumerate(layers)
         ]
+        self._second_uses: dict[int, SecondUse] = {}
+        for i, layer in enumerate(layers):
+            if isinstance(layer, TiedLayer):
+                use = self._second_uses[i] = SecondUse(layer, gate, entries[i], backend)
+                self.statistics[i].second = use.statistics
+                self._shared.whole.extend(use.shared)
         self._backend = backend
         self.layer_of_slot = torch.tensor(layer_of_slot, device=bank.home)
         self._is_input = torch.tensor(is_input, device=bank.home)
@@ -106,8 +116,10 @@ class Collector:
         )
         on_device = torch.stack([s.device_counts.to(home) for s in self.statistics])
         counts = on_device[:, :3] + eager[:, :3]
-        fresh = counts[:, 1] > 0
         summed = (on_device[:, 3] > 0) | (eager[:, 3] > 0)
+        for i, use in self._second_uses.items():
+            counts[i], summed[i] = use.join(counts[i], summed[i])
+        fresh = counts[:, 1] > 0
         finite = self._finite_sums(summed) & self._finite_passes(layers)
         accepted = fresh & finite
 
@@ -124,10 +136,17 @@ class Collector:
         if not all(s.passes for s in self.statistics) or any(s.summed for s in self.statistics):
             keep = torch.where(waited[self.layer_of_slot], 1.0, keep)  # it has been weighted already
             self.bank.blend(keep, gain, accept & summed[self.layer_of_slot], self._backend)
+        moments = [s.moments is not None and s.moments.fresh for s in self.statistics]
+        self.forget()
+        return Outcome(fresh, accepted, moments, moment_scale)
+
+    def forget(self) -> None:
+        """Drops the statistics since the last step."""
         for statistics in self.statistics:
             statistics.clear()
+        for use in self._second_uses.values():
+            use.statistics.clear()
         torch._foreach_zero_(self._shared.whole)
-        return Outcome(fresh, accepted, moment_scale)
 
     def _finite_sums(self, summed: Tensor) -> Tensor:
         """Flags (layers,). A NaN or Inf anywhere in the rows is in the diagonal of the sum of their squares."""

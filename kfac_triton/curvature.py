@@ -46,12 +46,13 @@ class Curvature:
         for part in partition.parts:
             weight = partition.blocks[part.block].layer.weight
             specs.append(FactorSpec(part.size, factor_dtype(weight), weight.device, part.diagonal))
-        self.bank = FactorBank(specs, [(tile.a, tile.g) for tile in partition.tiles])
+        tiles = [(tile.a, tile.g) for tile in partition.tiles]
+        self.bank = FactorBank(specs, tiles, is_compact=settings.factor_dtype == "bfloat16")
         backend = settings.backend
         self.inverses: list[InverseStack | EigenStack] = [
-            EigenStack(stack.factors, stack.sizes)
+            EigenStack(stack.sums, stack.sizes)
             if self.has_basis
-            else InverseStack(stack.factors, settings.inverse, settings.inverse_tolerance, backend, wait=host_looks)
+            else InverseStack(stack.sums, settings.inverse, settings.inverse_tolerance, backend, wait=host_looks)
             for stack in self.bank.stacks
         ]
         stores = [*self.inverses, *self.bank.diagonals]
@@ -150,7 +151,7 @@ class Curvature:
         """EKFAC: the moving average of the second moments, with the factors' weights (see `FactorBank.weights`)."""
         if not self.is_ekfac:
             return
-        fresh = torch.tensor([m is not None and m.fresh for m in self.moments], device=self.bank.home)
+        fresh = torch.tensor(outcome.moments, device=self.bank.home)
         for i, solve in enumerate(self._eigen_solves):
             spectrum, tiles = solve.spectrum, list(self.bank.groups[i].tiles)
             if spectrum is None:
@@ -163,9 +164,6 @@ class Curvature:
             new = spectrum.sums * (outcome.moment_scale[layers]).to(spectrum.sums)[:, None, None]
             blended = torch.lerp(spectrum.values, new, rate.to(spectrum.values)[:, None, None])
             spectrum.values.copy_(torch.where(accept.to(new.device)[:, None, None], blended, spectrum.values))
-        for moments in self.moments:
-            if moments is not None:
-                moments.fresh = False
 
     def precondition(self, usable: Sequence[bool], damping: float) -> Tensor:
         """V in every gradient stack, for the blocks that are usable; returns <V, W> in the order of the stacks' tiles.
@@ -189,7 +187,7 @@ class Curvature:
         stores = self.bank.stores
         spectra = [s.spectrum for s in self._eigen_solves if s.spectrum is not None]
         return {
-            "factors": of(*(s.factors for s in stores)),
+            "factors": sum(s.nbytes for s in stores),
             "sums": of(*(s.sums for s in stores)),
             "inverses": of(*(i.values for i in self.inverses), *(s.values for s in self.bank.diagonals)),
             "gradients": of(*(t for g in self.gradients for t in (g.gradient, g.update))),

@@ -36,6 +36,11 @@ class DiagonalStore:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the factors."""
+        return self.factors.nbytes
+
     def piece(self, vector: Tensor, index: int) -> Tensor:
         """One factor's part of a vector over all: a view."""
         start = self._starts[index]
@@ -53,18 +58,23 @@ class DiagonalStore:
     def refresh(self, damping: Tensor) -> None:
         """Inverts the damped diagonals; a damping of zero stands for a factor that is 1 and needs none."""
         self.damping.copy_(damping)
-        self.values.copy_(1 / (self.factors + self.damping[self.owner]))
+        damped = self.factors + self.damping[self.owner]
+        # Such a factor is zero as long as there are no statistics, and nothing is solved then.
+        self.values.copy_(torch.where(damped > 0, 1 / damped, 0.0))
 
 
 def squared_rows(source: Tensor, geometry: Sequence[int], size: int, dtype: torch.dtype) -> Tensor:
     """Diagonal of X^T X, without the ones, from rows as `kernels.ops.covariance_ema` takes them, or from indices.
 
     Args:
-        source: X (rows, n); the input (N, C, *spatial) of a convolution; or indices (rows,), which stand for one-hot rows.
+        source: X (rows, n); the input (N, C, *spatial) of a convolution; indices (rows,), which stand for one-hot rows; or
+            indices (rows, m), each of whose rows stands for the mean of m one-hot rows.
         geometry: the window of a convolution.
         size: n.
         dtype: of the sum.
     """
+    if source.dim() == 2 and not source.is_floating_point():
+        return _squared_means(source, size, dtype)
     if source.dim() == 1:
         return torch.zeros(size, dtype=dtype, device=source.device).index_add_(
             0, source, torch.ones(1, dtype=dtype, device=source.device).expand(len(source))
@@ -77,3 +87,11 @@ def squared_rows(source: Tensor, geometry: Sequence[int], size: int, dtype: torc
     if math.prod(kernel) == 1:
         return squares.flatten(2).sum((0, 2))
     return patch_matrix(squares, geometry).sum(1)
+
+
+def _squared_means(indices: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """With c the number of times that v is in a row, sum over rows of (c / m)^2: each of the c adds c / m^2. No row is made."""
+    ordered = indices.sort(1).values.contiguous()
+    counts = torch.searchsorted(ordered, ordered, right=True) - torch.searchsorted(ordered, ordered)
+    shares = counts.to(dtype) / indices.shape[1] ** 2
+    return torch.zeros(size, dtype=dtype, device=indices.device).index_add_(0, ordered.flatten(), shares.flatten())

@@ -17,7 +17,8 @@ from .collect import Collector
 from .curvature import Curvature
 from .factors import factor_dtype
 from .fisher_pass import FisherPass
-from .gradients import assemble
+from .functional import attach_functional
+from .gradients import add_updates, assemble
 from .kernels import runtime
 from .kernels.addresses import device_table
 from .layers import Layer, find_layers
@@ -55,8 +56,10 @@ class Engine:
         self.curvature = Curvature(self.partition, settings, self.host_looks)
         self.bank = self.curvature.bank
         self.gate = Gate(home, empirical=settings.fisher == "empirical")
-        kernels_serve = settings.backend != "torch" and all(s.factors.dtype == torch.float32 for s in self.bank.stacks)
-        may_wait = kernels_serve and not self.host_looks and not self.curvature.is_ekfac
+        kernels_serve = settings.backend != "torch" and all(s.sums.dtype == torch.float32 for s in self.bank.stacks)
+        # What waits goes straight into the factors: not where these are kept in another type, or moments need the rows.
+        goes_straight = settings.factor_dtype == "float32" and not self.curvature.is_ekfac
+        may_wait = kernels_serve and not self.host_looks and goes_straight
         self.collector = Collector(self.partition, self.bank, self.gate, settings.backend, may_wait, self.curvature.moments)
         self._fisher_pass: FisherPass | None = None
         if settings.likelihood is not None and settings.fisher != "empirical":
@@ -73,7 +76,7 @@ class Engine:
         self._has_newcomers = False  # layers that got their first statistics since then
         self._open_gate()
 
-        handles = attach(self.layers, self.statistics)
+        handles = attach(self.layers, self.statistics) + attach_functional(self.layers, self.statistics)
         # Also when an engine is dropped without close(): its hooks must not outlive it. The gate shuts compiled graphs.
         self._finalizer = weakref.finalize(self, _detach, handles, self.gate)
 
@@ -107,7 +110,7 @@ class Engine:
 
     def accumulate_fisher(self, outputs: Tensor, targets: Tensor | None) -> None:
         """Statistics of the model's own distribution; see `EngineFace.accumulate_fisher`."""
-        self._require_open()
+        self.require_open()
         likelihood = self.settings.likelihood
         if likelihood is None:
             raise RuntimeError(
@@ -136,7 +139,7 @@ class Engine:
         Raises:
             RuntimeError: if the engine is closed.
         """
-        self._require_open()
+        self.require_open()
         settings = self.settings
         if settings.is_due("statistics_every", self.steps):
             self._update_factors()
@@ -151,7 +154,16 @@ class Engine:
         self._open_gate()
         return updates
 
-    def _require_open(self) -> None:
+    def forget_statistics(self) -> None:
+        """Drops what backward passes left since the last step."""
+        self.collector.forget()
+
+    def require_open(self) -> None:
+        """Refuses to go on with hooks that are gone.
+
+        Raises:
+            RuntimeError: if the engine is closed.
+        """
         if self.closed:
             raise RuntimeError("this K-FAC optimizer is closed, and its hooks are gone: make a new one to go on training")
 
@@ -219,13 +231,14 @@ class Engine:
         for stack in stacks:
             self.dropped_gradients[stack.places] += stack.finish(self.nu).to(self.bank.home)
             updates.update(zip(stack.tiles, stack.update, strict=True))
-        result = []
+        result: dict[nn.Parameter, Tensor] = {}
         first = 0
         for layer, is_usable in zip(self.layers, usable, strict=True):
             if is_usable:
-                result += layer.read_update([assemble(self.partition, first + g, updates) for g in range(layer.groups)])
+                blocks_of_layer = [assemble(self.partition, first + g, updates) for g in range(layer.groups)]
+                add_updates(result, layer, layer.read_update(blocks_of_layer))
             first += layer.groups
-        return [(p, update) for p, update in result if p.grad is not None]
+        return list(result.items())
 
     def restore_step(self, steps: int) -> None:
         """Goes on from a step, for the schedules and intervals."""
@@ -262,6 +275,7 @@ def _choose_layers(
         skip=settings.skip,
         include=settings.include,
         norms=settings.norms,
+        split=settings.split,
     )
     if parameters is not None:
         chosen = {id(p) for p in parameters}

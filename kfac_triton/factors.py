@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .diagonal import DiagonalStore
 from .kernels import ops
+from .rounding import Rounding
 
 ALIGNMENT = 16  # sides are padded to a multiple: an odd bias column would cost aligned loads and tensor cores
 
@@ -69,15 +70,38 @@ class FactorStack:
     """Factors of one padded size, and as many sums of the current step.
 
     The pad is zero, so that damping alone fills it and no spectrum is widened.
+
+    Args:
+        sizes: of the factors.
+        side: padded.
+        dtype: that sums and inverses have.
+        device: where they are.
+        is_compact: whether factors are kept in 16 bits between steps.
     """
 
-    def __init__(self, sizes: list[int], side: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, sizes: list[int], side: int, dtype: torch.dtype, device: torch.device, is_compact: bool = False) -> None:
         self.sizes = sizes
-        self.factors = torch.zeros(len(sizes), side, side, dtype=dtype, device=device)
-        self.sums = torch.zeros_like(self.factors)
+        self.sums = torch.zeros(len(sizes), side, side, dtype=dtype, device=device)
+        self._stored = torch.zeros_like(self.sums, dtype=torch.bfloat16 if is_compact else dtype)
+        self._rounding = Rounding(device) if is_compact else None
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    @property
+    def factors(self) -> Tensor:
+        """The stack itself; of one kept in 16 bits a copy in full precision, to be given to `store`."""
+        return self._stored if self._rounding is None else self._stored.to(self.sums.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the factors."""
+        return self._stored.nbytes
+
+    def store(self, factors: Tensor) -> None:
+        """Keeps what was `factors` and has been written to."""
+        if self._rounding is not None:
+            self._stored.copy_(self._rounding(factors))
 
 
 class FactorBank:
@@ -88,6 +112,7 @@ class FactorBank:
     Args:
         specs: the factors.
         tiles: per tile the numbers of its factors A and G in specs; tiles may share factors.
+        is_compact: whether dense factors are kept in 16 bits between steps.
 
     Attributes:
         stacks: dense factors, one stack per padded size, dtype and device.
@@ -98,7 +123,7 @@ class FactorBank:
         updates: number of accepted updates a slot, (slots,).
     """
 
-    def __init__(self, specs: Sequence[FactorSpec], tiles: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, specs: Sequence[FactorSpec], tiles: Sequence[tuple[int, int]], is_compact: bool = False) -> None:
         keys = [self._key(spec) for spec in specs]
         by_shape: dict[tuple[object, ...], list[int]] = defaultdict(list)
         for index, (a, g) in enumerate(tiles):
@@ -117,7 +142,7 @@ class FactorBank:
                 self.diagonals.append(DiagonalStore([x.size for x in held], held[0].dtype, held[0].device))
             else:
                 side = padded(held[0].size)
-                self.stacks.append(FactorStack([x.size for x in held], side, held[0].dtype, held[0].device))
+                self.stacks.append(FactorStack([x.size for x in held], side, held[0].dtype, held[0].device, is_compact))
         self._slots = [(store, i) for store in self.stores for i in range(len(store))]
         where = {number: (k, i) for k, key in enumerate(order) for i, number in enumerate(members[key])}
         starts = [run.start for run in self.runs()]
@@ -142,12 +167,22 @@ class FactorBank:
         return [*self.stacks, *self.diagonals]
 
     def view(self, slot: int) -> Tensor:
-        """The factor in a slot without its pad, (n, n) or its diagonal (n,): a view."""
+        """The factor in a slot without its pad, (n, n) or its diagonal (n,): a view, but of one kept in 16 bits a copy."""
         store, index = self._slots[slot]
         if isinstance(store, DiagonalStore):
             return store.piece(store.factors, index)
         size = store.sizes[index]
         return store.factors[index, :size, :size]
+
+    def write(self, slot: int, value: Tensor) -> None:
+        """Overwrites the factor in a slot."""
+        store, index = self._slots[slot]
+        if isinstance(store, DiagonalStore):
+            store.piece(store.factors, index).copy_(value)
+            return
+        size, factors = store.sizes[index], store.factors
+        factors[index, :size, :size] = value.to(factors).view(size, size)
+        store.store(factors)
 
     def padded_view(self, slot: int) -> Tensor:
         """The dense factor in a slot with its pad: a view."""
@@ -195,9 +230,11 @@ class FactorBank:
     def blend(self, keep: Tensor, gain: Tensor, accept: Tensor, backend: str = "auto") -> None:
         """Factor <- keep factor + gain sum for every slot that is accepted; vectors over slots."""
         for store, run in zip(self.stores, self.runs(), strict=True):
-            device = store.factors.device
+            device = store.sums.device
             old, new, accepted = (vector[run].to(device) for vector in (keep, gain, accept))
             if isinstance(store, DiagonalStore):
                 store.blend(old, new, accepted)
             else:
-                ops.blend(store.factors, store.sums, old, new, accepted, backend=backend)
+                factors = store.factors
+                ops.blend(factors, store.sums, old, new, accepted, backend=backend)
+                store.store(factors)

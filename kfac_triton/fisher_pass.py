@@ -64,7 +64,7 @@ class FisherPass:
         # Where an example has several loss terms, one backward pass sends a column of each. Random signs make what mixes them
         # (attention, before the outputs) vanish in expectation; of one term an example nothing depends on a sign.
         several = self._likelihood.terms_per_example(outputs) > 1
-        shape = self._likelihood._term_shape(outputs)
+        shape = self._likelihood.term_shape(outputs)
         for column in self._likelihood.columns(outputs, targets):
             if several:
                 column = column * torch.randint(0, 2, shape, device=column.device).mul_(2).sub_(1).to(column.dtype)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .factors import FactorBank, TileGroup
 from .kernels import ops
+from .layers import Layer
 from .partition import Partition
 
 
@@ -41,10 +42,10 @@ class GradientStack:
         self._partition = partition
         sides = [bank.stores[side.store] for side in (group.g, group.a)]
         m, n = (
-            store.factors.shape[-1] if store.factors.dim() == 3 else store.sizes[side.places[0]]
+            store.sums.shape[-1] if store.sums.dim() == 3 else store.sizes[side.places[0]]
             for store, side in zip(sides, (group.g, group.a), strict=True)
         )
-        self.gradient = sides[0].factors.new_zeros(len(group.tiles), m, n)
+        self.gradient = sides[0].sums.new_zeros(len(group.tiles), m, n)
         self.update = torch.zeros_like(self.gradient)
         self.product = self.gradient.new_zeros(len(group.tiles))
         self._nothing = self.gradient.new_empty(0)
@@ -81,6 +82,20 @@ class GradientStack:
         if not self._host_looks or bool(broken.any()):
             self.update.masked_fill_(broken[:, None, None], 0.0)
         return broken
+
+
+def add_updates(result: dict[nn.Parameter, Tensor], layer: Layer, updates: list[tuple[nn.Parameter, Tensor]]) -> None:
+    """Adds a layer's updates to those of all; what has no gradient gets none."""
+    for parameter, update in updates:
+        if parameter.grad is None:
+            continue
+        part = layer.part_of(parameter)
+        if part is None:
+            result[parameter] = update
+            continue
+        if parameter not in result:  # rows of a layer without an update keep their gradient
+            result[parameter] = parameter.grad.to(update.dtype, copy=True)
+        result[parameter][part] = update
 
 
 def assemble(partition: Partition, block: int, updates: dict[int, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import state, tail
+from .auto import AutoStep
 from .engine import Engine
 from .face import EngineFace
 from .layers import Choice
@@ -32,7 +34,10 @@ class KFAC(EngineFace, Optimizer):
         model: the module to train.
         params: parameters or parameter groups to optimize, as for any optimizer; None takes all trainable ones.
             A group may set lr, momentum, nesterov, weight_decay, tail, betas and eps for itself.
-        lr: learning rate. With a KL clip, 1 is the natural start: the clip then sets the length of early steps.
+        lr: learning rate. With a KL clip, 1 is the natural start: the clip then sets the length of early steps. "auto" leaves
+            it to the quadratic model of the loss (Martens and Grosse 2015, sections 6.4 to 7): learning rate, momentum and
+            damping need no tuning. `step` then takes a closure that runs the model and returns (outputs, targets), without
+            backward; `loss` must be passed; `weight_decay` is an L2 penalty; momentum, kl_clip and the tail do not matter.
         momentum: of the SGD tail, in [0, 1).
         nesterov: Nesterov momentum.
         weight_decay: decoupled (Loshchilov and Hutter 2019).
@@ -65,9 +70,15 @@ class KFAC(EngineFace, Optimizer):
         max_stats_tokens: most rows that a pass takes of a layer; None for all.
         max_factor_size: a side of W beyond it is kept as `oversize` says; None for no limit.
         oversize: "diagonal", or "block": cut into blocks along the diagonal.
+        factor_dtype: "float32", or "bfloat16": factors are kept in 16 bits between steps, rounded at random so that slow moving
+            averages still move; sums and inverses stay in single precision. (Float64 weights have float64 for "float32".)
         norms: scale and shift of norms: "diagonal", "full" or "skip".
         skip: modules to leave out: patterns of their names or classes (* and ?), or a function of name and module.
         include: modules to consider, likewise.
+        split: layers whose output is several things (query, key and value): a dict of patterns and numbers of equal blocks
+            that G is cut into, such as {"*.qkv": 3}. A is shared.
+        damping_every: with lr="auto", steps between adaptations of damping.
+        damping_range: with lr="auto", the least and the highest damping.
         backend: "auto" runs the Triton kernels on a GPU and PyTorch elsewhere, "triton" insists on the kernels, "torch" does
             without them.
 
@@ -91,7 +102,7 @@ class KFAC(EngineFace, Optimizer):
         model: nn.Module,
         params: Iterable[Any] | None = None,
         *,
-        lr: float | Tensor = 0.1,
+        lr: float | Tensor | str = 0.1,
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
@@ -119,9 +130,13 @@ class KFAC(EngineFace, Optimizer):
         max_stats_tokens: int | None = Settings.max_stats_tokens,
         max_factor_size: int | None = Settings.max_factor_size,
         oversize: str = Settings.oversize,
+        factor_dtype: str = Settings.factor_dtype,
         norms: str = Settings.norms,
         skip: Choice = Settings.skip,
         include: Choice = Settings.include,
+        split: dict[str, int] | None = Settings.split,
+        damping_every: int = 5,
+        damping_range: tuple[float, float] = (1e-8, 1e8),
         backend: str = Settings.backend,
     ) -> None:
         settings = Settings(
@@ -146,11 +161,21 @@ class KFAC(EngineFace, Optimizer):
             max_stats_tokens=max_stats_tokens,
             max_factor_size=max_factor_size,
             oversize=oversize,
+            factor_dtype=factor_dtype,
             norms=norms,
             skip=skip,
             include=include,
+            split=split,
             backend=backend,
         )
+        is_auto = isinstance(lr, str)
+        if is_auto:
+            if lr != "auto":
+                raise ValueError(f"lr must be a number, a tensor or 'auto', but is {lr!r}")
+            lr = 1.0  # of the groups, where schedulers expect a number; it does not matter
+            likelihood = settings.likelihood
+            reduction = loss_reduction if likelihood is None else likelihood.reduction
+            settings = dataclasses.replace(settings, kl_clip=None, loss_reduction=reduction)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
         if params is None:
@@ -167,6 +192,15 @@ class KFAC(EngineFace, Optimizer):
         super().__init__(params, defaults)
         self._model = model
         self.engine = Engine(model, settings, self._parameters())
+        self._auto: AutoStep | None = None
+        if is_auto:
+            decay = [group["weight_decay"] for group in self.param_groups for _ in group["params"]]
+            self._auto = AutoStep(model, self.engine, self._parameters(), decay, damping_every, damping_range)
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the quadratic model chooses the steps (lr="auto")."""
+        return self._auto is not None
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -188,18 +222,30 @@ class KFAC(EngineFace, Optimizer):
     def step(self, closure: None = None) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], Any]) -> Any: ...
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: statistics into factors, inverses when due, and the tail along the preconditioned gradients.
 
         Args:
-            closure: evaluates the model and returns the loss, with gradients; run once, before the step.
+            closure: evaluates the model and returns the loss, with gradients; run once, before the step. With lr="auto": runs
+                the model and returns (outputs, targets); run up to five times on the same batch, with the same random numbers.
+
+        Returns:
+            The loss before the step, if there is a closure.
 
         Raises:
             RuntimeError: if the optimizer is closed, or a gradient is sparse; nothing is changed then.
+            TypeError, ValueError: if lr is "auto" and there is no closure, or one that does not return (outputs, targets).
         """
+        if self._auto is not None:
+            if closure is None:
+                raise TypeError(
+                    "lr is 'auto', so step needs a closure that runs the model and returns (outputs, targets): "
+                    "optimizer.step(lambda: (model(inputs), targets))"
+                )
+            return self._auto.step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -216,9 +262,14 @@ class KFAC(EngineFace, Optimizer):
             tail.apply(group, params, gradients, [self.state[p] for p in params])
         return loss
 
+    def diagnostics(self) -> dict[str, Any]:
+        """Numbers of the last step as a plain dict; see `kfac_triton.diagnostics.diagnostics` and `AutoStep.diagnostics`."""
+        return super().diagnostics() | (self._auto.diagnostics() if self._auto is not None else {})
+
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's, with the factors in the state of each covered weight (float32 whatever the weight's type)."""
-        return state.with_factors(super().state_dict(), self)
+        extra = self._auto.export() if self._auto is not None else []
+        return state.with_factors(super().state_dict(), self, extra)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave; inverses are made from the factors at the next step.
@@ -226,8 +277,10 @@ class KFAC(EngineFace, Optimizer):
         Raises:
             ValueError: if the state does not fit, or a factor is not finite; nothing is changed then.
         """
-        plain, by_weight = state.without_factors(state_dict)
+        plain, by_weight, extra = state.without_factors(state_dict)
         factors = state.factors_by_layer(self, by_weight)
         state.check_factors(self.engine, factors)
+        if self._auto is not None:
+            self._auto.restore([extra.get(i, {}) for i in range(len(self._parameters()))])
         super().load_state_dict(plain)
         state.restore_factors(self.engine, factors)

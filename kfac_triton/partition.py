@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -50,7 +50,8 @@ class Part:
         """The columns (channels) of rows that belong to it, without the ones."""
         if self.whole or source.dim() == 1:
             return source
-        return source[:, self.start // self.unit : (self.stop - self.ones) // self.unit]
+        unit = self.unit if source.dim() > 2 else 1  # mean patches are rows already
+        return source[:, self.start // unit : (self.stop - self.ones) // unit]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Partition:
             layer = block.layer
             limits = max_factor_size, oversize
             a = _parts(number, True, layer.input_size, layer.diagonal_inputs, layer.has_bias, layer.input_unit, *limits)
-            g = _parts(number, False, layer.output_size, layer.diagonal_gradients, False, 1, *limits)
+            g = _output_parts(number, layer, *limits)
             first = len(self.parts)
             self.parts += a + g
             a_range, g_range = range(first, first + len(a)), range(first + len(a), first + len(a) + len(g))
@@ -113,6 +114,17 @@ class Partition:
             return part.cut(rows.inputs[group]), rows.input_window
         source = rows.gradients[group]
         return part.cut(source), rows.gradient_window if source.dim() > 2 else ops.ROWS
+
+
+def _output_parts(block: int, layer: Layer, largest: int | None, oversize: str) -> list[Part]:
+    """Parts of G: those of each of the layer's equal output blocks. A diagonal has none between its blocks to begin with."""
+    count = 1 if layer.diagonal_gradients else layer.output_blocks
+    size = layer.output_size // count
+    parts = _parts(block, False, size, layer.diagonal_gradients, False, 1, largest, oversize)
+    if count == 1:
+        return parts
+    starts = [i * size for i in range(count)]
+    return [replace(x, start=x.start + first, stop=x.stop + first, whole=False) for first in starts for x in parts]
 
 
 def _parts(

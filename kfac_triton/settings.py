@@ -12,11 +12,13 @@ from . import validation
 from .fisher import FISHERS, LOSS_REDUCTIONS, LOSS_TERMS
 from .inverse import METHODS
 from .kernels.runtime import BACKENDS
-from .likelihood import Likelihood, likelihood_of
+from .likelihood import Likelihood
+from .losses import likelihood_of
 from .partition import OVERSIZE
 
 WEIGHT_SHARING = ("expand", "reduce")
 CURVATURES = ("kfac", "ekfac")
+FACTOR_DTYPES = ("float32", "bfloat16")
 NORMS = ("diagonal", "full", "skip")
 
 Schedule = float | Callable[[int], float]
@@ -52,9 +54,11 @@ class Settings:
     max_stats_tokens: int | None = None
     max_factor_size: int | None = 8192
     oversize: str = "diagonal"
+    factor_dtype: str = "float32"
     norms: str = "diagonal"
     skip: Any = ()
     include: Any = "*"
+    split: dict[str, int] | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -89,9 +93,12 @@ class Settings:
             if getattr(self, name) is not None:
                 validation.whole(name, getattr(self, name))
         validation.choice("oversize", self.oversize, OVERSIZE)
+        validation.choice("factor_dtype", self.factor_dtype, FACTOR_DTYPES)
         validation.choice("norms", self.norms, NORMS)
         for name in ("skip", "include"):
             _check_choice(name, getattr(self, name))
+        if self.split is not None:
+            _check_split(self.split)
         validation.choice("backend", self.backend, BACKENDS)
         if not callable(self.loss_scale):
             validation.real("loss_scale", self.loss_scale, open_low=True)
@@ -134,3 +141,10 @@ def _check_choice(name: str, value: Any) -> None:
         return
     if not isinstance(value, (list, tuple)) or not all(isinstance(pattern, str) for pattern in value):
         raise TypeError(f"{name} must be a pattern, a list of patterns or a function of name and module, but is {value!r}")
+
+
+def _check_split(value: Any) -> None:
+    if not isinstance(value, dict) or not all(isinstance(pattern, str) for pattern in value):
+        raise TypeError(f"split must be a dict of patterns and numbers of blocks, but is {value!r}")
+    for pattern, count in value.items():
+        validation.whole(f"split[{pattern!r}]", count)

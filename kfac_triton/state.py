@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .auto import NUMBERS, PREVIOUS
 from .engine import Engine
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+AUTO_KEYS = (PREVIOUS, NUMBERS)
 KEYS = ("kfac_A", "kfac_G", "kfac_updates", "kfac_steps")
 
 
@@ -65,42 +68,74 @@ def restore_factors(engine: Engine, factors: dict[str, dict[str, Tensor]]) -> No
             continue
         for side, (key, groups) in enumerate(zip(KEYS[:2], _slots(engine, number), strict=True)):
             for group, slots in enumerate(groups):
-                views = [engine.bank.view(slot) for slot in slots]
-                pieces = values[key][group].flatten().split([view.numel() for view in views])
-                for view, piece in zip(views, pieces, strict=True):
-                    view.copy_(piece.view_as(view))
+                pieces = values[key][group].flatten().split([engine.bank.view(slot).numel() for slot in slots])
+                for slot, piece in zip(slots, pieces, strict=True):
+                    engine.bank.write(slot, piece)
                 engine.bank.updates[slots] = values["kfac_updates"][group, side].to(engine.bank.updates)
         if bool((values["kfac_updates"] > 0).all()):
             engine.mark_restored(number)
         engine.restore_step(int(values["kfac_steps"]))
 
 
-def _weight_indices(optimizer: Optimizer, engine: Engine) -> dict[str, int]:
-    """Module name -> the number of its weight in the optimizer's state dict."""
+def _layers_by_weight(optimizer: Optimizer, engine: Engine) -> dict[int, list[str]]:
+    """The number of a weight in the optimizer's state dict -> names of the layers that are made of it."""
     order = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    return {layer.name: order[id(layer.weight)] for layer in engine.layers if id(layer.weight) in order}
+    result: dict[int, list[str]] = {}
+    for layer in engine.layers:
+        if id(layer.weight) in order:
+            result.setdefault(order[id(layer.weight)], []).append(layer.name)
+    return result
 
 
-def with_factors(state_dict: dict[str, Any], optimizer: Any) -> dict[str, Any]:
-    """The optimizer's state dict with the factors added."""
+def _joined(layers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The factors of layers on one weight, end to end along their groups; they are of one size."""
+    if len(layers) == 1:
+        return layers[0]
+    return {**{key: torch.cat([layer[key] for layer in layers]) for key in KEYS[:3]}, KEYS[3]: layers[0][KEYS[3]]}
+
+
+def _parted(values: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """The reverse of `_joined`; a number of groups that does not fit is left to `check_factors`."""
+    if count == 1:
+        return [values]
+    pieces = {key: values[key].tensor_split(count) for key in KEYS[:3]}
+    return [{**{key: pieces[key][i] for key in KEYS[:3]}, KEYS[3]: values[KEYS[3]]} for i in range(count)]
+
+
+def with_factors(state_dict: dict[str, Any], optimizer: Any, extra: Sequence[dict[str, Tensor]] = ()) -> dict[str, Any]:
+    """The optimizer's state dict with the factors added, and what else belongs to each parameter."""
     factors = export_factors(optimizer.engine)
     state = {index: dict(values) for index, values in state_dict["state"].items()}
-    for name, index in _weight_indices(optimizer, optimizer.engine).items():
-        state.setdefault(index, {}).update(factors[name])
+    for index, names in _layers_by_weight(optimizer, optimizer.engine).items():
+        state.setdefault(index, {}).update(_joined([factors[name] for name in names]))
+    for index, values in enumerate(extra):
+        state.setdefault(index, {}).update(values)
     return {**state_dict, "state": state}
 
 
-def without_factors(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:
-    """(state dict, factors by number of the weight): the base class would cast factors to the weight's type."""
-    plain, factors = {}, {}
+_ByNumber = dict[int, dict[str, Tensor]]
+
+
+def without_factors(state_dict: dict[str, Any]) -> tuple[dict[str, Any], _ByNumber, _ByNumber]:
+    """(state dict, factors, what lr="auto" keeps), the last two by number of the parameter.
+
+    The base class would cast both to the parameter's type.
+    """
+    plain: dict[int, dict[str, Any]] = {}
+    factors: _ByNumber = {}
+    extra: _ByNumber = {}
     for index, values in state_dict["state"].items():
-        plain[index] = {key: value for key, value in values.items() if key not in KEYS}
+        plain[index] = {key: value for key, value in values.items() if key not in (*KEYS, *AUTO_KEYS)}
+        extra[index] = {key: values[key] for key in AUTO_KEYS if key in values}
         if all(key in values for key in KEYS):
             factors[index] = {key: values[key] for key in KEYS}
-    return {**state_dict, "state": plain}, factors
+    return {**state_dict, "state": plain}, factors, extra
 
 
 def factors_by_layer(optimizer: Any, factors: dict[int, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     """Factors by module name from factors by number of the weight."""
-    indices = _weight_indices(optimizer, optimizer.engine)
-    return {name: factors[index] for name, index in indices.items() if index in factors}
+    result: dict[str, dict[str, Tensor]] = {}
+    for index, names in _layers_by_weight(optimizer, optimizer.engine).items():
+        if index in factors:
+            result.update(zip(names, _parted(factors[index], len(names)), strict=True))
+    return result

@@ -84,6 +84,7 @@ class Statistics:
         summed: whether an eager pass was summed.
         device_counts: rows of A, loss terms, taken loss terms and compiled passes as counted on the device, (4,).
         eager_counts: the first three as the host counted them.
+        second: those of a second use of the weight, which is summed apart (see `second_use`).
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Statistics:
         self.moments = moments
         self.passes: list[Rows] = []
         self.summed = False
+        self.second: Statistics | None = None
         self.device_counts = shared.counts
         self.eager_counts: list[float] = [0, 0, 0]
         self._partition = partition
@@ -165,6 +167,8 @@ class Statistics:
         self.eager_counts = [0, 0, 0]
         self.passes = []
         self.summed = False
+        if self.moments is not None:
+            self.moments.fresh = False
 
     def _count_on_device(self, count: Tensor | float, terms: Tensor | float, share: float) -> None:
         self.device_counts[0].add_(count)

@@ -8,6 +8,7 @@ from helpers import TokenModel, conv_net, mlp, relative_error
 from torch import Tensor, nn
 
 from kfac_triton import KFAC, KFACPreconditioner
+from kfac_triton.rounding import Rounding
 
 
 def _tokens(model: nn.Module, n: int = 6) -> None:
@@ -183,3 +184,60 @@ def test_what_is_left_out_trains_along_its_gradient() -> None:
         step = (old - p.detach()) / 0.1
         assert (relative_error(step, p.grad) <= 1e-12) == name.startswith("second")
     assert optimizer.diagnostics()["skipped"] == {"second": "it is left out by skip or include"}
+
+
+# Smaller factors
+
+
+def test_random_rounding_is_right_in_the_mean_and_symmetric() -> None:
+    value = torch.full((1, 300, 300), 1.0 + 2**-10)  # an eighth of the way from 1 to the next bfloat16
+    rounded = Rounding(torch.device("cpu"))(value)
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(rounded, rounded.mT)
+    assert set(rounded.unique().tolist()) == {1.0, 1.0 + 2**-7}
+    assert float(rounded.float().mean()) == pytest.approx(1.0 + 2**-10, abs=2e-4)
+    exact = torch.tensor([[[2.5, -0.75], [-0.75, 0.0]]])
+    assert torch.equal(Rounding(torch.device("cpu"))(exact).float(), exact)
+
+
+def test_factors_in_16_bits_follow_those_in_32() -> None:
+    """Also a slow average, whose steps are below the last digit; half of the memory; the same updates, nearly."""
+    results, bits = [], []
+    for dtype in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        model = mlp(torch.float32)
+        ours = KFACPreconditioner(model, damping=0.1, kl_clip=None, ema_decay=0.999, factor_dtype=dtype)
+        state = torch.get_rng_state()
+        for step in range(200):
+            torch.manual_seed(step)
+            x = torch.randn(12, 5) * (1 + 2 * (step > 100))  # the inputs' scale changes on the way
+            model.zero_grad()
+            nn.functional.cross_entropy(model(x), torch.randint(4, (12,))).backward()
+            ours.precondition_()
+        assert not torch.equal(state, torch.get_rng_state())
+        bits.append(torch.get_rng_state())
+        results.append((ours.factors(), [p.grad for p in model.parameters()], ours.diagnostics()["memory"]["factors"]))
+    assert torch.equal(*bits)  # rounding draws no number from the run's own
+    assert results[1][2] * 2 == results[0][2]
+    for name, pair in results[0][0].items():
+        for got, expected in zip(results[1][0][name], pair, strict=True):
+            assert torch.equal(got, got.mT)
+            assert relative_error(got, expected) <= 0.03
+    for got, expected in zip(results[1][1], results[0][1], strict=True):
+        assert relative_error(got, expected) <= 0.05
+
+
+def test_factors_in_16_bits_serve_kernels_and_checkpoints() -> None:
+    torch.manual_seed(0)
+    model = mlp(torch.float32)
+    optimizer = KFAC(model, damping=0.1, factor_dtype="bfloat16", backend="triton")
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.randn(12, 5)), torch.randint(4, (12,))).backward()
+        optimizer.step()
+    other = KFAC(mlp(torch.float32), damping=0.1, factor_dtype="bfloat16")
+    other.load_state_dict(optimizer.state_dict())
+    for name, pair in optimizer.factors().items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, other.factors()[name], strict=True))
+    with pytest.raises(ValueError, match="factor_dtype must be one of float32, bfloat16, but is 'float16'"):
+        KFAC(model, factor_dtype="float16")

@@ -13,7 +13,7 @@ from helpers import batch_for_mlp, mlp, relative_error
 from torch import Tensor, nn
 
 from kfac_triton.controller import REJECTION_FACTOR, Controller
-from kfac_triton.likelihood import likelihood_of
+from kfac_triton.losses import likelihood_of
 from kfac_triton.quadratic import jacobian_products
 
 Gradients = list[Tensor | None]

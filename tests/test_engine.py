@@ -125,7 +125,7 @@ def test_a_bad_change_changes_nothing() -> None:
 
 def test_models_without_a_layer_are_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match="no layer that K-FAC covers"):
-        Engine(nn.LayerNorm(4), Settings())
+        Engine(nn.PReLU(4), Settings())
     frozen = nn.Sequential(nn.Linear(3, 2).requires_grad_(False))
     with pytest.raises(ValueError, match="0: its weight is frozen"):
         Engine(frozen, Settings())

@@ -15,7 +15,7 @@ from .. import __version__
 from . import NO_FILE, at_least, usable_device, writable_file
 from .autoencoder import WIDTHS
 from .digits import HELD_OUT, MNIST_TRAIN, MissingDataError, load_images
-from .race import FIRST_ORDER, KFACSettings, OnStep, Race, Result, steps_to
+from .race import AUTO, FIRST_ORDER, AutoSettings, KFACSettings, OnStep, Race, Result, steps_to
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -29,6 +29,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     shown = "(default: %(default)s)"
     parser.add_argument("--data", choices=("mnist", "curves"), default="mnist", help=f"digits, or drawn curves {shown}")
     parser.add_argument("--steps", type=at_least(4), default=300, help=f"steps of Adam and SGD; K-FAC takes a third {shown}")
+    parser.add_argument("--auto", action="store_true", help='also K-FAC with lr="auto", as many steps as K-FAC')
     parser.add_argument("--train", type=at_least(1), default=4000, help=f"number of training images {shown}")
     parser.add_argument("--batch", type=at_least(1), default=1000, help=f"images per step {shown}")
     parser.add_argument("--seed", type=at_least(0), default=0, help=f"of weights, data split and batch order {shown}")
@@ -54,7 +55,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     except MissingDataError as error:
         parser.error(f"argument --data: {error}")
 
-    results = _compete(Race(images, arguments.batch, arguments.seed), arguments.steps, arguments.quiet)
+    results = _compete(Race(images, arguments.batch, arguments.seed), arguments)
     targets = choose_targets(results)
     print(render(results, targets))
     if arguments.output is not None:
@@ -70,8 +71,9 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _compete(race: Race, steps: int, quiet: bool) -> list[Result]:
+def _compete(race: Race, arguments: argparse.Namespace) -> list[Result]:
     """Run K-FAC, for a third of the steps, then Adam and SGD."""
+    steps, quiet = arguments.steps, arguments.quiet
 
     def say(line: str) -> None:
         if not quiet:
@@ -89,6 +91,10 @@ def _compete(race: Race, steps: int, quiet: bool) -> list[Result]:
         total = len(grid) * first_round + 2 * (steps - first_round)
         with _progress(name, total, quiet) as on_step:
             results.append(race.run_first_order(name, steps, on_step))
+    if arguments.auto:
+        say(f"{AUTO}: no learning rate, {kfac_steps} steps; each evaluates the model up to five times.")
+        with _progress(AUTO, kfac_steps, quiet) as on_step:
+            results.append(race.run_auto(AutoSettings(), kfac_steps, on_step))
     return results
 
 
@@ -139,6 +145,13 @@ def closing_sentences(results: Sequence[Result]) -> list[str]:
     kfac, *others = results
     sentences = []
     for other in others:
+        if other.name == AUTO:
+            sentences.append(
+                f'With lr="auto" K-FAC ended at a training loss of {_number(other.train_loss)} after '
+                f"{len(other.run.losses)} steps, with hand-tuned settings at {_number(kfac.train_loss)} after "
+                f"{len(kfac.run.losses)}."
+            )
+            continue
         target = other.run.losses[-1]
         theirs, ours = steps_to(other.run.losses, target), steps_to(kfac.run.losses, target)
         if theirs is None:

@@ -15,7 +15,7 @@ from .race import Result
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLORS = ("#c0392b", "#1f5f99", "#7f8c8d")
+COLORS = ("#c0392b", "#1f5f99", "#7f8c8d", "#e08e0b")
 SAMPLES = 14
 
 
@@ -23,7 +23,7 @@ def draw(results: Sequence[Result], held_out: Tensor, title: str, path: Path) ->
     """Write the picture as a PNG.
 
     Args:
-        results: The contestants, at most three.
+        results: The contestants, at most four.
         held_out: Held-out images `[N, 784]`; the first ones are shown.
         title: Line on top.
         path: File to write.
@@ -49,7 +49,7 @@ def _draw_curves(by_steps: Axes, by_seconds: Axes, results: Sequence[Result]) ->
 
     for result, color in zip(results, COLORS, strict=False):
         losses = result.run.losses
-        label = f"{result.name}, lr {result.settings['lr']:g}"
+        label = f"{result.name}, lr {result.settings['lr']:g}" if "lr" in result.settings else result.name
         by_steps.plot(range(1, len(losses) + 1), losses, color=color, label=label, linewidth=1.8)
         by_seconds.plot(result.run.seconds, losses, color=color, label=label, linewidth=1.8)
     by_steps.set(xlabel="steps", ylabel="training loss (nats per image)", yscale="log")

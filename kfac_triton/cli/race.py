@@ -9,11 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from .. import KFAC
+from ..distributions import Bernoulli
 from .autoencoder import build_autoencoder, full_loss, reconstruction_loss
 from .digits import Images
 
+
+class Reconstruction(Bernoulli):
+    """The autoencoder's loss, and its curvature: independent pixels, summed."""
+
+    def __call__(self, logits: Tensor, images: Tensor) -> Tensor:
+        """`reconstruction_loss`."""
+        return reconstruction_loss(logits, images)
+
+
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 OnStep = Callable[[float], None]
+AUTO = "K-FAC auto"
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,14 @@ class KFACSettings:
     ema_decay: float = 0.5
     statistics_every: int = 1
     inverse_every: int = 1
+
+
+@dataclass(frozen=True)
+class AutoSettings:
+    """K-FAC's without a learning rate: damping is that to begin with, and the Fisher the model's own (one label draw)."""
+
+    damping: float = 3.0
+    ema_decay: float = 0.5
 
 
 FIRST_ORDER: dict[str, tuple[Callable[[nn.Module, float], torch.optim.Optimizer], tuple[float, ...]]] = {
@@ -85,16 +104,23 @@ class TrainingRun:
             images = next(self._batches)
             self._synchronize()
             start = time.perf_counter()
-            self.optimizer.zero_grad()
-            loss = reconstruction_loss(self.model(images), images)
-            loss.backward()
-            self.optimizer.step()
+            loss = self._take_step(images)
             self._synchronize()
             elapsed = time.perf_counter() - start
             self.seconds.append(elapsed + (self.seconds[-1] if self.seconds else 0.0))
             self.batch_losses.append(loss.item())
             if on_step is not None:
                 on_step(self.batch_losses[-1])
+
+    def _take_step(self, images: Tensor) -> Tensor:
+        if isinstance(self.optimizer, KFAC) and self.optimizer.is_auto:
+            loss: Tensor = self.optimizer.step(lambda: (self.model(images), images))
+            return loss
+        self.optimizer.zero_grad()
+        loss = reconstruction_loss(self.model(images), images)
+        loss.backward()
+        self.optimizer.step()
+        return loss
 
     def training_loss(self) -> float:
         """Loss on all training images; infinite if it is not finite, so that it loses every comparison."""
@@ -210,6 +236,17 @@ class Race:
         run = self.start(make_optimizer)
         run.advance(steps, on_step)
         return self._finish("K-FAC", asdict(settings), run)
+
+    def run_auto(self, settings: AutoSettings, steps: int, on_step: OnStep) -> Result:
+        """Train with K-FAC that chooses learning rate, momentum and damping by itself."""
+
+        def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+            return KFAC(model, lr="auto", fisher="mc", loss=Reconstruction(), **asdict(settings))
+
+        self._warm_up(make_optimizer)
+        run = self.start(make_optimizer)
+        run.advance(steps, on_step)
+        return self._finish(AUTO, asdict(settings), run)
 
     def run_first_order(self, name: str, steps: int, on_step: OnStep) -> Result:
         """Tune the learning rate of `"Adam"` or `"SGD"` and return the best run."""

@@ -16,7 +16,8 @@ class Rows:
 
     Attributes:
         inputs: per group the rows of A, as `kernels.ops.covariance_ema` takes them; a vector of whole numbers stands for
-            one-hot rows (the indices of an embedding).
+            one-hot rows (the indices of an embedding), a matrix of them for rows that are means of one-hot ones; empty where
+            the input is constant.
         gradients: per group the rows of G.
         input_window: how to read rows from each entry of inputs.
         gradient_window: the same for gradients.
@@ -61,13 +62,17 @@ class Layer(ABC):
         diagonal_inputs: whether A is kept as its diagonal.
         diagonal_gradients: whether G is.
         constant_input: whether a is 1, and G (the Fisher matrix itself) takes all of the damping.
+        functional: whether the module's forward applies the weight by `F.linear`, so that no module's hook sees it.
         modules: those that share the weight; one, as a rule.
+        output_blocks: equal blocks along its diagonal that G is cut into.
     """
 
     module_type: type[nn.Module]
     diagonal_inputs: ClassVar[bool] = False
     diagonal_gradients: bool = False
     constant_input: ClassVar[bool] = False
+    functional: ClassVar[bool] = False
+    output_blocks: int = 1
 
     def __init__(self, name: str, module: nn.Module, weight_sharing: str, loss_terms: str) -> None:
         self.name = name
@@ -78,6 +83,11 @@ class Layer(ABC):
         # Decided once: a factor's size cannot follow a bias that is frozen later; its column then just has no use.
         bias = module._parameters.get("bias")
         self.has_bias: bool = bias is not None and bias.requires_grad
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether a module is of this type; one derived from it that computes something else in forward is not."""
+        return isinstance(module, cls.module_type) and type(module).forward is cls.module_type.forward
 
     @classmethod
     def cover(cls, name: str, module: nn.Module, weight_sharing: str, loss_terms: str, **options: Any) -> list[Layer]:
@@ -91,6 +101,16 @@ class Layer(ABC):
             options: settings that concern some adapters: `norms`.
         """
         return [cls(name, module, weight_sharing, loss_terms)]
+
+    @classmethod
+    def weights(cls, module: nn.Module) -> list[nn.Parameter | None]:
+        """The parameters of a module that no other may use, unless the adapter ties them."""
+        return [module._parameters.get("weight")]
+
+    @classmethod
+    def inner(cls, module: nn.Module) -> list[nn.Module]:
+        """Modules inside that the adapter answers for, whether it covers their weights or not."""
+        return []
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
@@ -148,11 +168,19 @@ class Layer(ABC):
         """Rows from the use-th module that shares the weight; sums is what the passes before left of A and G."""
         return self.rows(x, gradient)
 
+    def is_second(self, use: int) -> bool:
+        """Whether the use-th module applies the weight in another way, and is summed apart."""
+        return False
+
     def gradient(self, group: int) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of one group as they stand in W: that of the weight (rows, ...) and of the bias (rows,)."""
         rows = slice(group * self.output_size, (group + 1) * self.output_size)
         weight, bias = self.weight.grad, None if self.bias is None else self.bias.grad
         return None if weight is None else weight[rows], None if bias is None else bias[rows]
+
+    def part_of(self, parameter: nn.Parameter) -> slice | None:
+        """The rows of a parameter that `read_update` has, where other layers have the rest."""
+        return None
 
     def read_update(self, blocks: list[Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
         """Weight and bias with their parts of the preconditioned gradient, from one block (or wider) a group."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -25,6 +26,20 @@ def padding_amounts(module: _Conv) -> list[tuple[int, int]]:
         totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         return [(total // 2, total - total // 2) for total in totals]
     return [(int(p), int(p)) for p in module.padding]
+
+
+def mean_patches(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], positions: Sequence[int]
+) -> Tensor:
+    """Patches averaged over positions, (N, C * kernel elements): one mean per kernel element, no patch is ever made."""
+    means = []
+    for offset in itertools.product(*(range(k) for k in kernel)):
+        window = tuple(
+            slice(o * d, o * d + (count - 1) * s + 1, s)
+            for o, d, s, count in zip(offset, dilation, stride, positions, strict=True)
+        )
+        means.append(x[(slice(None), slice(None), *window)].flatten(2).mean(2))
+    return torch.stack(means, dim=2).reshape(x.shape[0], x.shape[1] * math.prod(kernel))
 
 
 class ConvLayer(Layer):
@@ -79,17 +94,9 @@ class ConvLayer(Layer):
         )
 
     def _mean_patches(self, x: Tensor, padding: list[tuple[int, int]], positions: torch.Size) -> Tensor:
-        """Patches averaged over positions, (N, C * kernel elements): one mean per kernel element, no patch is ever made."""
         if any(before for before, _ in padding):
             x = F.pad(x, [amount for pair in reversed(padding) for amount in pair])
-        means = []
-        for offset in itertools.product(*(range(k) for k in self.conv.kernel_size)):
-            window = tuple(
-                slice(o * d, o * d + (count - 1) * s + 1, s)
-                for o, d, s, count in zip(offset, self.conv.dilation, self.conv.stride, positions, strict=True)
-            )
-            means.append(x[(slice(None), slice(None), *window)].flatten(2).mean(2))
-        return torch.stack(means, dim=2).reshape(x.shape[0], x.shape[1] * math.prod(self.conv.kernel_size))
+        return mean_patches(x, self.conv.kernel_size, self.conv.stride, self.conv.dilation, positions)
 
 
 class Conv1dLayer(ConvLayer):

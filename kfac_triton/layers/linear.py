@@ -12,7 +12,7 @@ from .base import Layer, Rows, token_rows
 class LinearLayer(Layer):
     """Inputs (N, ..., in); every dimension between the first and the last shares the weight (Eschenhagen et al. 2023)."""
 
-    module_type = nn.Linear
+    module_type: type[nn.Module] = nn.Linear
 
     @classmethod
     def tie(cls, modules: list[nn.Module]) -> type[Layer] | None:

@@ -1,0 +1,126 @@
+"""lr="auto": the controller's wishes, as calls of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .controller import Controller
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+# Keys in the state of parameters: the step before, and, with the first of them, the controller's numbers.
+PREVIOUS, NUMBERS = "kfac_previous", "kfac_controller"
+_NUMBERS = ("damping", "steps", "rejected", "skipped", "reduction_ratio")
+
+
+class AutoStep:
+    """Steps whose length, momentum and damping the controller chooses (Martens and Grosse 2015).
+
+    Args:
+        model: the module to train.
+        engine: K-FAC of it.
+        parameters: those of all groups, in order.
+        weight_decay: L2 penalty, one a parameter.
+        damping_every: steps between adaptations of damping.
+        damping_range: the least and the highest damping.
+
+    Raises:
+        TypeError, ValueError: if the loss is none that can be evaluated, damping is no number, or a value is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: Engine,
+        parameters: Sequence[nn.Parameter],
+        weight_decay: Sequence[float],
+        damping_every: int,
+        damping_range: tuple[float, float],
+    ) -> None:
+        settings = engine.settings
+        loss = settings.loss
+        if loss is None or not callable(loss):
+            raise ValueError(
+                f"lr is 'auto', which evaluates the loss itself: pass loss=nn.CrossEntropyLoss(), say, but it is {loss!r} (a "
+                "Likelihood of your own also needs __call__(outputs, targets))"
+            )
+        if callable(settings.damping):
+            raise ValueError("lr is 'auto', which adapts damping by itself: pass a number to begin with, not a function")
+        if not isinstance(damping_range, (tuple, list)) or len(damping_range) != 2:
+            raise TypeError(f"damping_range must be a pair of numbers, but is {damping_range!r}")
+        likelihood = settings.likelihood
+        assert likelihood is not None
+        self._engine = engine
+        self._parameters = list(parameters)
+        self.controller = Controller(
+            model,
+            self._parameters,
+            loss,
+            likelihood,
+            damping=settings.damping,
+            weight_decay=weight_decay,
+            damping_every=damping_every,
+            damping_floor=damping_range[0],
+            damping_ceiling=damping_range[1],
+        )
+        self.report: dict[str, Any] = {}
+
+    def step(self, closure: Callable[[], Any]) -> Tensor:
+        """One step; returns the loss before it."""
+        self._engine.require_open()
+        try:
+            self.report = self.controller.step(closure, self._differentiate, self._precondition, self._engine.paused)
+        finally:
+            # Of a step that was skipped, or that an error in the closure ended, nothing may stay.
+            self._engine.forget_statistics()
+        loss: Tensor = self.report["loss"]
+        return loss
+
+    def _differentiate(self, outputs: Tensor, targets: Any, loss: Tensor) -> list[Tensor | None]:
+        for p in self._parameters:
+            p.grad = None
+        self._engine.accumulate_fisher(outputs, targets)
+        loss.backward()
+        return [p.grad for p in self._parameters]
+
+    def _precondition(self, gradient: list[Tensor | None], damping: float) -> list[Tensor | None]:
+        for p, g in zip(self._parameters, gradient, strict=True):
+            p.grad = g
+        self._engine.change(damping=damping)
+        updates = dict(self._engine.precondition(lambda _: 0.0))
+        return [updates.get(p) for p in self._parameters]
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Of the last step: "learning_rate", "momentum", "reduction_ratio", "predicted", and "rejected_steps" so far."""
+        report = self.report
+        return {
+            "learning_rate": report.get("lr", 0.0),
+            "momentum": report.get("momentum", 0.0),
+            "reduction_ratio": self.controller.reduction_ratio,
+            "predicted": report.get("predicted", 0.0),
+            "rejected_steps": self.controller.rejected,
+            "skipped_steps": self.controller.skipped,
+        }
+
+    def export(self) -> list[dict[str, Tensor]]:
+        """What belongs into the state of each parameter."""
+        state = self.controller.state()
+        result = [{} if previous is None else {PREVIOUS: previous} for previous in state["previous"]]
+        result[0][NUMBERS] = torch.tensor([float(state[name]) for name in _NUMBERS], dtype=torch.float64)
+        return result
+
+    def restore(self, states: Sequence[dict[str, Tensor]]) -> None:
+        """Takes what `export` gave; without the numbers (a checkpoint of fixed learning rates) it begins anew.
+
+        Raises:
+            ValueError: if a step before does not fit its parameter.
+        """
+        if not states or NUMBERS not in states[0]:
+            return
+        numbers = dict(zip(_NUMBERS, states[0][NUMBERS].tolist(), strict=True))
+        self.controller.load({**numbers, "previous": [state.get(PREVIOUS) for state in states]})

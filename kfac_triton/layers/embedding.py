@@ -1,0 +1,73 @@
+"""nn.Embedding: A is diagonal, the frequencies of the tokens."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from kfac_triton.kernels import ops
+
+from .base import Layer, Rows
+
+
+class EmbeddingLayer(Layer):
+    """y = W a with W = weight^T (dimensions, tokens) and a the one-hot vector of an index.
+
+    Expand: a a^T has a single one, on the diagonal, so E[a a^T] = diag(frequencies) exactly. Reduce (Eschenhagen et al. 2023):
+    a is the mean of an example's one-hot vectors, and of E[a a^T] the diagonal is kept. G is that of a Linear.
+    """
+
+    module_type = nn.Embedding
+    diagonal_inputs = True
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        """Also none whose gradient is sparse or rescaled, or whose forward changes the weight."""
+        embedding = cast(nn.Embedding, module)
+        if embedding.sparse:
+            return "its gradient is sparse"
+        if embedding.scale_grad_by_freq:
+            return "its gradient is scaled by token frequencies (scale_grad_by_freq), so it is not the loss's"
+        if embedding.max_norm is not None:
+            return "its forward renormalizes the weight (max_norm)"
+        return super().why_not(module)
+
+    @classmethod
+    def tie(cls, modules: list[nn.Module]) -> type[Layer] | None:
+        """Embeddings that share a weight are one module called several times."""
+        return cls if all(type(module) is nn.Embedding and cls.why_not(module) is None for module in modules) else None
+
+    @property
+    def input_size(self) -> int:
+        """Tokens."""
+        return self.weight.shape[0]
+
+    @property
+    def output_size(self) -> int:
+        """Dimensions of a token's vector."""
+        return self.weight.shape[1]
+
+    def rows(self, x: Tensor, gradient: Tensor) -> Rows:
+        """Expand: every index is a row. Reduce: the indices of an example are one, and their gradients are summed."""
+        indices = x.reshape(len(x) if x.dim() else 1, x.shape[1:].numel()).long()
+        examples, positions = indices.shape
+        gradients = gradient.reshape(examples, positions, gradient.shape[-1])
+        return Rows(
+            inputs=[indices if self.reduce else indices.flatten()],
+            gradients=[gradients.sum(1) if self.reduce else gradients.flatten(0, 1)],
+            input_window=ops.ROWS,
+            gradient_window=ops.ROWS,
+            input_count=examples if self.reduce else examples * positions,
+            terms=examples * positions if self.tokens else examples,
+            examples=examples,
+        )
+
+    def gradient(self, group: int) -> tuple[Tensor | None, Tensor | None]:
+        """The transposed gradient."""
+        gradient = self.weight.grad
+        return None if gradient is None else gradient.T, None
+
+    def read_update(self, blocks: list[Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
+        """The weight with its part."""
+        return [(self.weight, blocks[0][: self.output_size, : self.input_size].T)]

@@ -1,0 +1,181 @@
+"""Normalization layers: the Fisher matrix of [scale | shift], or its diagonal, from exact per-example gradients."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kfac_triton.kernels import ops
+
+from .base import Layer, Rows
+
+_Affine = nn.LayerNorm | nn.RMSNorm
+
+
+class NormLayer(Layer):
+    """Elementwise y = scale * xhat + shift: with g the gradient of y, that of one example's loss is u_n.
+
+        u_n = [sum_t g_nt * xhat_nt | sum_t g_nt]    over positions t
+
+    The Fisher matrix of theta = [scale | shift] is F = E[u_n u_n^T]. It is small enough to be kept as it is: W = theta is
+    one column, a = 1, G = F ("full") or diag F ("diagonal"), and V = (F + damping)^-1 W. Nothing is factorized.
+
+    Xhat is computed anew from the input: to invert y would divide by scale, which may be zero. Where loss terms are tokens, a
+    position is a term: "expand" takes its gradient by itself, which is right as long as no later layer mixes positions;
+    "reduce" sums over them all the same.
+    """
+
+    diagonal_inputs = True
+    diagonal_gradients = True
+    constant_input = True
+
+    def __init__(self, name: str, module: nn.Module, weight_sharing: str, loss_terms: str) -> None:
+        super().__init__(name, module, weight_sharing, loss_terms)
+        # The shift is part of W's only column; a column of its own, as a bias has it, would be that of an input.
+        self.has_shift, self.has_bias = self.has_bias, False
+
+    @classmethod
+    def cover(cls, name: str, module: nn.Module, weight_sharing: str, loss_terms: str, **options: Any) -> list[Layer]:
+        """One layer, or none with norms="skip"."""
+        norms = options.get("norms", "diagonal")
+        if norms == "skip":
+            return []
+        layer = cls(name, module, weight_sharing, loss_terms)
+        layer.diagonal_gradients = norms == "diagonal"
+        return [layer]
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        """Also none without a scale."""
+        if "weight" in module._parameters and module._parameters["weight"] is None:
+            return "it has no scale (affine is off)"
+        return super().why_not(module)
+
+    @property
+    def groups(self) -> int:
+        """One block: the groups of a GroupNorm share no parameter, but neither do they make any."""
+        return 1
+
+    @property
+    def input_size(self) -> int:
+        """The constant."""
+        return 1
+
+    @property
+    def output_size(self) -> int:
+        """Entries of scale and shift."""
+        return self.weight.numel() * (1 + self.has_shift)
+
+    @abstractmethod
+    def normalized(self, x: Tensor) -> Tensor:
+        """Xhat."""
+
+    @abstractmethod
+    def by_position(self, values: Tensor) -> Tensor:
+        """What has the output's shape as (examples, positions, entries of scale)."""
+
+    def rows(self, x: Tensor, gradient: Tensor) -> Rows:
+        """The per-example gradients, or per position where that is a loss term. Nobody reads A's rows: they are ones."""
+        dtype = torch.promote_types(torch.promote_types(x.dtype, gradient.dtype), torch.float32)
+        gradient = gradient.to(dtype)
+        parts = [self.by_position(gradient * self.normalized(x.to(dtype)))]
+        if self.has_shift:
+            parts.append(self.by_position(gradient))
+        examples, positions = parts[0].shape[:2]
+        by_position = self.tokens and not self.reduce
+        rows = torch.cat([part.flatten(0, 1) if by_position else part.sum(1) for part in parts], 1)
+        return Rows(
+            inputs=[],
+            gradients=[rows],
+            input_window=ops.ROWS,
+            gradient_window=ops.ROWS,
+            input_count=len(rows),
+            terms=examples * positions if self.tokens else examples,
+            examples=examples,
+        )
+
+    def gradient(self, group: int) -> tuple[Tensor | None, Tensor | None]:
+        """That of [scale | shift] as a column; a shift without one, frozen since, has zeros."""
+        scale = self.weight.grad
+        if scale is None:
+            return None, None
+        if not self.has_shift:
+            return scale.reshape(-1, 1), None
+        shift = cast(Tensor, self.module.bias).grad
+        shift = torch.zeros_like(scale) if shift is None else shift
+        return torch.cat([scale.flatten(), shift.flatten()]).unsqueeze(1), None
+
+    def read_update(self, blocks: list[Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
+        """Scale and shift with their parts of the column."""
+        parameters = [self.weight, cast(nn.Parameter, self.module.bias)] if self.has_shift else [self.weight]
+        pieces = blocks[0][: self.output_size, 0].split(self.weight.numel())
+        return [(p, piece.view(p.shape)) for p, piece in zip(parameters, pieces, strict=True)]
+
+
+class LayerNormLayer(NormLayer):
+    """nn.LayerNorm: the last dimensions are one position."""
+
+    module_type: type[nn.Module] = nn.LayerNorm
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """(x - mean) / sqrt(var + eps) of each position."""
+        module = cast(nn.LayerNorm, self.module)
+        return F.layer_norm(x, module.normalized_shape, eps=module.eps)
+
+    def by_position(self, values: Tensor) -> Tensor:
+        """Without other dimensions there is one example of one position."""
+        shape = cast(_Affine, self.module).normalized_shape
+        outer = values.shape[: values.dim() - len(shape)]
+        return values.reshape(outer[0] if outer else 1, outer[1:].numel(), values.shape[len(outer) :].numel())
+
+
+class RMSNormLayer(LayerNormLayer):
+    """nn.RMSNorm."""
+
+    module_type: type[nn.Module] = nn.RMSNorm
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """X / sqrt(mean(x^2) + eps); without an eps it is that of the precision that torch computes in, which is x's here."""
+        module = cast(nn.RMSNorm, self.module)
+        return F.rms_norm(x, module.normalized_shape, eps=module.eps)
+
+
+class ChannelNormLayer(NormLayer):
+    """Norms with a scale per channel, of inputs (N, C, ...)."""
+
+    def by_position(self, values: Tensor) -> Tensor:
+        """Channels come second."""
+        return values.reshape(*values.shape[:2], values.shape[2:].numel()).mT
+
+
+class BatchNormLayer(ChannelNormLayer):
+    """nn.BatchNorm1d, 2d and 3d. What is in the batch's statistics is taken as constant.
+
+    This layer's own u_n is then the exact gradient of example n's loss as long as no BatchNorm comes later; the gradient that
+    comes back through one has parts from other examples' losses, here as in every layer before it.
+    """
+
+    module_type = nn.modules.batchnorm._BatchNorm
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """By the batch's statistics in training, by running ones in evaluation, as forward does."""
+        module = cast(nn.modules.batchnorm._BatchNorm, self.module)
+        mean, variance = module.running_mean, module.running_var
+        if module.training or mean is None or variance is None:
+            return F.batch_norm(x, None, None, training=True, eps=module.eps)
+        return F.batch_norm(x, mean.to(x.dtype), variance.to(x.dtype), eps=module.eps)
+
+
+class GroupNormLayer(ChannelNormLayer):
+    """nn.GroupNorm."""
+
+    module_type = nn.GroupNorm
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """By the statistics of an example's group of channels."""
+        module = cast(nn.GroupNorm, self.module)
+        return F.group_norm(x, module.num_groups, eps=module.eps)

@@ -1,0 +1,59 @@
+"""An nn.Embedding and an nn.Linear that share one weight (tokens, dimensions), as language models tie them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .base import Layer
+from .embedding import EmbeddingLayer
+from .linear import LinearLayer
+
+
+class TiedLayer(LinearLayer):
+    """One Kronecker block for both uses: G (rows, tokens) is diagonal, A (columns, dimensions) a matrix.
+
+    As a Linear, the decoder, the weight has the Fisher matrix R_d (x) C_d with R_d the diagonal of E[g g^T] and C_d = E[h h^T];
+    as an embedding R_e (x) C_e with R_e = diag(frequencies) and C_e = E[g_e g_e^T]. The sum of the two is no Kronecker product,
+    but for every u > 0
+
+        (R_d + R_e / u) (x) (C_d + u C_e) = R_d (x) C_d + R_e (x) C_e + u R_d (x) C_e + R_e (x) C_d / u
+
+    bounds it from above in the positive semidefinite order. The trace of the excess is least at
+
+        u = sqrt(tr R_e tr C_d / (tr R_d tr C_e)),
+
+    which is how Martens and Grosse (2015, section 6.3) choose pi. What the two uses have in common is dropped, as between any
+    two layers. The uses are summed apart, and joined at the step (see `kfac_triton.second_use`).
+
+    The bias is the decoder's, if it has one and is the only one.
+    """
+
+    diagonal_gradients = True
+
+    @classmethod
+    def tie(cls, modules: list[nn.Module]) -> type[Layer] | None:
+        """At least one of each, and no embedding that is not covered alone."""
+        embeddings = [module for module in modules if type(module) is nn.Embedding]
+        decoders = [module for module in modules if type(module) is nn.Linear]
+        if not embeddings or not decoders or len(embeddings) + len(decoders) < len(modules):
+            return None
+        return cls if all(EmbeddingLayer.why_not(module) is None for module in embeddings) else None
+
+    def share(self, modules: list[nn.Module]) -> None:
+        """Takes weight and bias from the decoder, wherever it comes in the model."""
+        decoders: list[nn.Module] = [module for module in modules if isinstance(module, nn.Linear)]
+        self.module = decoders[0]
+        bias = self.module._parameters.get("bias")
+        self.has_bias = bias is not None and bias.requires_grad
+        super().share(decoders)
+        self.modules = modules
+
+    def second(self) -> EmbeddingLayer:
+        """The embedding on its own, for its sums."""
+        embedding = next(module for module in self.modules if isinstance(module, nn.Embedding))
+        sharing, terms = "reduce" if self.reduce else "expand", "tokens" if self.tokens else "examples"
+        return EmbeddingLayer(self.name, embedding, sharing, terms)
+
+    def is_second(self, use: int) -> bool:
+        """Whether that module is an embedding."""
+        return isinstance(self.modules[use], nn.Embedding)

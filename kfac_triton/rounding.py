@@ -1,0 +1,25 @@
+"""Rounding at random: an average in 16 bits whose steps are smaller than its last digit stands still otherwise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kernels.certificate import mirror
+
+
+class Rounding:
+    """Rounds a stack of symmetric matrices to bfloat16, up or down with the probability that makes the mean right.
+
+    Its random numbers are its own: a training run's do not depend on it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def __call__(self, factors: Tensor) -> Tensor:
+        """Bitwise symmetric, like the factors (B, n, n)."""
+        bits = factors.float().contiguous().view(torch.int32)
+        noise = torch.randint(0, 1 << 16, bits.shape, generator=self._generator, dtype=torch.int32, device=bits.device)
+        # What is cut off is the noise's own remainder: adding it carries into the last kept digit as often as it should.
+        return mirror(((bits + noise) & ~0xFFFF).view(torch.float32)).to(torch.bfloat16)
