@@ -284,7 +284,7 @@ def _choose_layers(
     if not layers:
         reasons = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in skipped.items())
         raise ValueError(
-            "model has no layer that K-FAC covers (Linear, Conv1d, Conv2d, Conv3d with a trainable weight of its own)"
+            "model has no layer that K-FAC covers (linear, convolution, embedding, norm, attention; with a trainable weight)"
             + (f": {reasons}" if reasons else "; use another optimizer")
         )
     return layers, skipped

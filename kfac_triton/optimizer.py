@@ -27,8 +27,8 @@ class KFAC(EngineFace, Optimizer):
         V = (G + sqrt(damping) / pi I)^-1  dW  (A + sqrt(damping) pi I)^-1
 
     with A = E[a a^T] of its inputs and G = E[g g^T] of its output gradients, exponential moving averages that forward hooks
-    keep. Covered are Linear, Conv1d, Conv2d and Conv3d; every other parameter goes along its gradient. Make the optimizer
-    before the first run of a compiled model.
+    keep. Covered are linear layers, convolutions and transposed ones, embeddings, norms and attention (docs/layers.md says how
+    exactly); every other parameter goes along its gradient. Make the optimizer before the first run of a compiled model.
 
     Args:
         model: the module to train.

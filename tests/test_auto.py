@@ -45,14 +45,14 @@ def test_least_squares_takes_one_step() -> None:
     optimizer = KFAC(model, lr="auto", fisher="ggn", loss=nn.MSELoss(), damping=1e-8, damping_range=(1e-12, 1.0))
     optimizer.step(lambda: (model(x), y))
     assert float(nn.functional.mse_loss(model(x), y)) <= 1e-8
-    assert optimizer.diagnostics()["learning_rate"] == pytest.approx(1.0, abs=1e-4)
+    assert optimizer.diagnostics()["learning_rate"] == pytest.approx(1.0, abs=1e-3)
 
 
 def test_a_sum_takes_the_steps_of_a_mean() -> None:
-    results = []
+    results, (x, y) = [], _data()
     for reduction in ("mean", "sum"):
         torch.manual_seed(0)
-        model, (x, y) = mlp(), _data()
+        model = mlp()
         optimizer = _auto(model, fisher="empirical", loss=nn.CrossEntropyLoss(reduction=reduction))
         for _ in range(6):
             optimizer.step(lambda model=model: (model(x), y))
@@ -74,10 +74,10 @@ def test_parameters_that_are_not_covered_move_by_a_coefficient_of_their_own() ->
 
 def test_weight_decay_is_a_penalty() -> None:
     """With a strong one the weights come out near zero."""
-    sizes = []
+    sizes, (x, y) = [], _data()
     for decay in (0.0, 10.0):
         torch.manual_seed(0)
-        model, (x, y) = mlp(), _data()
+        model = mlp()
         optimizer = _auto(model, weight_decay=decay)
         for _ in range(15):
             optimizer.step(lambda model=model: (model(x), y))
@@ -178,7 +178,7 @@ def test_a_checkpoint_of_a_fixed_learning_rate_starts_the_controller_anew() -> N
 class _Squares(Likelihood):
     """A likelihood that can be evaluated, too."""
 
-    def columns(self, outputs: Tensor, targets: Tensor | None = None):  # noqa: ANN202
+    def columns(self, outputs: Tensor, targets: Tensor | None = None):
         for d in range(outputs.shape[-1]):
             column = torch.zeros_like(outputs)
             column[..., d] = 1
