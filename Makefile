@@ -58,4 +58,4 @@ $(CODEGEN): codegen-%: .venv-codegen-%/.installed
 codegen: $(CODEGEN)  ## compile every kernel for four GPUs under three Tritons and read the assembly (UPDATE=--update)
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) .venv-codegen-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks demo.png
+	rm -rf $(VENV) .venv-codegen-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks demo.png convergence.json race.png

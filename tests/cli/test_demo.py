@@ -161,6 +161,21 @@ def test_tiny_demo_from_end_to_end(tmp_path, capsys):
     assert pixels[: pixels.shape[0] // 2, :, :3].std() > 0.05, "no curves"
 
 
+def test_the_demo_with_auto(tmp_path, capsys):
+    """The loss of a step is that before it, as everywhere; the curves start from one point and go down."""
+    pytest.importorskip("matplotlib")
+    picture, report = tmp_path / "demo.png", tmp_path / "demo.json"
+    assert main([*TINY, "--quiet", "--auto", "--output", str(picture), "--json", str(report)]) == 0
+    printed = capsys.readouterr().out
+    assert "K-FAC auto: damping 3, ema_decay 0.5 (fixed)" in printed
+    assert re.search(r'With lr="auto" K-FAC ended at a training loss of [\d.]+ after 2 steps, with hand-tuned', printed)
+    optimizers = json.loads(report.read_text())["optimizers"]
+    auto = optimizers["K-FAC auto"]
+    assert auto["losses"][0] == pytest.approx(optimizers["Adam"]["losses"][0], rel=1e-5)
+    assert auto["train_loss"] < auto["losses"][0]
+    assert auto["learning_rates"] == []
+
+
 def test_progress_goes_to_stderr(capsys):
     pytest.importorskip("tqdm")
     with demo._progress("Adam", 2, quiet=False) as on_step:
