@@ -171,7 +171,7 @@ class KFAC(EngineFace, Optimizer):
         is_auto = isinstance(lr, str)
         if is_auto:
             if lr != "auto":
-                raise ValueError(f"lr must be a number, a tensor or 'auto', but is {lr!r}")
+                raise TypeError(f"lr must be a number, a tensor or 'auto', but is {lr!r}")
             lr = 1.0  # of the groups, where schedulers expect a number; it does not matter
             likelihood = settings.likelihood
             reduction = loss_reduction if likelihood is None else likelihood.reduction

@@ -200,7 +200,7 @@ def test_a_likelihood_of_the_users_own_that_can_be_called() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"lr": "fast"}, ValueError, "lr must be a number, a tensor or 'auto', but is 'fast'"),
+        ({"lr": "fast"}, TypeError, "lr must be a number, a tensor or 'auto', but is 'fast'"),
         ({"loss": None}, ValueError, r"lr is 'auto', which evaluates the loss itself: pass loss=nn.CrossEntropyLoss\(\)"),
         ({"damping": lambda step: 0.1}, ValueError, "adapts damping by itself: pass a number"),
         ({"damping_every": 0}, ValueError, "damping_every must be at least 1"),
