@@ -88,7 +88,7 @@ def test_table_of_made_up_curves() -> None:
     assert row in cells
     assert any(line[:8] == ["1", "5", "2", "diverged", "10 -> never", "never", "0.4 -> never", "never"] for line in cells)
     assert "AdamW's lr 0.1 is the highest of its grid" in text
-    assert "1 configurations, each over its whole schedule of 300 steps" in text
+    assert "1 configurations, each over its whole schedule of 150 steps" in text
     assert "median over 2 seeds never of the steps" in text
 
 

@@ -49,28 +49,35 @@ class Entry:
         return Entry(self.fixed | {name: values[0] for name, values in self.grid.items()}, {first: self.grid[first][:2]})
 
 
-_ADAMW = Entry({"weight_decay": 0.01}, {"lr": (1e-3, 2e-3, 4e-3, 8e-3), "beta2": (0.99, 0.999)})
+def _adamw(*rates: float) -> Entry:
+    return Entry({"weight_decay": 0.01}, {"lr": rates, "beta2": (0.99, 0.999)})
+
+
+# K-FAC's fixed settings were found by some forty single trial runs on seed 0. What they showed: with an AdamW tail the
+# preconditioned gradient needs no KL clip; norms train better along their gradient; positions are broadcast over the batch, and
+# their rows are not examples.
+_KFAC: Config = {"tail": "adamw", "momentum": 0.0, "kl_clip": None, "ema_decay": 0.95, "inverse_every": 2}
 
 CONTEST: dict[str, dict[str, Entry]] = {
     "text": {
-        ADAMW: _ADAMW,
+        ADAMW: _adamw(1e-3, 2e-3, 4e-3, 8e-3),
         KFAC_NAME: Entry(
-            {"momentum": 0.9, "ema_decay": 0.95, "loss_terms": "tokens", "inverse_every": 2, "rest_lr": 4e-3},
-            {"lr": (0.1, 0.3), "damping": (0.001, 0.01), "kl_clip": (0.001, 0.01)},
+            _KFAC | {"loss_terms": "tokens", "skip": "positions", "rest_lr": 4e-3},
+            {"lr": (4e-3, 8e-3), "damping": (1e-3, 3e-3), "norms": ("skip", "diagonal")},
         ),
     },
     "resnet": {
-        ADAMW: _ADAMW,
+        ADAMW: _adamw(1e-2, 2e-2, 4e-2, 8e-2),
         KFAC_NAME: Entry(
-            {"momentum": 0.9, "ema_decay": 0.95, "inverse_every": 2, "rest_lr": 4e-3},
-            {"lr": (0.1, 0.3), "damping": (0.003, 0.03), "kl_clip": (0.001, 0.01)},
+            _KFAC | {"fisher": "mc", "norms": "skip"},
+            {"lr": (2e-2, 4e-2), "damping": (0.05, 0.2), "rest_lr": (0.03, 0.06)},
         ),
     },
     "vit": {
-        ADAMW: _ADAMW,
+        ADAMW: _adamw(2e-3, 4e-3, 8e-3, 1.6e-2),
         KFAC_NAME: Entry(
-            {"momentum": 0.9, "ema_decay": 0.95, "inverse_every": 2, "rest_lr": 4e-3},
-            {"lr": (0.1, 0.3), "damping": (0.003, 0.03), "kl_clip": (0.001, 0.01)},
+            _KFAC | {"norms": "skip", "skip": "positions", "rest_lr": 6e-3},
+            {"lr": (4e-3, 8e-3), "damping": (3e-4, 1e-3), "weight_sharing": ("expand", "reduce")},
         ),
     },
 }
