@@ -19,16 +19,19 @@ def diagnostics(engine: Engine) -> dict[str, Any]:
           the last step, 1 where the KL clip did not bite; "memory": bytes by kind (`Curvature.memory`);
         - "skipped": module name -> why a layer of a supported type is not covered;
         - "without_statistics": names of covered layers that no statistics came from yet, their gradients go unpreconditioned;
-        - "layers": module name -> a dict with, for A and for G, "trace", "damping", "condition" (an upper bound: trace plus
-          damping over damping), "residual" (certificate of the inverse in use: bound on its relative error in the energy
-          norm), "fallbacks" (refreshes in which the chosen method was refused), "raised" (times ten that damping was raised
-          because float32 could not invert the factor); and "pi", "updates" (of the factors), "dropped_statistics" and
-          "dropped_gradients" (steps with a NaN or Inf), "gradient_norm", "update_norm", "product" (<V, gradient>), "cosine"
-          (between gradient and V).
+        - "layers": module name -> a dict with, for A and for G, "size", "trace", "norm" (Frobenius), "damping", "condition" (an
+          upper bound: trace plus damping over damping), "residual" (certificate of the inverse in use: bound on its relative
+          error in the energy norm), "fallbacks" (refreshes in which the chosen method was refused), "raised" (times ten that
+          damping was raised because float32 could not invert the factor); and "pi", "updates" (of the factors),
+          "dropped_statistics" and "dropped_gradients" (steps with a NaN or Inf), "gradient_norm", "update_norm", "product"
+          (<V, gradient>), "cosine" (between gradient and V).
         A layer with channel groups reports the worst group, its sums and norms over all groups.
     """
     bank, partition, curvature = engine.bank, engine.partition, engine.curvature
     traces = bank.traces().double()
+    norms = torch.stack(
+        [torch.linalg.vector_norm(bank.view(slot)).to(bank.home, torch.float64) for slot in range(len(bank.slots))]
+    )
     damping, residual, fallbacks, raised = (
         _over_slots(engine, name) for name in ("damping", "residual", "fallbacks", "raised")
     )
@@ -42,7 +45,9 @@ def diagnostics(engine: Engine) -> dict[str, Any]:
             condition = (traces[slots] + damping[slots]) / damping[slots]
             if layer.constant_input and side == 0:
                 condition = torch.ones_like(condition)
+            entry[f"size_{name}"] = int(bank.sizes[slots].sum()) // len(blocks)
             entry[f"trace_{name}"] = float(traces[slots].sum())
+            entry[f"norm_{name}"] = float(norms[slots].square().sum().sqrt())
             entry[f"damping_{name}"] = _worst(damping[slots])
             entry[f"condition_{name}"] = _worst(condition.nan_to_num(nan=torch.inf, posinf=torch.inf))
             entry[f"residual_{name}"] = _worst(residual[slots])

@@ -21,7 +21,19 @@ NEARLY_GRADIENT = 0.99  # cosine from which on a step is that of gradient descen
 _SIDES = ("A", "G")
 _NAMED = 5  # layers that a line below the table names
 # In the table in another form, or left to the picture; keys that are not known get a column of their own.
-_NO_COLUMN = ("raised_A", "raised_G", "updates", "refreshes", "gradient_norm", "update_norm", "product")
+_NO_COLUMN = (
+    "size_A",
+    "size_G",
+    "norm_A",
+    "norm_G",
+    "raised_A",
+    "raised_G",
+    "updates",
+    "refreshes",
+    "gradient_norm",
+    "update_norm",
+    "product",
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

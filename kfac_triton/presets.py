@@ -1,0 +1,48 @@
+"""Settings to begin with, for three kinds of networks, each where it was found to train well."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import validation
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # A few dense layers, a smooth loss, batches of hundreds: fresh curvature, and the quadratic model takes the steps.
+    "small": {"lr": "auto", "fisher": "mc", "damping": 0.1, "ema_decay": 0.9},
+    # Convolutions and BatchNorm: norms train better along their gradient, beside an AdamW tail that needs no KL clip.
+    "conv": {
+        "lr": 0.03,
+        "momentum": 0.0,
+        "tail": "adamw",
+        "kl_clip": None,
+        "damping": 0.1,
+        "fisher": "mc",
+        "norms": "skip",
+        "inverse_every": 2,
+    },
+    # Tokens: low damping pays, and inverses of last step's curvature do.
+    "transformer": {
+        "lr": 6e-3,
+        "momentum": 0.0,
+        "tail": "adamw",
+        "kl_clip": None,
+        "damping": 1e-3,
+        "norms": "skip",
+        "inverse_every": 2,
+    },
+}
+
+
+def preset(name: str, **changes: Any) -> dict[str, Any]:
+    """Keyword arguments of `KFAC` for a kind of network, for a cross entropy; see docs/curvature.md for where they come from.
+
+        KFAC(model, **preset("transformer", loss_terms="tokens", skip="positions"))
+
+    Args:
+        name: "small", "conv" or "transformer".
+        changes: arguments that replace the preset's, or come beside them.
+
+    Raises:
+        ValueError: if there is no such preset.
+    """
+    return PRESETS[validation.choice("name", name, tuple(PRESETS))] | changes
