@@ -20,7 +20,7 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 demo: $(VENV)/.installed-demo  ## train the MNIST autoencoder with K-FAC, Adam and SGD; table and picture
 	$(BIN)/kfac-triton demo --output demo.png $(DEMO)
 
-race: $(VENV)/.installed-demo  ## K-FAC against tuned AdamW on three problems: half an hour, goes on where it stopped; table and picture
+race: $(VENV)/.installed-demo  ## K-FAC against tuned AdamW on three problems: twenty minutes, goes on where it stopped; table and picture
 	PYTHONPATH=benchmarks $(BIN)/python -m convergence $(RACE)
 
 check: $(VENV)/.installed-test $(VENV)/.installed-demo  ## lint, format, types

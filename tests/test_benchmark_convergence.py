@@ -134,7 +134,7 @@ def test_the_optimizers_follow_the_schedule(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_adamw_decays_matrices_alone() -> None:
     model = QUICK_TEXT.build(0)
-    decayed, others = contest.make_adamw(model, lr=1e-3, beta2=0.99).param_groups
+    decayed, others = contest.make_adamw(model, lr=1e-3, betas=(0.9, 0.99)).param_groups
     assert (decayed["weight_decay"], others["weight_decay"], decayed["betas"]) == (0.01, 0.0, (0.9, 0.99))
     assert {p.ndim for p in decayed["params"]} == {2} and {p.ndim for p in others["params"]} == {1}
 

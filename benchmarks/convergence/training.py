@@ -75,15 +75,17 @@ def schedule(step: int, horizon: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, horizon - warm_up)))
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, fisher: str) -> Tensor:
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, config: Config) -> Tensor:
     """One step of any contestant; the mean loss before it. The only place that knows how an optimizer is called."""
     inputs, targets = batch
     optimizer.zero_grad()
     outputs = model(inputs)
     loss = F.cross_entropy(outputs, targets)
-    if fisher != "empirical":
+    if config.get("fisher", "empirical") != "empirical":
         optimizer.accumulate_fisher(outputs, targets)  # type: ignore[attr-defined]
     loss.backward()
+    if config.get("clip") is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
     optimizer.step()
     return loss.detach()
 
@@ -122,7 +124,6 @@ def train(
     target_set, held_out_set = (_to(batch, device) for batch in (problem.target_set(), problem.held_out_set()))
     batches = problem.batches(seed)
     pause = getattr(optimizer, "paused", nullcontext)
-    fisher = config.get("fisher", "empirical")
     elapsed, diverged = 0.0, False
 
     def record(step: int) -> None:
@@ -138,7 +139,7 @@ def train(
         _synchronize(device)
         start = time.perf_counter()
         try:
-            loss = train_step(model, optimizer, batch, fisher).item()
+            loss = train_step(model, optimizer, batch, config).item()
         except torch.linalg.LinAlgError:  # a factorization that met what no damping saves
             loss = math.inf
         _synchronize(device)
@@ -163,7 +164,7 @@ def warm_up(problem: Problem, optimizer_name: str, config: Config, device: torch
     optimizer = make_optimizer(optimizer_name, model, config)
     batches = problem.batches(0)
     for _ in range(2):
-        train_step(model, optimizer, _to(next(batches), device), config.get("fisher", "empirical"))
+        train_step(model, optimizer, _to(next(batches), device), config)
     close = getattr(optimizer, "close", None)
     if close is not None:
         close()
