@@ -25,7 +25,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "blocks of 1024": {"max_factor_size": 1025, "oversize": "block"},
     "diagonal": {"max_factor_size": 4096, "oversize": "diagonal"},
 }
-COLUMNS = ("statistics", "inverses", "gradient")
+COLUMNS = ("statistics", "inversion", "preconditioning")
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -54,7 +54,7 @@ def measure(inputs: int, outputs: int, rows: int, settings: dict[str, Any]) -> d
     statistics = seconds(backward) - plain
     gradient = seconds(ours.precondition_)  # without
     memory = {kind: size / 2**20 for kind, size in ours.diagnostics()["memory"].items()}
-    times = {"statistics": max(statistics, 0.0), "inverses": max(first - gradient, 0.0), "gradient": gradient}
+    times = dict(zip(COLUMNS, (max(statistics, 0.0), max(first - gradient, 0.0), gradient), strict=True))
     return times | memory | {"peak": _peak_mebibytes() - before}
 
 
