@@ -63,7 +63,7 @@ def test_presets_are_not_changed_by_their_users() -> None:
     settings = preset("conv", damping=0.5, skip="head")
     assert settings["damping"] == 0.5
     assert settings["skip"] == "head"
-    assert PRESETS["conv"]["damping"] == 0.1
+    assert PRESETS["conv"]["damping"] == 0.05
     settings["lr"] = 7.0
     assert preset("conv")["lr"] != 7.0
 
