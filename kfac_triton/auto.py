@@ -56,6 +56,7 @@ class AutoStep:
         likelihood = settings.likelihood
         assert likelihood is not None
         self._engine = engine
+        self._model = model
         self._parameters = list(parameters)
         self.controller = Controller(
             model,
@@ -70,9 +71,18 @@ class AutoStep:
         )
         self.report: dict[str, Any] = {}
 
-    def step(self, closure: Callable[[], Any]) -> Tensor:
-        """One step; returns the loss before it."""
+    def extended(self, engine: Engine, parameters: Sequence[nn.Parameter], weight_decay: Sequence[float]) -> AutoStep:
+        """The same with another engine and more parameters, behind those that it has: what was learned stays."""
+        controller = self.controller
+        bounds = controller.damping_floor, controller.damping_ceiling
+        other = AutoStep(self._model, engine, parameters, weight_decay, controller.damping_every, bounds)
+        other.restore(self.export() + [{}] * (len(parameters) - len(self._parameters)))
+        return other
+
+    def step(self, closure: Callable[[], Any], weight_decay: Sequence[float]) -> Tensor:
+        """One step, with these L2 penalties; returns the loss before it."""
         self._engine.require_open()
+        self.controller.weight_decay = list(weight_decay)
         try:
             self.report = self.controller.step(closure, self._differentiate, self._precondition, self._engine.paused)
         finally:

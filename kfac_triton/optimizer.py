@@ -194,8 +194,7 @@ class KFAC(EngineFace, Optimizer):
         self.engine = Engine(model, settings, self._parameters())
         self._auto: AutoStep | None = None
         if is_auto:
-            decay = [group["weight_decay"] for group in self.param_groups for _ in group["params"]]
-            self._auto = AutoStep(model, self.engine, self._parameters(), decay, damping_every, damping_range)
+            self._auto = AutoStep(model, self.engine, self._parameters(), self._decays(), damping_every, damping_range)
 
     @property
     def is_auto(self) -> bool:
@@ -204,6 +203,9 @@ class KFAC(EngineFace, Optimizer):
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
+
+    def _decays(self) -> list[float]:
+        return [group["weight_decay"] for group in self.param_groups for _ in group["params"]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; layers whose weights it brings are covered from then on, the others keep their factors."""
@@ -217,6 +219,8 @@ class KFAC(EngineFace, Optimizer):
             before.close()
             self.engine = Engine(self._model, before.settings, self._parameters())
             state.restore_factors(self.engine, state.export_factors(before))
+            if self._auto is not None:
+                self._auto = self._auto.extended(self.engine, self._parameters(), self._decays())
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -245,7 +249,7 @@ class KFAC(EngineFace, Optimizer):
                     "lr is 'auto', so step needs a closure that runs the model and returns (outputs, targets): "
                     "optimizer.step(lambda: (model(inputs), targets))"
                 )
-            return self._auto.step(closure)
+            return self._auto.step(closure, self._decays())
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -175,6 +175,25 @@ def test_a_checkpoint_of_a_fixed_learning_rate_starts_the_controller_anew() -> N
     optimizer.step(lambda: (model(x), y))
 
 
+def test_a_group_that_is_added_later_trains_too() -> None:
+    """And the damping, the step before, and a changed penalty stay."""
+    model, (x, y) = mlp(), _data()
+    optimizer = _auto(model, params=list(model[4].parameters()))
+    for _ in range(6):
+        optimizer.step(lambda: (model(x), y))
+    damping = optimizer._auto.controller.damping
+    first = model[0].weight.detach().clone()
+    optimizer.add_param_group({"params": [*model[0].parameters(), *model[2].parameters()], "weight_decay": 0.5})
+    assert optimizer._auto.controller.damping == damping < 0.1
+    optimizer.step(lambda: (model(x), y))
+    assert not torch.equal(model[0].weight, first)
+    assert optimizer._auto.controller.weight_decay == [0.0] * 2 + [0.5] * 4
+    optimizer.param_groups[1]["weight_decay"] = 0.0
+    optimizer.step(lambda: (model(x), y))
+    assert optimizer._auto.controller.weight_decay == [0.0] * 6
+    assert optimizer._auto.controller.steps == 8
+
+
 class _Squares(Likelihood):
     """A likelihood that can be evaluated, too."""
 
