@@ -65,7 +65,7 @@ class CaptureHook:
         statistics = self.statistics
         if statistics is None or not should_tap(statistics, output, module._parameters["weight"]):
             return None
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
         return Tap.apply(output, x, statistics.gate.probe, statistics, self.use)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CaptureHook:

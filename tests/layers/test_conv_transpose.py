@@ -171,7 +171,8 @@ def test_a_call_that_chooses_its_output_size(size: int) -> None:
     assert_rows_add_up(module, x, gradient)
     model = nn.ModuleList([module])
     truth = adapter(module).rows(x, gradient)
-    preconditioner, _ = preconditioned(model, lambda model: (model[0](x, output_size=[size]) * gradient).mean((1, 2)))
+    # Named, and the input not first: a hook gets the names in the order of the call.
+    preconditioner, _ = preconditioned(model, lambda model: (model[0](output_size=[size], input=x) * gradient).mean((1, 2)))
     a = truth.inputs[0]
     patches = patch_matrix(a, truth.input_window)
     assert_close(preconditioner.factors()["0"][0][0][:-1, :-1], patches @ patches.T / truth.input_count)
