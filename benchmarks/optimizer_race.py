@@ -135,6 +135,7 @@ def _kfac(every: int) -> Callable[[Task], Step]:
             statistics_every=every,
             inverse_every=every,
             loss_terms=task.loss_terms,
+            skip="positions",  # whose module never runs
         )
         return _training(task, model, optimizer, lambda: None)
 
