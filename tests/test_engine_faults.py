@@ -151,3 +151,21 @@ def test_late_attachment_to_a_compiled_model_warns() -> None:
     run(torch.randn(6, 4)).sum().backward()
     with pytest.warns(UserWarning, match=r"make it first, or call torch.compiler.reset"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_diagonal_factors_recover_from_a_bad_step(bad: float) -> None:
+    """The sum that a bad step left is not read by the next one: nothing times zero is nothing, but of NaN it is NaN."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).double()
+    ours = KFACPreconditioner(model, damping=0.1, oversize="diagonal", max_factor_size=3)
+    for step in range(3):
+        x = torch.randn(6, 3, dtype=torch.float64)
+        if step == 1:
+            x[2, 1] = bad
+        model.zero_grad()
+        model(x).square().mean().backward()
+        ours.precondition_()
+    layers = ours.diagnostics()["layers"]
+    assert all(layer["dropped_statistics"] == 1 and layer["updates"] == 2 for layer in layers.values())
+    assert all(side.isfinite().all() for pair in ours.factors().values() for side in pair)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
