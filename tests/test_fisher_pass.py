@@ -191,6 +191,23 @@ def test_kernels_take_it_too(fisher: str) -> None:
         assert relative_error(one, other) <= 1e-3
 
 
+def test_what_was_summed_in_an_earlier_step_does_not_come_back() -> None:
+    """A large batch is summed, the next small one waits, with loss terms that the device counts."""
+    results = []
+    for backend in ("triton", "torch"):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        with KFACPreconditioner(model, backend=backend, fisher="mc", loss=nn.CrossEntropyLoss(), **SETTINGS) as ours:
+            for rows in (400, 4):
+                outputs = model(torch.randn(rows, 8).requires_grad_())
+                ours.accumulate_fisher(outputs, torch.randint(8, (rows,)))
+                if backend == "triton":
+                    assert all(bool(s.passes) == (rows == 4) for s in ours.engine.statistics)
+                ours.engine.precondition(lambda _: 0.1)
+            results.append(ours.factors())
+    _assert_same(results[0], results[1], 1e-5)
+
+
 def test_a_step_that_takes_no_statistics_takes_no_pass() -> None:
     model, (x, y) = mlp(), _batch()
     ours = KFACPreconditioner(model, fisher="ggn", loss=nn.CrossEntropyLoss(), statistics_every=2, **SETTINGS)
