@@ -130,18 +130,22 @@ class Curvature:
             inverse.refresh(stack.factors, over_slots[run])
         for store, run in zip(self.bank.diagonals, runs[len(self.bank.stacks) :], strict=True):
             store.refresh(over_slots[run].to(store.damping))
-        self._turn_moments(old_bases, restart)
+        self._turn_moments(old_bases)
 
-    def _turn_moments(self, old_bases: Sequence[tuple[Tensor, Tensor]], restart: bool) -> None:
-        """EKFAC: the moments in the new basis; at first, and for layers that come late, the Kronecker eigenvalues."""
+    def forget_moments(self, layer_number: int) -> None:
+        """EKFAC: those of a layer are of other factors now, and begin anew with the Kronecker eigenvalues."""
+        if self.is_ekfac:
+            self._moment_updates[self._layer_of_tile == layer_number] = 0
+
+    def _turn_moments(self, old_bases: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """EKFAC: the moments in the new basis; the Kronecker eigenvalues where there are none yet."""
         solves = [(i, solve) for i, solve in enumerate(self._eigen_solves) if solve.spectrum is not None]
         for (i, solve), (left, right) in zip(solves, old_bases, strict=True):
             assert solve.spectrum is not None
             tiles = list(self.bank.groups[i].tiles)
             solve.rotate(left, right)
-            unknown = self._moment_updates[tiles] == 0
-            fresh = unknown | restart
-            solve.spectrum.values.copy_(torch.where(fresh[:, None, None], solve.kronecker(), solve.spectrum.values))
+            unknown = (self._moment_updates[tiles] == 0).to(left.device)
+            solve.spectrum.values.copy_(torch.where(unknown[:, None, None], solve.kronecker(), solve.spectrum.values))
             self._moment_updates[tiles] = self._moment_updates[tiles].clamp_min(1)
         for moments in self.moments:
             if moments is not None:

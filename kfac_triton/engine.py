@@ -248,6 +248,7 @@ class Engine:
     def mark_restored(self, layer_number: int) -> None:
         """Says that a layer's factors were written from outside, by a checkpoint."""
         self.without_statistics.discard(layer_number)
+        self.curvature.forget_moments(layer_number)
         self._has_newcomers = self._stale = True
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:

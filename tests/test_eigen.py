@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers import mlp, relative_error
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kfac_triton import KFACPreconditioner
+from kfac_triton import KFAC, KFACPreconditioner
 from kfac_triton.eigen import EigenStack, off_diagonal
 from kfac_triton.inverse import ACCEPT
 
@@ -161,6 +163,44 @@ def test_ekfac_stays_finite_and_descends_through_warm_bases() -> None:
         assert all(p.grad.isfinite().all() for p in model.parameters())
     assert ours.diagnostics()["refreshes"] == 4
     assert ours.diagnostics()["memory"]["moments"] > 0
+
+
+def test_ekfac_moments_are_turned_with_the_basis() -> None:
+    """Entry by entry: W' = R_G W R_A^T has E[W'_kl^2] = sum_ij R_G,ki^2 S_ij R_A,lj^2 where entries of W are uncorrelated."""
+    model = mlp()
+    ours = KFACPreconditioner(model, damping=0.01, kl_clip=None, curvature="ekfac", inverse_every=100)
+    _train(ours, model, 3)
+    curvature = ours.engine.curvature
+    bases = [solve.basis() for solve in curvature._eigen_solves]
+    before = [solve.spectrum.values.clone() for solve in curvature._eigen_solves]
+    for slot in ours.engine.bank.slots:
+        n = len(ours.engine.bank.view(slot))
+        ours.engine.bank.write(slot, _spd(n, n, 1e3))
+    curvature.refresh(0.01, restart=False)
+    for solve, (left, right), old in zip(curvature._eigen_solves, bases, before, strict=True):
+        new_left, new_right = solve.basis()
+        for b in range(len(old)):
+            r_g, r_a = new_left[b].T @ left[b], new_right[b].T @ right[b]
+            expected = torch.einsum("ki,ij,lj->kl", r_g**2, old[b], r_a**2)
+            torch.testing.assert_close(solve.spectrum.values[b], expected)
+
+
+def test_ekfac_moments_of_a_checkpoint_begin_with_its_own_factors() -> None:
+    """A used optimizer that loads another run's factors forgets the moments that it has."""
+    (model, other), states = (mlp(), mlp()), []
+    for one in (model, other):
+        optimizer = KFAC(one, damping=0.01, curvature="ekfac", inverse_every=5)
+        for step in range(3):
+            optimizer.zero_grad()
+            x = torch.randn(12, 5, dtype=torch.float64) * (1 + step)
+            nn.functional.cross_entropy(one(x), torch.randint(4, (12,))).backward()
+            optimizer.step()
+        states.append(copy.deepcopy(optimizer.state_dict()))
+    optimizer.load_state_dict(states[0])
+    optimizer.zero_grad()
+    optimizer.engine.precondition(lambda _: 0.1)  # a step without statistics: the basis is made of what was loaded
+    for solve in optimizer.engine.curvature._eigen_solves:
+        torch.testing.assert_close(solve.spectrum.values, solve.kronecker())
 
 
 def test_ekfac_moments_follow_a_turned_basis() -> None:
