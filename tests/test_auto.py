@@ -126,6 +126,35 @@ def test_a_batch_that_is_not_finite_changes_nothing(where: str) -> None:
     assert math.isfinite(float(loss))
 
 
+def test_a_gradient_that_is_not_finite_leaves_no_statistics() -> None:
+    """The loss is finite, so backward passes ran; the step is skipped all the same."""
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 3).double(), nn.Linear(3, 2).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x).abs().sqrt())
+
+    model, x, y = Root(), _data()[0], torch.randn(64, 2, dtype=torch.float64)
+    optimizer = KFAC(model, lr="auto", fisher="mc", loss=nn.MSELoss(), damping=0.1)
+    optimizer.step(lambda: (model(x), y))
+    factors = optimizer.factors()
+    before = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        bias = model.first.bias.clone()
+        model.first.bias.copy_(-(model.first.weight @ x[0]))  # the root of nothing
+    optimizer.step(lambda: (model(x), y))
+    assert optimizer.diagnostics()["skipped_steps"] == 1
+    assert all(s.counts.tolist() == [0, 0] for s in optimizer.engine.statistics)
+    with torch.no_grad():
+        model.first.bias.copy_(bias)
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    for name, pair in optimizer.factors().items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, factors[name], strict=True))
+
+
 def test_an_error_in_the_closure_leaves_no_statistics() -> None:
     model, (x, y) = mlp(), _data()
     optimizer = _auto(model, fisher="mc")

@@ -95,6 +95,17 @@ def test_a_factor_without_eigenvectors_keeps_its_last_basis(bad: float) -> None:
     assert torch.equal(stack.vectors[0], before[0])
 
 
+def test_the_null_space_is_not_mixed_with_the_pad() -> None:
+    """Both have eigenvalue zero, but EKFAC's moments belong to vectors, and the pad has none."""
+    half = torch.randn(6, 2, dtype=torch.float64)
+    factor = torch.zeros(1, 16, 16, dtype=torch.float64)
+    factor[0, :6, :6] = half @ half.T
+    stack = EigenStack(factor, [6])
+    stack.refresh(factor, torch.tensor([1e-3]).double())
+    assert (stack.vectors[0, 6:, :6].abs() <= 1e-12).all()
+    assert (stack.vectors[0, :6, 6:].abs() <= 1e-12).all()
+
+
 def test_off_diagonal_certificate_by_hand() -> None:
     rotated = torch.tensor([[[3.0, 0.5], [0.5, 1.0]]]).double()
     values, residual = off_diagonal(rotated, torch.tensor([1.0]).double())
@@ -163,6 +174,37 @@ def test_ekfac_stays_finite_and_descends_through_warm_bases() -> None:
         assert all(p.grad.isfinite().all() for p in model.parameters())
     assert ours.diagnostics()["refreshes"] == 4
     assert ours.diagnostics()["memory"]["moments"] > 0
+
+
+def test_the_kronecker_eigenvalues_count_as_the_first_moments() -> None:
+    """The average after one true update, with bias correction: weights 1 - d and d (1 - d), over their sum."""
+    found = {}
+    for decay in (0.0, 0.5):
+        torch.manual_seed(0)
+        model = mlp()
+        ours = KFACPreconditioner(model, damping=0.01, curvature="ekfac", ema_decay=decay, inverse_every=100)
+        _train(ours, model, 1)
+        solves = ours.engine.curvature._eigen_solves
+        first = [solve.spectrum.values.clone() for solve in solves]
+        for one, solve in zip(first, solves, strict=True):
+            torch.testing.assert_close(one, solve.kronecker())
+        _train(ours, model, 1, seed=1)
+        found[decay] = [solve.spectrum.values.clone() for solve in solves]
+    for old, new, got in zip(first, found[0.0], found[0.5], strict=True):
+        torch.testing.assert_close(got, old + (new - old) * 0.5 / 0.75)
+
+
+def test_ekfac_drops_moments_that_overflow() -> None:
+    """In float32 the square of a product of numbers that the factors still can hold."""
+    model = nn.Linear(5, 4)
+    ours = KFACPreconditioner(model, damping=0.01, kl_clip=None, curvature="ekfac")
+    for scale in (1.0, 1.0, 1e10):
+        model.zero_grad()
+        (scale * model(scale * torch.randn(12, 5)).sum()).backward()
+        ours.precondition_()
+    assert ours.diagnostics()["layers"][""]["updates"] == 3
+    assert all(solve.spectrum.values.isfinite().all() for solve in ours.engine.curvature._eigen_solves)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_ekfac_moments_are_turned_with_the_basis() -> None:

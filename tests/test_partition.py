@@ -90,6 +90,26 @@ def test_a_wide_layer_is_preconditioned_by_its_blocks(oversize: str, exact: bool
         expected = torch.linalg.solve(damped_g, gradient) @ torch.linalg.inv(damped_a)
     got = torch.cat([model.weight.grad, model.bias.grad[:, None]], 1)
     assert relative_error(got, expected) <= 1e-10
+    assert ours.diagnostics()["layers"][""]["product"] == pytest.approx(float((got * gradient).sum()), rel=1e-10)
+
+
+@pytest.mark.parametrize("inverse", ["cholesky", "factored", "newton_schulz", "eigh"])
+@pytest.mark.parametrize("sizes", [(11, 5), (5, 11)], ids=["wide input", "wide output"])
+def test_a_diagonal_beside_a_matrix(sizes: tuple[int, int], inverse: str) -> None:
+    """Whatever the inverse of the matrix is kept as; in the second step the factored one comes from a warm refresh."""
+    model = nn.Linear(*sizes).double()
+    ours = KFACPreconditioner(
+        model, damping=DAMPING, kl_clip=None, max_factor_size=8, inverse=inverse, inverse_tolerance=1e-10, ema_decay=0.9
+    )
+    for _ in range(2):
+        model.zero_grad()
+        model(torch.randn(30, sizes[0], dtype=torch.float64)).square().sum(-1).mean().backward()
+        gradient = torch.cat([model.weight.grad, model.bias.grad[:, None]], 1)
+        ours.precondition_()
+    a, g = (side if side.dim() == 2 else torch.diag(side) for side in ours.factors()[""])
+    damped_a, damped_g = _damped(a, g)
+    expected = torch.linalg.solve(damped_g, gradient) @ torch.linalg.inv(damped_a)
+    assert relative_error(torch.cat([model.weight.grad, model.bias.grad[:, None]], 1), expected) <= 1e-8
 
 
 @pytest.mark.parametrize("oversize", ["block", "diagonal"])
