@@ -42,6 +42,37 @@ def mean_patches(
     return torch.stack(means, dim=2).reshape(x.shape[0], x.shape[1] * math.prod(kernel))
 
 
+def patch_rows(
+    layer: Layer,
+    x: Tensor,
+    gradient: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Rows:
+    """Rows of a layer whose outputs are W times patches of x, (N, C, *spatial), padded with zeros on both sides alike."""
+    examples, positions = x.shape[0], gradient.shape[2:].numel()
+    inputs, gradients = list(x.chunk(layer.groups, dim=1)), list(gradient.chunk(layer.groups, dim=1))
+    input_window = ops.window(kernel, stride, padding, dilation)
+    gradient_window = ops.window((1,) * len(kernel))
+    if layer.reduce:
+        around = [p for p in reversed(padding) for _ in range(2)]
+        padded = [F.pad(part, around) for part in inputs] if any(around) else inputs
+        inputs = [mean_patches(part, kernel, stride, dilation, gradient.shape[2:]) for part in padded]
+        gradients = [part.flatten(2).sum(2) for part in gradients]
+        input_window = gradient_window = ops.ROWS
+    return Rows(
+        inputs=inputs,
+        gradients=gradients,
+        input_window=input_window,
+        gradient_window=gradient_window,
+        input_count=examples if layer.reduce else examples * positions,
+        terms=examples * positions if layer.tokens else examples,
+        examples=examples,
+    )
+
+
 class ConvLayer(Layer):
     """A convolution as a Linear on patches, shared over positions; each group of channels is a block of its own."""
 
@@ -67,36 +98,8 @@ class ConvLayer(Layer):
             mode = "constant" if self.conv.padding_mode == "zeros" else self.conv.padding_mode
             x = F.pad(x, [amount for pair in reversed(padding) for amount in pair], mode=mode)
             padding = [(0, 0)] * spatial
-        examples, positions = x.shape[0], gradient.shape[2:].numel()
-        terms = examples * positions if self.tokens else examples
-        input_groups = x.chunk(self.groups, dim=1)
-        gradient_groups = gradient.chunk(self.groups, dim=1)
-        if self.reduce:
-            return Rows(
-                inputs=[self._mean_patches(part, padding, gradient.shape[2:]) for part in input_groups],
-                gradients=[part.flatten(2).sum(2) for part in gradient_groups],
-                input_window=ops.ROWS,
-                gradient_window=ops.ROWS,
-                input_count=examples,
-                terms=terms,
-                examples=examples,
-            )
-        return Rows(
-            inputs=list(input_groups),
-            gradients=list(gradient_groups),
-            input_window=ops.window(
-                self.conv.kernel_size, self.conv.stride, [before for before, _ in padding], self.conv.dilation
-            ),
-            gradient_window=ops.window((1,) * spatial),
-            input_count=examples * positions,
-            terms=terms,
-            examples=examples,
-        )
-
-    def _mean_patches(self, x: Tensor, padding: list[tuple[int, int]], positions: torch.Size) -> Tensor:
-        if any(before for before, _ in padding):
-            x = F.pad(x, [amount for pair in reversed(padding) for amount in pair])
-        return mean_patches(x, self.conv.kernel_size, self.conv.stride, self.conv.dilation, positions)
+        before = [amount for amount, _ in padding]
+        return patch_rows(self, x, gradient, self.conv.kernel_size, self.conv.stride, before, self.conv.dilation)
 
 
 class Conv1dLayer(ConvLayer):

@@ -8,10 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kfac_triton.kernels import ops
-
 from .base import Layer, Rows
-from .conv import mean_patches
+from .conv import patch_rows
 
 _ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
@@ -50,22 +48,8 @@ class ConvTransposeLayer(Layer):
         kernel, dilation = self.conv.kernel_size, self.conv.dilation
         if x.dim() == len(kernel) + 1:  # no batch dimension
             x, gradient = x.unsqueeze(0), gradient.unsqueeze(0)
-        examples, positions = x.shape[0], gradient.shape[2:].numel()
-        inputs = self._spread(x, gradient.shape[2:]).chunk(self.groups, dim=1)
-        gradients = gradient.chunk(self.groups, dim=1)
-        if self.reduce:
-            ones = (1,) * len(kernel)
-            inputs = tuple(mean_patches(part, kernel, ones, dilation, gradient.shape[2:]) for part in inputs)
-            gradients = tuple(part.flatten(2).sum(2) for part in gradients)
-        return Rows(
-            inputs=list(inputs),
-            gradients=list(gradients),
-            input_window=ops.ROWS if self.reduce else ops.window(kernel, dilation=dilation),
-            gradient_window=ops.ROWS if self.reduce else ops.window((1,) * len(kernel)),
-            input_count=examples if self.reduce else examples * positions,
-            terms=examples * positions if self.tokens else examples,
-            examples=examples,
-        )
+        spatial = len(kernel)
+        return patch_rows(self, self._spread(x, gradient.shape[2:]), gradient, kernel, (1,) * spatial, (0,) * spatial, dilation)
 
     def _spread(self, x: Tensor, output: torch.Size) -> Tensor:
         """Z. How long it is follows from the output, whose size a call may choose (output_size)."""
