@@ -26,28 +26,27 @@ class Tap(torch.autograd.Function):
     """Identity on a layer's output; its backward adds (input, output gradient) to the layer's statistics."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, probe: Tensor, statistics: Statistics, use: int) -> Tensor:
+    def forward(ctx: Any, output: Tensor, x: Tensor, probe: Tensor, statistics: Statistics) -> Tensor:
         """Returns the output itself, detached: an in-place operation on it stays legal, and no memory is copied."""
         # Only x is saved through autograd. The sums would fail its version check in a second backward pass.
         ctx.save_for_backward(x)
         ctx.statistics = statistics
-        ctx.use = use
         return output.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         """Adds to the statistics and hands the gradient on."""
         (x,) = ctx.saved_tensors
         with torch.no_grad():
-            ctx.statistics.add(_local(x), _local(gradient), ctx.use, is_ours=x.requires_grad)
-        return gradient, None, None, None, None
+            ctx.statistics.add(_local(x), _local(gradient), is_ours=x.requires_grad)
+        return gradient, None, None, None
 
 
-def should_tap(statistics: Statistics | None, output: Tensor, weight: Tensor | None) -> bool:
+def should_tap(statistics: Statistics | None, output: Tensor, weight: Tensor) -> bool:
     """Whether a forward pass is to be captured, and can be."""
     if statistics is None or not statistics.gate.open or not torch.is_grad_enabled():
         return False
-    if weight is None or not output.requires_grad or not weight.requires_grad:
+    if not output.requires_grad or not weight.requires_grad:
         return False
     # Under torch.func the sums would be filled with transformed tensors.
     return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None
@@ -56,17 +55,16 @@ def should_tap(statistics: Statistics | None, output: Tensor, weight: Tensor | N
 class CaptureHook:
     """Forward hook of one layer. Copies and pickles of it are inert, so a copied model drags nothing along."""
 
-    def __init__(self, statistics: Statistics | None, use: int = 0) -> None:
+    def __init__(self, statistics: Statistics | None) -> None:
         self.statistics = statistics
-        self.use = use
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         """Taps the output unless nothing can or should be captured; None leaves it as it is."""
         statistics = self.statistics
-        if statistics is None or not should_tap(statistics, output, module._parameters["weight"]):
+        if statistics is None or not should_tap(statistics, output, statistics.layer.weight):
             return None
         x = args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
-        return Tap.apply(output, x, statistics.gate.probe, statistics, self.use)
+        return Tap.apply(output, x, statistics.gate.probe, statistics)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CaptureHook:
         return CaptureHook(None)
@@ -78,7 +76,7 @@ class CaptureHook:
 def attach(layers: list[Layer], statistics: list[Statistics]) -> list[RemovableHandle]:
     """Hooks that feed the statistics, one a module of each layer (see `functional.attach_functional` for the others)."""
     return [
-        module.register_forward_hook(CaptureHook(own.second if layer.is_second(use) else own, use), with_kwargs=True)
+        module.register_forward_hook(CaptureHook(own.second if layer.is_second(use) else own), with_kwargs=True)
         for layer, own in zip(layers, statistics, strict=True)
         if not layer.functional
         for use, module in enumerate(layer.modules)

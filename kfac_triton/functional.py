@@ -30,10 +30,10 @@ class _Split:
     def __init__(self, members: Sequence[tuple[slice, Statistics]]) -> None:
         self._members = members
 
-    def add(self, x: Tensor, gradient: Tensor, use: int = 0, is_ours: bool = False) -> None:
+    def add(self, x: Tensor, gradient: Tensor, is_ours: bool = False) -> None:
         """See `Statistics.add`."""
         for columns, statistics in self._members:
-            statistics.add(x, gradient[..., columns], use, is_ours)
+            statistics.add(x, gradient[..., columns], is_ours)
 
 
 class _Watch(TorchFunctionMode):
@@ -65,7 +65,7 @@ class _Watch(TorchFunctionMode):
             return output
         if x.dim() == 2:
             x = x.reshape(len(x) // max(1, self._batch), self._batch, x.shape[1])
-        return Tap.apply(output, x, members[0][1].gate.probe, _Split(members), 0)
+        return Tap.apply(output, x, members[0][1].gate.probe, _Split(members))
 
 
 def _columns(layer: Layer, used: Tensor) -> slice | None:

@@ -120,19 +120,18 @@ class Statistics:
         """Rows of A and loss terms of all passes, (2,)."""
         return self.device_counts[:2] + torch.tensor(self.eager_counts[:2], device=self.device_counts.device)
 
-    def add(self, x: Tensor, gradient: Tensor, use: int = 0, is_ours: bool = False) -> None:
+    def add(self, x: Tensor, gradient: Tensor, is_ours: bool = False) -> None:
         """Adds one backward pass through the layer.
 
         Args:
             x: input of the module.
             gradient: with respect to its output.
-            use: which of the modules that share the weight.
             is_ours: whether nobody but autograd holds x; a batch that the user may overwrite before the step cannot wait.
         """
         gate, is_compiling = self.gate, torch.compiler.is_compiling()
         if not is_compiling and not gate.listening:
             return
-        rows = self.layer.rows_of_use(use, x, gradient, [e.total for e in self.dense + self.diagonal])
+        rows = self.layer.rows(x, gradient)
         if self.moments is not None and not is_compiling:
             self.moments.add(rows)
         every = gate.every(rows.input_count)

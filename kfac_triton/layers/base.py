@@ -164,10 +164,6 @@ class Layer(ABC):
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
         """Rows of A and G from the module's input and the gradient with respect to its output."""
 
-    def rows_of_use(self, use: int, x: Tensor, gradient: Tensor, sums: list[Tensor]) -> Rows:
-        """Rows from the use-th module that shares the weight; sums is what the passes before left of A and G."""
-        return self.rows(x, gradient)
-
     def is_second(self, use: int) -> bool:
         """Whether the use-th module applies the weight in another way, and is summed apart."""
         return False
