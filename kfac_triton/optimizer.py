@@ -66,7 +66,8 @@ class KFAC(EngineFace, Optimizer):
         loss_terms: "examples", or "tokens" when each position has a loss of its own (language models).
         loss_scale: factor on the loss when gradients were captured: a number, or a callable such as
             `torch.amp.GradScaler.get_scale`.
-        stats_fraction: part of the rows (tokens, images) that statistics are taken of, in (0, 1].
+        stats_fraction: part of the rows (tokens, images) that statistics are taken of, in (0, 1]: every second, third, ... one,
+            at most this part.
         max_stats_tokens: most rows that a pass takes of a layer; None for all.
         max_factor_size: a side of W beyond it is kept as `oversize` says; None for no limit.
         oversize: "diagonal", or "block": cut into blocks along the diagonal.
