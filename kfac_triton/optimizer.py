@@ -271,16 +271,21 @@ class KFAC(EngineFace, Optimizer):
         """Numbers of the last step as a plain dict; see `kfac_triton.diagnostics.diagnostics` and `AutoStep.diagnostics`."""
         return super().diagnostics() | (self._auto.diagnostics() if self._auto is not None else {})
 
-    def state_dict(self) -> dict[str, Any]:
-        """As any optimizer's, with the factors in the state of each covered weight (float32 whatever the weight's type)."""
+    def state_dict(self, *, include_factors: bool = True) -> dict[str, Any]:
+        """As any optimizer's, with the factors in the state of each covered weight (float32 whatever the weight's type).
+
+        Args:
+            include_factors: without them the checkpoint is as small as another optimizer's; they then begin anew after loading,
+                while steps, schedules and the tail go on.
+        """
         extra = self._auto.export() if self._auto is not None else []
-        return state.with_factors(super().state_dict(), self, extra)
+        return state.with_factors(super().state_dict(), self, extra, include_factors)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave; inverses are made from the factors at the next step.
 
         Raises:
-            ValueError: if the state does not fit, or a factor is not finite; nothing is changed then.
+            ValueError: if the state does not fit, a newer version wrote it, or a factor is not finite; nothing is changed then.
         """
         plain, by_weight, extra = state.without_factors(state_dict)
         factors = state.factors_by_layer(self, by_weight)
@@ -288,4 +293,7 @@ class KFAC(EngineFace, Optimizer):
         if self._auto is not None:
             self._auto.restore([extra.get(i, {}) for i in range(len(self._parameters()))])
         super().load_state_dict(plain)
+        step = state.saved_step(state_dict)
+        if step is not None:
+            self.engine.restore_step(step)
         state.restore_factors(self.engine, factors)

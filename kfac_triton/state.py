@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 AUTO_KEYS = (PREVIOUS, NUMBERS)
 KEYS = ("kfac_A", "kfac_G", "kfac_updates", "kfac_steps")
+# Raised with every change that an older reader would get wrong; what has no number is of format 1.
+FORMAT, FORMAT_KEY = 1, "kfac_format"
 
 
 def _slots(engine: Engine, number: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -102,12 +104,16 @@ def _parted(values: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
     return [{**{key: pieces[key][i] for key in KEYS[:3]}, KEYS[3]: values[KEYS[3]]} for i in range(count)]
 
 
-def with_factors(state_dict: dict[str, Any], optimizer: Any, extra: Sequence[dict[str, Tensor]] = ()) -> dict[str, Any]:
-    """The optimizer's state dict with the factors added, and what else belongs to each parameter."""
-    factors = export_factors(optimizer.engine)
+def with_factors(
+    state_dict: dict[str, Any], optimizer: Any, extra: Sequence[dict[str, Tensor]] = (), include_factors: bool = True
+) -> dict[str, Any]:
+    """The optimizer's state dict with the factors (or the engine's step alone), and what else belongs to each parameter."""
+    engine = optimizer.engine
+    factors = export_factors(engine) if include_factors else {}
     state = {index: dict(values) for index, values in state_dict["state"].items()}
-    for index, names in _layers_by_weight(optimizer, optimizer.engine).items():
-        state.setdefault(index, {}).update(_joined([factors[name] for name in names]))
+    for index, names in _layers_by_weight(optimizer, engine).items():
+        values = _joined([factors[name] for name in names]) if include_factors else {KEYS[3]: torch.tensor(engine.steps)}
+        state.setdefault(index, {}).update({**values, FORMAT_KEY: torch.tensor(FORMAT)})
     for index, values in enumerate(extra):
         state.setdefault(index, {}).update(values)
     return {**state_dict, "state": state}
@@ -120,16 +126,29 @@ def without_factors(state_dict: dict[str, Any]) -> tuple[dict[str, Any], _ByNumb
     """(state dict, factors, what lr="auto" keeps), the last two by number of the parameter.
 
     The base class would cast both to the parameter's type.
+
+    Raises:
+        ValueError: if a newer version wrote them.
     """
+    newest = max((int(values.get(FORMAT_KEY, FORMAT)) for values in state_dict["state"].values()), default=FORMAT)
+    if newest > FORMAT:
+        raise ValueError(
+            f"state_dict is of format {newest}, and this version of kfac_triton reads formats up to {FORMAT}; install a newer"
+        )
     plain: dict[int, dict[str, Any]] = {}
     factors: _ByNumber = {}
     extra: _ByNumber = {}
     for index, values in state_dict["state"].items():
-        plain[index] = {key: value for key, value in values.items() if key not in (*KEYS, *AUTO_KEYS)}
+        plain[index] = {key: value for key, value in values.items() if key not in (*KEYS, *AUTO_KEYS, FORMAT_KEY)}
         extra[index] = {key: values[key] for key in AUTO_KEYS if key in values}
         if all(key in values for key in KEYS):
             factors[index] = {key: values[key] for key in KEYS}
     return {**state_dict, "state": plain}, factors, extra
+
+
+def saved_step(state_dict: dict[str, Any]) -> int | None:
+    """The engine's step in a state dict; None if K-FAC did not write it."""
+    return next((int(values[KEYS[3]]) for values in state_dict["state"].values() if KEYS[3] in values), None)
 
 
 def factors_by_layer(optimizer: Any, factors: dict[int, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:

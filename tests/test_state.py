@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import pytest
@@ -75,3 +76,63 @@ def test_state_dict_is_a_copy_of_the_factors() -> None:
     before = saved.clone()
     _step(model, optimizer, 1)
     assert torch.equal(saved, before)
+
+
+def _stepped(steps: int) -> tuple[nn.Module, KFAC]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    optimizer = KFAC(model, damping=lambda step: 0.1 * (step + 1), statistics_every=2)
+    _steps(model, optimizer, range(steps))
+    return model, optimizer
+
+
+def _steps(model: nn.Module, optimizer: KFAC, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def test_a_checkpoint_without_factors_is_small_and_goes_on_with_the_step() -> None:
+    """Momentum, schedule and intervals go on; factors begin anew with the next statistics."""
+    model, optimizer = _stepped(3)
+    small, whole = optimizer.state_dict(include_factors=False), optimizer.state_dict()
+    assert not any(key in ("kfac_A", "kfac_G") for values in small["state"].values() for key in values)
+    assert any("kfac_A" in values for values in whole["state"].values())
+    other, resumed = _stepped(0)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(small))
+    assert resumed.engine.steps == 3
+    assert not resumed.engine.gate.open  # statistics come in step 4
+    assert (resumed.engine.bank.updates == 0).all()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], resumed.state[q]["momentum_buffer"])
+    _steps(other, resumed, range(3, 5))
+    assert resumed.diagnostics()["damping"] == pytest.approx(0.5)
+    assert resumed.diagnostics()["layers"]["0"]["updates"] == 1
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_and_changes_nothing() -> None:
+    _, optimizer = _stepped(2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for values in saved["state"].values():
+        if "kfac_format" in values:
+            values["kfac_format"] += 1
+    before, step = optimizer.factors(), optimizer.engine.steps
+    with pytest.raises(ValueError, match=r"is of format 2, and this version .* reads formats up to 1; install a newer"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.engine.steps == step
+    for name, pair in optimizer.factors().items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, before[name], strict=True))
+
+
+def test_a_checkpoint_without_a_format_is_of_the_first() -> None:
+    _, optimizer = _stepped(2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for values in saved["state"].values():
+        values.pop("kfac_format", None)
+    _, other = _stepped(0)
+    other.load_state_dict(saved)
+    for name, pair in optimizer.factors().items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, other.factors()[name], strict=True))
