@@ -10,7 +10,7 @@ from torch import Tensor
 from .collect import Outcome
 from .damping import SplitDamping, pi_split
 from .eigen import EigenStack
-from .factors import FactorBank, FactorSpec, factor_dtype
+from .factors import FactorBank, FactorSpec, factor_dtype, newest_weight
 from .gradients import GradientStack
 from .inverse import InverseStack
 from .moments import Moments, MomentTile
@@ -55,7 +55,7 @@ class Curvature:
             else InverseStack(stack.sums, settings.inverse, settings.inverse_tolerance, backend, wait=host_looks)
             for stack in self.bank.stacks
         ]
-        stores = [*self.inverses, *self.bank.diagonals]
+        stores = self._stores = [*self.inverses, *self.bank.diagonals]
         self._eigen_solves: list[EigenSolve] = []
         self.gradients = []
         for group in self.bank.groups:
@@ -78,7 +78,7 @@ class Curvature:
 
     def _map_slots(self) -> None:
         """What turns a vector over slots into one over blocks, and back."""
-        home, blocks = self.bank.home, len(self.partition.blocks)
+        home = self.bank.home
         block_of, is_input = [0] * len(self.bank.slots), [False] * len(self.bank.slots)
         for part, slot in zip(self.partition.parts, self.bank.slots, strict=True):
             block_of[slot], is_input[slot] = part.block, part.is_input
@@ -86,7 +86,6 @@ class Curvature:
         self._side_sizes = self._per_side(self.bank.sizes.double())
         constant = [block.layer.constant_input for block in self.partition.blocks]
         self._constant = torch.tensor(constant, device=home) if any(constant) else None
-        self._blocks = blocks
 
     def _per_side(self, over_slots: Tensor) -> Tensor:
         """Sums over the parts of each side, (blocks, 2): G, then A."""
@@ -96,7 +95,7 @@ class Curvature:
     def _make_moments(self) -> None:
         tiles: list[list[MomentTile]] = [[] for _ in self.partition.layers]
         for group, solve, stack in zip(self.bank.groups, self._eigen_solves, self.gradients, strict=True):
-            left, right = ([*self.inverses, *self.bank.diagonals][x.store] for x in (group.g, group.a))
+            left, right = (self._stores[x.store] for x in (group.g, group.a))
             if not (isinstance(left, EigenStack) and isinstance(right, EigenStack)):
                 continue  # with a diagonal side the Kronecker eigenvalues stay
             solve.spectrum = Spectrum(torch.zeros_like(stack.gradient), torch.zeros_like(stack.gradient))
@@ -152,7 +151,7 @@ class Curvature:
                 moments.ready = True
 
     def blend_moments(self, outcome: Outcome, ema_decay: float) -> None:
-        """EKFAC: the moving average of the second moments, with the factors' weights (see `FactorBank.weights`)."""
+        """EKFAC: the moving average of the second moments, with the factors' weights (see `newest_weight`)."""
         if not self.is_ekfac:
             return
         fresh = torch.tensor(outcome.moments, device=self.bank.home)
@@ -164,7 +163,7 @@ class Curvature:
             finite = torch.isfinite(spectrum.sums.sum((-2, -1)).to(self.bank.home))
             accept = (outcome.accept & fresh)[layers] & finite
             self._moment_updates[tiles] += accept
-            rate = (1 - ema_decay) / (1 - ema_decay ** self._moment_updates[tiles].double().clamp_min(1))
+            rate = newest_weight(self._moment_updates[tiles], ema_decay)
             new = spectrum.sums * (outcome.moment_scale[layers]).to(spectrum.sums)[:, None, None]
             blended = torch.lerp(spectrum.values, new, rate.to(spectrum.values)[:, None, None])
             spectrum.values.copy_(torch.where(accept.to(new.device)[:, None, None], blended, spectrum.values))

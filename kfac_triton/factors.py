@@ -27,6 +27,16 @@ def factor_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
+def newest_weight(updates: Tensor, ema_decay: float) -> Tensor:
+    """Weight r of the t-th update in a moving average, given t.
+
+    The average with bias correction (Kingma and Ba 2015, section 3) is average <- (1 - r) average + r new with
+    r = (1 - decay) / (1 - decay^t): the average that starts at zero, divided by the sum of its weights. What is kept is
+    always the corrected one.
+    """
+    return (1 - ema_decay) / (1 - ema_decay ** updates.double().clamp_min(1))
+
+
 @dataclass(frozen=True)
 class FactorSpec:
     """A factor to store: its side, whether only its diagonal is kept, in what precision and where."""
@@ -214,18 +224,14 @@ class FactorBank:
         return torch.cat(dense + [s.traces(getattr(s, name)).to(self.home) for s in self.diagonals])
 
     def weights(self, accept: Tensor, ema_decay: float) -> Tensor:
-        """Weight r of the new statistics in every slot, (slots,), counting the update where it is accepted.
-
-        The moving average with bias correction (Kingma and Ba 2015, section 3) is factor <- (1 - r) factor + r new with
-        r = (1 - decay) / (1 - decay^t) at the t-th update: the average that starts at zero, divided by the sum of its
-        weights. The factor itself is always the corrected one.
+        """Weight of the new statistics in every slot, (slots,), counting the update where it is accepted; see `newest_weight`.
 
         Args:
             accept: (slots,) flags; a slot that is not accepted keeps its count.
             ema_decay: weight of the past, in [0, 1).
         """
         self.updates += accept
-        return (1 - ema_decay) / (1 - ema_decay ** self.updates.double().clamp_min(1))
+        return newest_weight(self.updates, ema_decay)
 
     def blend(self, keep: Tensor, gain: Tensor, accept: Tensor, backend: str = "auto") -> None:
         """Factor <- keep factor + gain sum for every slot that is accepted; vectors over slots."""

@@ -187,20 +187,3 @@ class Layer(ABC):
         if self.bias is not None:
             result.append((self.bias, update[:, columns]))
         return result
-
-
-def token_rows(x: Tensor, gradient: Tensor, reduce: bool, tokens: bool) -> tuple[Tensor, Tensor, int, int, int]:
-    """(rows of A, rows of G, count of rows, loss terms, examples) of a module on (N, ..., in) and (N, ..., out).
-
-    Expand: every position is a row. Reduce: an example's mean input and summed gradient (Eschenhagen et al. 2023).
-    """
-    if x.dim() == 1:
-        x, gradient = x.unsqueeze(0), gradient.unsqueeze(0)
-    examples = x.shape[0]
-    positions = x.shape[1:-1].numel()
-    inputs = x.reshape(examples * positions, x.shape[-1])
-    gradients = gradient.reshape(examples * positions, gradient.shape[-1])
-    if reduce and x.dim() > 2:
-        inputs = x.reshape(examples, positions, x.shape[-1]).mean(1)
-        gradients = gradient.reshape(examples, positions, gradient.shape[-1]).sum(1)
-    return inputs, gradients, inputs.shape[0], examples * positions if tokens else examples, examples

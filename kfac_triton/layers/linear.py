@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from kfac_triton.kernels import ops
 
-from .base import Layer, Rows, token_rows
+from .base import Layer, Rows
 
 
 class LinearLayer(Layer):
@@ -21,13 +21,21 @@ class LinearLayer(Layer):
 
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
         """Expand: every position is a row. Reduce: an example's mean input and summed gradient."""
-        inputs, gradients, count, terms, examples = token_rows(x, gradient, self.reduce, self.tokens)
+        if x.dim() == 1:
+            x, gradient = x.unsqueeze(0), gradient.unsqueeze(0)
+        examples = x.shape[0]
+        positions = x.shape[1:-1].numel()
+        inputs = x.reshape(examples * positions, x.shape[-1])
+        gradients = gradient.reshape(examples * positions, gradient.shape[-1])
+        if self.reduce and x.dim() > 2:
+            inputs = x.reshape(examples, positions, x.shape[-1]).mean(1)
+            gradients = gradient.reshape(examples, positions, gradient.shape[-1]).sum(1)
         return Rows(
             inputs=[inputs],
             gradients=[gradients],
             input_window=ops.ROWS,
             gradient_window=ops.ROWS,
-            input_count=count,
-            terms=terms,
+            input_count=inputs.shape[0],
+            terms=examples * positions if self.tokens else examples,
             examples=examples,
         )
