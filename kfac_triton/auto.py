@@ -71,12 +71,25 @@ class AutoStep:
         )
         self.report: dict[str, Any] = {}
 
-    def extended(self, engine: Engine, parameters: Sequence[nn.Parameter], weight_decay: Sequence[float]) -> AutoStep:
-        """The same with another engine and more parameters, behind those that it has: what was learned stays."""
+    def arguments(self) -> dict[str, Any]:
+        """What `from_arguments` makes another from."""
         controller = self.controller
         bounds = controller.damping_floor, controller.damping_ceiling
-        other = AutoStep(self._model, engine, parameters, weight_decay, controller.damping_every, bounds)
-        other.restore(self.export() + [{}] * (len(parameters) - len(self._parameters)))
+        return {"damping_every": controller.damping_every, "damping_range": bounds, "states": self.export()}
+
+    @classmethod
+    def from_arguments(
+        cls,
+        model: nn.Module,
+        engine: Engine,
+        parameters: Sequence[nn.Parameter],
+        weight_decay: Sequence[float],
+        arguments: dict[str, Any],
+    ) -> AutoStep:
+        """One that goes on where another stood, with more parameters, perhaps, behind those that it had."""
+        other = cls(model, engine, parameters, weight_decay, arguments["damping_every"], arguments["damping_range"])
+        states = arguments["states"]
+        other.restore(states + [{}] * (len(parameters) - len(states)))
         return other
 
     def step(self, closure: Callable[[], Any], weight_decay: Sequence[float]) -> Tensor:
@@ -102,7 +115,7 @@ class AutoStep:
         for p, g in zip(self._parameters, gradient, strict=True):
             p.grad = g
         self._engine.change(damping=damping)
-        updates = dict(self._engine.precondition(lambda _: 0.0))
+        updates = self._engine.precondition(lambda _: 0.0)
         return [updates.get(p) for p in self._parameters]
 
     def diagnostics(self) -> dict[str, Any]:
@@ -120,7 +133,11 @@ class AutoStep:
     def export(self) -> list[dict[str, Tensor]]:
         """What belongs into the state of each parameter."""
         state = self.controller.state()
-        result = [{} if previous is None else {PREVIOUS: previous} for previous in state["previous"]]
+        # Every parameter has one from the start, zero where there was no step: a checkpoint has the same keys at any time.
+        result = [
+            {PREVIOUS: torch.zeros_like(p) if previous is None else previous.clone()}
+            for p, previous in zip(self._parameters, state["previous"], strict=True)
+        ]
         result[0][NUMBERS] = torch.tensor([float(state[name]) for name in _NUMBERS], dtype=torch.float64)
         return result
 
@@ -133,4 +150,6 @@ class AutoStep:
         if not states or NUMBERS not in states[0]:
             return
         numbers = dict(zip(_NUMBERS, states[0][NUMBERS].tolist(), strict=True))
-        self.controller.load({**numbers, "previous": [state.get(PREVIOUS) for state in states]})
+        found = [state.get(PREVIOUS) for state in states]
+        previous = [x.clone() if x is not None and bool(x.any()) else None for x in found]
+        self.controller.load({**numbers, "previous": previous})

@@ -16,8 +16,8 @@ from .layers import Layer
 from .statistics import Statistics
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """The rank's own part of a DTensor."""
+def local(tensor: Tensor) -> Tensor:
+    """The rank's own part of a DTensor; another tensor as it is, detached."""
     tensor = tensor.detach()
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
@@ -38,7 +38,7 @@ class Tap(torch.autograd.Function):
         """Adds to the statistics and hands the gradient on."""
         (x,) = ctx.saved_tensors
         with torch.no_grad():
-            ctx.statistics.add(_local(x), _local(gradient), is_ours=x.requires_grad)
+            ctx.statistics.add(local(x), local(gradient), is_ours=x.requires_grad)
         return gradient, None, None, None
 
 
@@ -52,11 +52,21 @@ def should_tap(statistics: Statistics | None, output: Tensor, weight: Tensor) ->
     return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None
 
 
-class CaptureHook:
-    """Forward hook of one layer. Copies and pickles of it are inert, so a copied model drags nothing along."""
+class Hook:
+    """Hook of one layer. Copies and pickles of it are inert, so a copied model drags nothing along."""
 
-    def __init__(self, statistics: Statistics | None) -> None:
+    def __init__(self, statistics: Statistics | None = None) -> None:
         self.statistics = statistics
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return type(self), ()
+
+
+class CaptureHook(Hook):
+    """Forward hook of one layer."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         """Taps the output unless nothing can or should be captured; None leaves it as it is."""
@@ -66,18 +76,44 @@ class CaptureHook:
         x = args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
         return Tap.apply(output, x, statistics.gate.probe, statistics)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CaptureHook:
-        return CaptureHook(None)
 
-    def __reduce__(self) -> tuple[type[CaptureHook], tuple[None]]:
-        return CaptureHook, (None,)
+class CastHook(Hook):
+    """Forward pre-hook of one layer, which does under autocast what the layer would do: it casts the input.
+
+    Autograd then saves one tensor for both. The layer's own cast would be out of reach, and a tap would keep another copy.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """The arguments with the input cast; None leaves them as they are."""
+        if self.statistics is None or not args or not self.statistics.gate.open or not torch.is_grad_enabled():
+            return None
+        x = args[0]
+        if not isinstance(x, Tensor) or x.dtype != torch.float32 or not torch.is_autocast_enabled(x.device.type):
+            return None
+        return (x.to(torch.get_autocast_dtype(x.device.type)), *args[1:])
+
+
+def remove_inert(module: nn.Module, kind: str, like: Any) -> None:
+    """Drops hooks that copying or pickling has left on a module, those equal to `like`."""
+    hooks = getattr(module, kind)
+    for key in [key for key, hook in hooks.items() if type(hook) is type(like) and vars(hook) == vars(like)]:
+        del hooks[key]
+        getattr(module, f"{kind}_with_kwargs").pop(key, None)  # in another process the number may be given to another hook
 
 
 def attach(layers: list[Layer], statistics: list[Statistics]) -> list[RemovableHandle]:
     """Hooks that feed the statistics, one a module of each layer (see `functional.attach_functional` for the others)."""
-    return [
-        module.register_forward_hook(CaptureHook(own.second if layer.is_second(use) else own), with_kwargs=True)
+    for layer in layers:
+        for module in layer.modules:
+            remove_inert(module, "_forward_hooks", CaptureHook())
+            remove_inert(module, "_forward_pre_hooks", CastHook())
+    pairs = [
+        (module, own.second if layer.is_second(use) else own)
         for layer, own in zip(layers, statistics, strict=True)
         if not layer.functional
         for use, module in enumerate(layer.modules)
     ]
+    casts = [
+        module.register_forward_pre_hook(CastHook(own)) for module, own in pairs if own is not None and own.layer.autocasts
+    ]
+    return casts + [module.register_forward_hook(CaptureHook(own), with_kwargs=True) for module, own in pairs]

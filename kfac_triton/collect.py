@@ -104,6 +104,7 @@ class Collector:
                 use = self._second_uses[i] = SecondUse(layer, gate, entries[i], backend)
                 self.statistics[i].second = use.statistics
                 self._shared.whole.extend(use.shared)
+        self.gate = gate
         self._backend = backend
         self.layer_of_slot = torch.tensor(layer_of_slot, device=bank.home)
         self._is_input = torch.tensor(is_input, device=bank.home)
@@ -122,6 +123,10 @@ class Collector:
         fresh = counts[:, 1] > 0
         finite = self._finite_sums(summed) & self._finite_passes(layers)
         accepted = fresh & finite
+        if self.gate.scale is not None:
+            # What a skipped step left was scaled otherwise. Told on the device: the host would have to wait for the scale.
+            now = torch.as_tensor(settings.current_loss_scale(), device=home)
+            accepted &= self.gate.scale.to(home) == now
 
         # Where nothing came, any number will do; a weighted loss may have less than one term.
         counts = torch.where(counts > 0, counts, 1.0)
@@ -132,16 +137,21 @@ class Collector:
         accept = accepted[self.layer_of_slot]
         rate = self.bank.weights(accept, settings.ema_decay)
         keep, gain = 1 - rate, rate * scale
-        waited = self._blend_passes(keep, gain, accept)
+        flags = tuple((int(bool(s.passes)),) for s in self.statistics)
+        waited = (device_table(flags, home).flatten() > 0)[self.layer_of_slot]
+        if any(s.passes for s in self.statistics):
+            self.bank.back_up(waited & ~summed[self.layer_of_slot])
+            self._blend_passes(keep, gain, accept)
         if not all(s.passes for s in self.statistics) or any(s.summed for s in self.statistics):
-            keep = torch.where(waited[self.layer_of_slot], 1.0, keep)  # it has been weighted already
-            self.bank.blend(keep, gain, accept & summed[self.layer_of_slot], self._backend)
+            keep = torch.where(waited, 1.0, keep)  # it has been weighted already
+            self.bank.blend(keep, gain, accept & summed[self.layer_of_slot], self.gate.step, self._backend)
         moments = [s.moments is not None and s.moments.fresh for s in self.statistics]
         self.forget()
         return Outcome(fresh, accepted, moments, moment_scale)
 
     def forget(self) -> None:
         """Drops the statistics since the last step."""
+        self.gate.forget()
         for statistics in self.statistics:
             statistics.clear()
         for use in self._second_uses.values():
@@ -168,8 +178,8 @@ class Collector:
             broken = broken.index_add(0, places, (~torch.isfinite(squares)).long().to(self.bank.home))
         return broken == 0
 
-    def _blend_passes(self, keep: Tensor, gain: Tensor, accept: Tensor) -> Tensor:
-        """The rows that waited, straight into the factors: one launch per pass, not per layer. Flags (layers,) of these."""
+    def _blend_passes(self, keep: Tensor, gain: Tensor, accept: Tensor) -> None:
+        """The rows that waited, straight into the factors: one launch per pass, not per layer."""
         for number in itertools.count():
             members = [(s, s.passes[number]) for s in self.statistics if len(s.passes) > number]
             if not members:
@@ -177,8 +187,6 @@ class Collector:
             for device in {s.dense[0].total.device for s, _ in members}:
                 here = [(s, rows) for s, rows in members if s.dense[0].total.device == device]
                 self._blend_rows(here, torch.ones_like(keep) if number else keep, gain, accept, device)
-        flags = tuple((int(bool(s.passes)),) for s in self.statistics)
-        return device_table(flags, self.bank.home).flatten() > 0
 
     def _blend_rows(
         self, members: list[tuple[Statistics, Rows]], keep: Tensor, gain: Tensor, accept: Tensor, device: torch.device

@@ -32,6 +32,7 @@ class Curvature:
     Attributes:
         bank: the factors.
         inverses: one a stack of dense factors.
+        inverse_at: per slot what holds the inverse (the store itself where factors are diagonal), and its place there.
         gradients: one a group of tiles.
         moments: EKFAC's sums, one a layer.
         split: damping of each block's A and G, after the first refresh.
@@ -71,8 +72,10 @@ class Curvature:
                 assert not isinstance(right, EigenStack)
                 solve = InverseSolve(group, left, right, backend)
             self.gradients.append(GradientStack(group, partition, self.bank, solve, backend, host_looks))
+        self.inverse_at = [(x, i) for x, store in zip(stores, self.bank.stores, strict=True) for i in range(len(store))]
         self._map_slots()
         self.moments: list[Moments | None] = [None] * len(partition.layers)
+        self._moments_of_tile: dict[int, Tensor] = {}
         if self.is_ekfac:
             self._make_moments()
 
@@ -98,11 +101,12 @@ class Curvature:
             left, right = (self._stores[x.store] for x in (group.g, group.a))
             if not (isinstance(left, EigenStack) and isinstance(right, EigenStack)):
                 continue  # with a diagonal side the Kronecker eigenvalues stay
-            solve.spectrum = Spectrum(torch.zeros_like(stack.gradient), torch.zeros_like(stack.gradient))
+            spectrum = solve.spectrum = Spectrum(torch.zeros_like(stack.gradient), torch.zeros_like(stack.gradient))
             for k, number in enumerate(group.tiles):
+                self._moments_of_tile[number] = spectrum.values[k]
                 layer = self.partition.blocks[self.partition.tiles[number].block].layer_number
                 a_vectors, g_vectors = right.vectors[group.a.places[k]], left.vectors[group.g.places[k]]
-                tiles[layer].append(MomentTile(number, a_vectors, g_vectors, solve.spectrum.sums[k]))
+                tiles[layer].append(MomentTile(number, a_vectors, g_vectors, spectrum.sums[k]))
         self.moments = [Moments(self.partition, own) if own else None for own in tiles]
         self._moment_updates = torch.zeros(len(self.partition.tiles), device=self.bank.home)
         self._layer_of_tile = torch.tensor(
@@ -130,6 +134,39 @@ class Curvature:
         for store, run in zip(self.bank.diagonals, runs[len(self.bank.stacks) :], strict=True):
             store.refresh(over_slots[run].to(store.damping))
         self._turn_moments(old_bases)
+
+    @property
+    def kind(self) -> str:
+        """What the curvature is stored as: "basis" (eigenvectors), "root" (T with inverse T^T T) or "inverse"."""
+        if self.has_basis:
+            return "basis"
+        return "root" if any(isinstance(x, InverseStack) and x.factored for x in self.inverses) else "inverse"
+
+    @property
+    def starts_anew(self) -> bool:
+        """Whether a refresh depends on nothing but the factors and the damping: the inverses before it do not matter."""
+        return not any(isinstance(x, EigenStack) or x.factored for x in self.inverses)
+
+    def moments_of(self, layer_number: int) -> list[list[Tensor]]:
+        """EKFAC's moments of a layer, those of the tiles of each group: views, none where the Kronecker eigenvalues stay."""
+        tiles_of = self.partition.tiles_of
+        return [
+            [self._moments_of_tile[i] for i in tiles_of[block] if i in self._moments_of_tile]
+            for block in self.partition.blocks_of(layer_number)
+        ]
+
+    def moment_updates_of(self, layer_number: int) -> Tensor:
+        """How many updates EKFAC's moments have had, one number a group: a copy."""
+        first = [self.partition.tiles_of[block][0] for block in self.partition.blocks_of(layer_number)]
+        return self._moment_updates[first]
+
+    def count_moments(self, layer_number: int, updates: Tensor) -> None:
+        """Says how many updates the moments have had that were written from outside, with their basis."""
+        for block, count in zip(self.partition.blocks_of(layer_number), updates, strict=True):
+            self._moment_updates[list(self.partition.tiles_of[block])] = count.to(self._moment_updates)
+        moments = self.moments[layer_number]
+        if moments is not None:
+            moments.ready = bool((updates > 0).all())
 
     def forget_moments(self, layer_number: int) -> None:
         """EKFAC: those of a layer are of other factors now, and begin anew with the Kronecker eigenvalues."""

@@ -31,6 +31,7 @@ class DiagonalStore:
         self.values = torch.zeros_like(self.factors)
         self.damping = torch.zeros(len(sizes), dtype=dtype, device=device)
         self.owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
+        self.old: Tensor | None = None  # flags (factors,): of which factors sums holds the old ones
         self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
 
     def __len__(self) -> int:
@@ -46,6 +47,20 @@ class DiagonalStore:
         start = self._starts[index]
         return vector[start : start + self.sizes[index]]
 
+    @property
+    def residual(self) -> Tensor:
+        """Certificates (factors,): a diagonal is inverted exactly."""
+        return torch.zeros_like(self.damping)
+
+    def kept(self, index: int) -> Tensor:
+        """What a checkpoint keeps of one inverse, (n,): a view."""
+        return self.piece(self.values, index)
+
+    def restore(self, index: int, values: Tensor, residual: Tensor, damping: Tensor) -> None:
+        """Writes what `kept` gave."""
+        self.kept(index).copy_(values)
+        self.damping[index] = damping
+
     def traces(self, vector: Tensor) -> Tensor:
         """Sum over each factor, (factors,)."""
         return vector.new_zeros(len(self)).index_add_(0, self.owner, vector)
@@ -53,7 +68,16 @@ class DiagonalStore:
     def blend(self, keep: Tensor, gain: Tensor, accept: Tensor) -> None:
         """Factor <- keep factor + gain sum for every factor that is accepted; vectors over factors."""
         keep, gain = (x.to(self.factors)[self.owner] for x in (keep, gain))
-        self.factors.copy_(torch.where(accept[self.owner], keep * self.factors + gain * self.sums, self.factors))
+        blended = torch.where(accept[self.owner], keep * self.factors + gain * self.sums, self.factors)
+        everywhere = torch.ones_like(accept)
+        self.sums.copy_(self.factors)
+        self.old = everywhere
+        self.factors.copy_(blended)
+
+    def roll_back(self) -> None:
+        """Puts the factors back that `blend` changed in this step."""
+        if self.old is not None:
+            self.factors.copy_(self.sums)
 
     def refresh(self, damping: Tensor) -> None:
         """Inverts the damped diagonals; a damping of zero stands for a factor that is 1 and needs none."""

@@ -15,14 +15,16 @@ _ITERATIONS = 2
 def off_diagonal(rotated: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """(eigenvalues (B, n), certificate (B,)) of M = Q^T A Q, when its off-diagonal part is ignored.
 
-    The certificate is ||D^-1/2 (M - diag M) D^-1/2||_F with D = diag M + damping: a bound on the energy-norm error of
-    Q D^-1 Q^T as an inverse of A + damping I, to first order.
+    The certificate is ||D^-1/2 (M - diag d) D^-1/2||_F with d = diag M, at least zero, and D = d + damping: the energy-norm
+    error of Q D^-1 Q^T as an inverse of A + damping I, or more, if Q is orthogonal. What rounding does to the diagonal of M it
+    cannot see, so that is added.
     """
     values = rotated.diagonal(dim1=-2, dim2=-1).clamp_min(0)
     scale = (values + damping[:, None]).rsqrt()
-    rest = rotated - torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))
-    error = torch.linalg.matrix_norm(rest * scale.unsqueeze(-1) * scale.unsqueeze(-2))
-    return values, error.nan_to_num(nan=torch.inf)
+    rest = (rotated - torch.diag_embed(values)) * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    unit_roundoff = torch.finfo(rotated.dtype).eps / 2
+    rounding = unit_roundoff * torch.linalg.vector_norm(values.amax(-1, keepdim=True) * scale.square(), dim=-1)
+    return values, (torch.linalg.matrix_norm(rest) + rounding).nan_to_num(nan=torch.inf)
 
 
 class EigenStack:
@@ -34,11 +36,11 @@ class EigenStack:
 
     Attributes:
         vectors: (B, n, n), columns; the pad has vectors of its own. Zero where there is no certificate.
-        spectrum: (B, n), at least zero.
+        spectrum: (B, n), at least zero; where damping was raised, by as much larger than the eigenvalues.
         residual: certificate (B,), see `off_diagonal`.
         damping: the damping (B,) that the certificate was made for.
         fallbacks: how often a warm basis was refused, (B,).
-        raised: zero; for the sake of the diagnostics.
+        raised: how often damping had to be raised, (B,).
     """
 
     def __init__(self, factors: Tensor, sizes: list[int]) -> None:
@@ -81,21 +83,48 @@ class EigenStack:
             self._decompose(index, factors[index], damping)
         self._is_cold = False
 
+    def kept(self, index: int) -> Tensor:
+        """What a checkpoint keeps of one factor, (n + 1, n): its eigenvectors, and its eigenvalues below them."""
+        return torch.cat([self.vectors[index], self.spectrum[index : index + 1]])
+
+    def restore(self, index: int, values: Tensor, residual: Tensor, damping: Tensor) -> None:
+        """Writes what `kept` gave, with its certificate."""
+        self.vectors[index], self.spectrum[index] = values[:-1].to(self.vectors), values[-1].to(self.spectrum)
+        self.residual[index], self.damping[index] = residual, damping
+        self._is_cold = not bool((self.residual <= ACCEPT).all())
+
     def _decompose(self, index: int, factor: Tensor, damping: Tensor) -> None:
         # The pad gets an eigenvalue below all others, so that its vectors are not mixed with the factor's null space.
         scale = factor.diagonal().abs().max().clamp_min(torch.finfo(factor.dtype).tiny)
         shifted = factor - torch.diag_embed(self._pad[index] * scale)
-        for dtype in (factor.dtype, torch.float64):
+        place = torch.tensor([index], device=factor.device)
+        for dtype in dict.fromkeys((factor.dtype, torch.float64)):
             try:
                 _, vectors = torch.linalg.eigh(shifted.to(dtype))
             except torch.linalg.LinAlgError:
                 continue
             vectors = self._pad_last(vectors.to(factor.dtype), index)
-            values, residual = off_diagonal((vectors.mT @ factor @ vectors)[None], damping[index : index + 1])
-            if bool(residual[0] <= ACCEPT) or dtype == torch.float64:
-                place = torch.tensor([index], device=factor.device)
-                if bool(torch.isfinite(values).all() and torch.isfinite(residual).all()):
-                    self._store(place, vectors[None], values, residual, damping)
+            columns = vectors.to(dtype)
+            rotated = (columns.mT @ factor.to(dtype) @ columns)[None]
+            values, residual = off_diagonal(rotated, damping[place].to(dtype))
+            if bool(residual[0] <= ACCEPT):
+                self._store(place, vectors[None], values, residual, damping)
+                return
+            if dtype == torch.float64 and bool(torch.isfinite(rotated).all()):
+                self._raise_damping(place, vectors, rotated, damping)
+
+    def _raise_damping(self, place: Tensor, vectors: Tensor, rotated: Tensor, damping: Tensor) -> None:
+        """Ten times the damping until the basis is certified; the spectrum takes what it is raised by."""
+        wanted, raised = damping[place], damping[place]
+        largest, least = torch.finfo(damping.dtype).max, torch.finfo(damping.dtype).tiny
+        tries = 0
+        while bool(raised <= 0.1 * largest):
+            raised, tries = (10 * raised).clamp_min(least), tries + 1
+            values, residual = off_diagonal(rotated, raised.to(rotated.dtype))
+            if bool(residual <= ACCEPT):
+                self._store(place, vectors[None], values + (raised - wanted)[:, None], residual, damping)
+                self.damping[place] = raised
+                self.raised[place] += tries
                 return
 
     def _pad_last(self, vectors: Tensor, index: int) -> Tensor:
@@ -105,6 +134,6 @@ class EigenStack:
 
     def _store(self, places: Tensor, vectors: Tensor, values: Tensor, residual: Tensor, damping: Tensor) -> None:
         self.vectors[places] = vectors
-        self.spectrum[places] = values
-        self.residual[places] = residual
+        self.spectrum[places] = values.to(self.spectrum)
+        self.residual[places] = residual.to(self.residual)
         self.damping[places] = damping[places]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,18 +13,17 @@ from torch import Tensor, nn
 
 from .capture import attach
 from .collect import Collector
+from .covering import choose_layers, frozen_weights, require_backend
 from .curvature import Curvature
-from .factors import factor_dtype
 from .fisher_pass import FisherPass
 from .functional import attach_functional
 from .gradients import add_updates, assemble
-from .kernels import runtime
 from .kernels.addresses import device_table
-from .layers import Layer, find_layers
 from .partition import Partition
 from .settings import Settings
 from .statistics import Gate, Statistics
 from .step_size import kl_clip_scale
+from .warning import warn
 
 LearningRate = Callable[[nn.Parameter], float | Tensor]
 
@@ -47,8 +45,10 @@ class Engine:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
         self.settings = settings
-        self.layers, self.skipped = _choose_layers(model, settings, parameters)
-        _require_backend(settings.backend, self.layers)
+        parameters = None if parameters is None else list(parameters)
+        self.layers, self.skipped = choose_layers(model, settings, parameters)
+        self._asleep = frozen_weights(model, parameters)
+        require_backend(settings.backend, self.layers)
         self.partition = Partition(self.layers, settings.max_factor_size, settings.oversize)
         home = self.layers[0].weight.device
         # The host may look at what a CPU computed; for a GPU it would have to wait.
@@ -56,6 +56,7 @@ class Engine:
         self.curvature = Curvature(self.partition, settings, self.host_looks)
         self.bank = self.curvature.bank
         self.gate = Gate(home, empirical=settings.fisher == "empirical")
+        self.gate.scaler = settings.scaler
         kernels_serve = settings.backend != "torch" and all(s.sums.dtype == torch.float32 for s in self.bank.stacks)
         # What waits goes straight into the factors: not where these are kept in another type, or moments need the rows.
         goes_straight = settings.factor_dtype == "float32" and not self.curvature.is_ekfac
@@ -70,10 +71,11 @@ class Engine:
         self.dropped_gradients = torch.zeros(len(self.partition.tiles), dtype=torch.long, device=self.bank.home)
         self.without_statistics = set(range(len(self.layers)))
         self.refreshes = 0
+        self.has_touched_inverses = False  # in this step
         self._warned: set[int] = set()
-        self._stale = True  # factors or damping changed since the last inverses
+        self.is_stale = True  # factors or damping changed since the last inverses
         self.damping = settings.damping_at(0)
-        self._has_newcomers = False  # layers that got their first statistics since then
+        self.has_newcomers = False  # layers that got their first statistics since then
         self._open_gate()
 
         handles = attach(self.layers, self.statistics) + attach_functional(self.layers, self.statistics)
@@ -106,6 +108,7 @@ class Engine:
     def change(self, **settings: Any) -> None:
         """Changes settings between steps; checked as in the constructor."""
         self.settings = dataclasses.replace(self.settings, **settings)
+        self.gate.scaler = self.settings.scaler
         self._open_gate()
 
     def accumulate_fisher(self, outputs: Tensor, targets: Tensor | None) -> None:
@@ -126,7 +129,7 @@ class Engine:
             self._fisher_pass.run(outputs, targets, self.settings.current_loss_scale())
 
     @torch.no_grad()
-    def precondition(self, learning_rate: LearningRate) -> list[tuple[nn.Parameter, Tensor]]:
+    def precondition(self, learning_rate: LearningRate) -> dict[nn.Parameter, Tensor | None]:
         """One step of the engine: factors, inverses when due, and the clipped preconditioned gradients.
 
         Args:
@@ -134,7 +137,8 @@ class Engine:
 
         Returns:
             Parameters with the tensors that stand for their gradients, valid until the next call. Parameters that K-FAC does
-            not cover, or has no statistics for, are not in it.
+            not cover, or has no statistics for, are not in it. A gradient that is not finite gives None, or zeros where the
+            host does not look.
 
         Raises:
             RuntimeError: if the engine is closed.
@@ -144,10 +148,10 @@ class Engine:
         if settings.is_due("statistics_every", self.steps):
             self._update_factors()
         damping = settings.damping_at(self.steps)
-        self._stale |= damping != self.damping
+        self.is_stale |= damping != self.damping
         self.damping = damping
         # A layer's first statistics do not wait: until it has an inverse, its damping alone would scale the gradient up.
-        if settings.is_due("inverse_every", self.steps) or self._has_newcomers:
+        if settings.is_due("inverse_every", self.steps) or self.has_newcomers:
             self._refresh_inverses()
         updates = self._preconditioned_gradients(learning_rate)
         self.steps += 1
@@ -157,6 +161,18 @@ class Engine:
     def forget_statistics(self) -> None:
         """Drops what backward passes left since the last step."""
         self.collector.forget()
+
+    def forget_with_gradients(self) -> None:
+        """Drops the statistics that belong to gradients which are thrown away.
+
+        A Fisher pass may come before `zero_grad`, and the loss's backward pass after it: then they belong to the next ones.
+        """
+        if self.gate.empirical or self.gate.saw_loss:
+            self.collector.forget()
+
+    def has_woken(self) -> bool:
+        """Whether a weight that was frozen when layers were chosen is trained now."""
+        return any(weight.requires_grad for weight in self._asleep)
 
     def require_open(self) -> None:
         """Refuses to go on with hooks that are gone.
@@ -177,18 +193,19 @@ class Engine:
         # Asked before the statistics are forgotten; a layer whose first ones come in this step is worth one wait.
         known = [s.eager_counts[0] > 0 for s in self.statistics]
         outcome = self.collector.update(self.settings)
+        self.has_touched_inverses |= self.curvature.is_ekfac
         self.curvature.blend_moments(outcome, self.settings.ema_decay)
         self.dropped_statistics += outcome.fresh & ~outcome.accept
         may_have_news = self.host_looks or any(known[i] for i in self.without_statistics) or not any(known)
         if self.without_statistics and may_have_news:
             self._notice_missing(outcome.accept.tolist(), outcome.fresh.tolist())
-        self._stale = True
+        self.is_stale = True
 
     def _notice_missing(self, accepted: list[bool], fresh: list[bool]) -> None:
         """Remembers which layers have statistics by now and warns, once a layer, of gradients that came without any."""
         newcomers = {i for i in self.without_statistics if accepted[i]}
         self.without_statistics -= newcomers
-        self._has_newcomers |= bool(newcomers)
+        self.has_newcomers |= bool(newcomers)
         missing = [
             i for i in sorted(self.without_statistics - self._warned) if not fresh[i] and self.layers[i].weight.grad is not None
         ]
@@ -205,22 +222,21 @@ class Engine:
                 f"fisher is {self.settings.fisher!r}: call accumulate_fisher(outputs, targets) between the forward pass and "
                 "backward()."
             )
-        warnings.warn(
+        warn(
             f"no statistics came from layers {names}, although their weights have gradients, which are used as they are. "
-            + reason,
-            UserWarning,
-            stacklevel=5,
+            + reason
         )
 
     def _refresh_inverses(self) -> None:
-        if not self._stale:
+        if not self.is_stale:
             return
+        self.has_touched_inverses = True
         # With newcomers, what is certified now is an inverse of nothing, or of what a checkpoint overwrote.
-        self.curvature.refresh(self.damping, restart=self._has_newcomers)
+        self.curvature.refresh(self.damping, restart=self.has_newcomers)
         self.refreshes += 1
-        self._stale = self._has_newcomers = False
+        self.is_stale = self.has_newcomers = False
 
-    def _preconditioned_gradients(self, learning_rate: LearningRate) -> list[tuple[nn.Parameter, Tensor]]:
+    def _preconditioned_gradients(self, learning_rate: LearningRate) -> dict[nn.Parameter, Tensor | None]:
         usable = [layer.weight.grad is not None and i not in self.without_statistics for i, layer in enumerate(self.layers)]
         blocks, stacks = self.partition.blocks, self.curvature.gradients
         products = self.curvature.precondition([usable[block.layer_number] for block in blocks], self.damping)
@@ -228,17 +244,22 @@ class Engine:
         rates = _vector([learning_rate(blocks[self.partition.tiles[number].block].layer.weight) for number in order], products)
         self.nu = kl_clip_scale(products, rates, self.settings.kl_clip)
         updates: dict[int, Tensor] = {}
+        broken: set[int] = set()
         for stack in stacks:
-            self.dropped_gradients[stack.places] += stack.finish(self.nu).to(self.bank.home)
+            flags = stack.finish(self.nu)
+            self.dropped_gradients[stack.places] += flags.to(self.bank.home)
             updates.update(zip(stack.tiles, stack.update, strict=True))
-        result: dict[nn.Parameter, Tensor] = {}
+            if self.host_looks and bool(flags.any()):
+                tiles = [self.partition.tiles[stack.tiles[i]] for i in flags.nonzero().flatten().tolist()]
+                broken |= {blocks[tile.block].layer_number for tile in tiles}
+        result: dict[nn.Parameter, Tensor | None] = {}
         first = 0
-        for layer, is_usable in zip(self.layers, usable, strict=True):
+        for number, (layer, is_usable) in enumerate(zip(self.layers, usable, strict=True)):
             if is_usable:
                 blocks_of_layer = [assemble(self.partition, first + g, updates) for g in range(layer.groups)]
-                add_updates(result, layer, layer.read_update(blocks_of_layer))
+                add_updates(result, layer, layer.read_update(blocks_of_layer), is_broken=number in broken)
             first += layer.groups
-        return list(result.items())
+        return result
 
     def restore_step(self, steps: int) -> None:
         """Goes on from a step, for the schedules and intervals."""
@@ -248,8 +269,22 @@ class Engine:
     def mark_restored(self, layer_number: int) -> None:
         """Says that a layer's factors were written from outside, by a checkpoint."""
         self.without_statistics.discard(layer_number)
-        self.curvature.forget_moments(layer_number)
-        self._has_newcomers = self._stale = True
+        self.has_newcomers = self.is_stale = True
+
+    def forget_inverses(self) -> None:
+        """Says that inverses, and EKFAC's moments, are not of the factors as they are: the next step makes them anew."""
+        self.has_newcomers = self.is_stale = True
+        for number in range(len(self.layers)):
+            self.curvature.forget_moments(number)
+
+    def keep_inverses(self, damping: float, is_stale: bool) -> None:
+        """Says that the inverses of all layers were written, too.
+
+        Args:
+            damping: that they were made with.
+            is_stale: whether factors had changed since.
+        """
+        self.has_newcomers, self.is_stale, self.damping = False, is_stale, damping
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Module name -> copies of (A, G), bias-corrected; see `EngineFace.factors`."""
@@ -266,47 +301,10 @@ class Engine:
         return views[0].clone() if len(views) == 1 else torch.block_diag(*views)
 
 
-def _choose_layers(
-    model: nn.Module, settings: Settings, parameters: Iterable[nn.Parameter] | None
-) -> tuple[list[Layer], dict[str, str]]:
-    layers, skipped = find_layers(
-        model,
-        settings.weight_sharing,
-        settings.loss_terms,
-        skip=settings.skip,
-        include=settings.include,
-        norms=settings.norms,
-        split=settings.split,
-    )
-    if parameters is not None:
-        chosen = {id(p) for p in parameters}
-        skipped |= {x.name: "its weight is not optimized" for x in layers if id(x.weight) not in chosen}
-        layers = [layer for layer in layers if id(layer.weight) in chosen]
-    if not layers:
-        reasons = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in skipped.items())
-        raise ValueError(
-            "model has no layer that K-FAC covers (linear, convolution, embedding, norm, attention; with a trainable weight)"
-            + (f": {reasons}" if reasons else "; use another optimizer")
-        )
-    return layers, skipped
-
-
 def _detach(handles: list[Any], gate: Gate) -> None:
     gate.open = False
     for handle in handles:
         handle.remove()
-
-
-def _require_backend(backend: str, layers: list[Layer]) -> None:
-    """Refuses "triton" where no kernel can serve, before anything is made."""
-    if backend != "triton":
-        return
-    for layer in layers:
-        reason = runtime.obstacle(layer.weight.device)
-        if reason is None and factor_dtype(layer.weight) != torch.float32:
-            reason = f"layer {layer.name!r} has {layer.weight.dtype} factors, and the kernels keep float32"
-        if reason is not None:
-            raise ValueError(f"backend is 'triton', but {reason}; use backend='auto'")
 
 
 def _vector(rates: list[float | Tensor], like: Tensor) -> Tensor:

@@ -79,7 +79,8 @@ class TileGroup:
 class FactorStack:
     """Factors of one padded size, and as many sums of the current step.
 
-    The pad is zero, so that damping alone fills it and no spectrum is widened.
+    The pad is zero, so that damping alone fills it and no spectrum is widened. Once the sums are in the factors, their buffer
+    keeps the old factors until the step is over.
 
     Args:
         sizes: of the factors.
@@ -94,6 +95,8 @@ class FactorStack:
         self.sums = torch.zeros(len(sizes), side, side, dtype=dtype, device=device)
         self._stored = torch.zeros_like(self.sums, dtype=torch.bfloat16 if is_compact else dtype)
         self._rounding = Rounding(device) if is_compact else None
+        self.old: Tensor | None = None  # flags (B,): of which factors sums holds the old ones
+        self._before: Tensor | None = None  # the old factors, while they are on their way there
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -108,10 +111,37 @@ class FactorStack:
         """Memory of the factors."""
         return self._stored.nbytes
 
-    def store(self, factors: Tensor) -> None:
-        """Keeps what was `factors` and has been written to."""
+    def store(self, factors: Tensor, step: int = 0) -> None:
+        """Keeps what was `factors` and has been written to; what is rounded at random is so by numbers of this step."""
         if self._rounding is not None:
-            self._stored.copy_(self._rounding(factors))
+            self._stored.copy_(self._rounding(factors, step))
+
+    def back_up(self, places: Tensor) -> None:
+        """Copies the factors with these flags (B,) into the buffers of their sums, which hold nothing of use."""
+        torch.where(places[:, None, None], self.factors, self.sums, out=self.sums)
+        self.old = places
+
+    def blend(self, keep: Tensor, gain: Tensor, accept: Tensor, step: int, backend: str) -> None:
+        """Factor <- keep factor + gain sum where accepted; vectors (B,). What was not backed up before is so now."""
+        factors, everywhere = self.factors, torch.ones_like(accept)
+        self._before = factors.clone()
+        ops.blend(factors, self.sums, keep, gain, accept, backend=backend)
+        if self.old is None:
+            self.sums.copy_(self._before)
+        else:
+            torch.where(self.old[:, None, None], self.sums, self._before, out=self.sums)
+        self.old, self._before = everywhere, None
+        self.store(factors, step)
+
+    def roll_back(self) -> None:
+        """Puts the old factors back."""
+        factors = self.factors
+        if self._before is not None:  # stopped in the middle of `blend`
+            factors.copy_(self._before)
+        if self.old is not None:
+            torch.where(self.old[:, None, None], self.sums, factors, out=factors)
+        self._before = None
+        self.store(factors)  # numbers that need no rounding
 
 
 class FactorBank:
@@ -233,14 +263,28 @@ class FactorBank:
         self.updates += accept
         return newest_weight(self.updates, ema_decay)
 
-    def blend(self, keep: Tensor, gain: Tensor, accept: Tensor, backend: str = "auto") -> None:
-        """Factor <- keep factor + gain sum for every slot that is accepted; vectors over slots."""
+    def blend(self, keep: Tensor, gain: Tensor, accept: Tensor, step: int = 0, backend: str = "auto") -> None:
+        """Factor <- keep factor + gain sum for every slot that is accepted; vectors over slots. `roll_back` can undo it."""
         for store, run in zip(self.stores, self.runs(), strict=True):
             device = store.sums.device
             old, new, accepted = (vector[run].to(device) for vector in (keep, gain, accept))
             if isinstance(store, DiagonalStore):
                 store.blend(old, new, accepted)
             else:
-                factors = store.factors
-                ops.blend(factors, store.sums, old, new, accepted, backend=backend)
-                store.store(factors)
+                store.blend(old, new, accepted, step, backend)
+
+    def back_up(self, slots: Tensor) -> None:
+        """Makes `roll_back` able to undo what is done to dense factors with these flags (slots,), whose sums are not used."""
+        for stack, run in zip(self.stacks, self.runs(), strict=False):
+            stack.back_up(slots[run].to(stack.sums.device))
+
+    def roll_back(self) -> None:
+        """Puts the factors back that the step had changed so far."""
+        for store in self.stores:
+            store.roll_back()
+        self.commit()
+
+    def commit(self) -> None:
+        """Says that the step is over: there is no way back, and the sums may be overwritten."""
+        for store in self.stores:
+            store.old = None

@@ -42,7 +42,7 @@ class FisherPass:
         gate = self._gate
         terms = self._likelihood.terms(outputs, targets)
         try:
-            gate.listening = True
+            gate.listening, gate.saw_loss = True, False
             gate.terms = terms
             gate.weight.fill_(1.0)
             gate.compiled_terms.copy_(torch.as_tensor(terms))

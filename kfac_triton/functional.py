@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from .capture import Tap, should_tap
+from .capture import Tap, remove_inert, should_tap
 from .layers import Layer
 from .statistics import Statistics
 
@@ -169,4 +169,6 @@ def attach_functional(layers: list[Layer], statistics: list[Statistics]) -> list
     for layer, own in zip(layers, statistics, strict=True):
         if layer.functional:
             members[layer.module].append((layer, own))
+    for module in members:
+        remove_inert(module, "_forward_pre_hooks", AttentionHook())
     return [module.register_forward_pre_hook(AttentionHook(own), with_kwargs=True) for module, own in members.items()]

@@ -84,18 +84,27 @@ class GradientStack:
         return broken
 
 
-def add_updates(result: dict[nn.Parameter, Tensor], layer: Layer, updates: list[tuple[nn.Parameter, Tensor]]) -> None:
-    """Adds a layer's updates to those of all; what has no gradient gets none."""
+def add_updates(
+    result: dict[nn.Parameter, Tensor | None],
+    layer: Layer,
+    updates: list[tuple[nn.Parameter, Tensor]],
+    is_broken: bool = False,
+) -> None:
+    """Adds a layer's updates to those of all; what has no gradient gets none, and what has a broken one gets None."""
     for parameter, update in updates:
         if parameter.grad is None:
             continue
         part = layer.part_of(parameter)
-        if part is None:
+        if is_broken or (parameter in result and result[parameter] is None):
+            result[parameter] = None
+        elif part is None:
             result[parameter] = update
-            continue
-        if parameter not in result:  # rows of a layer without an update keep their gradient
-            result[parameter] = parameter.grad.to(update.dtype, copy=True)
-        result[parameter][part] = update
+        else:
+            # Rows of a layer without an update keep their gradient.
+            whole = result.get(parameter)
+            whole = parameter.grad.to(update.dtype, copy=True) if whole is None else whole
+            whole[part] = update
+            result[parameter] = whole
 
 
 def assemble(partition: Partition, block: int, updates: dict[int, Tensor]) -> Tensor:

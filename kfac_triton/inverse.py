@@ -10,13 +10,14 @@ by Cholesky one refresh later, when the news has reached the host.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from .kernels import ops
 from .kernels.certificate import (
-    COMPUTED,
-    ROUNDED,
+    MULTIPLIED,
     damped,
     inverse_residual,
     mirror,
@@ -35,7 +36,6 @@ _DOUBLINGS = 20  # of Newton-Schulz; what takes more than 16 is beyond float32, 
 # Newton steps of a warm refresh. Where the host does not look, each is launched, needed or not: a start that needs more than
 # the fewer is better factored anew.
 _REFINEMENTS, _BLIND_REFINEMENTS = 8, 4
-_DAMPING_TRIES = 100  # from the smallest float32 number to the largest in steps of ten
 
 
 def resolve(method: str, device: torch.device) -> str:
@@ -59,9 +59,11 @@ def cholesky(factor: Tensor, damping: Tensor, as_root: bool, dtype: torch.dtype)
         residual = distance + rounding  # adding the damping was rounded, too, and the distance does not see that
     else:
         result = symmetric_product(result)
-        safety = COMPUTED if factor.dtype == dtype else ROUNDED
-        residual = rounding_error(target, result.diagonal(dim1=-2, dim2=-1), dtype, safety)
-        residual = torch.maximum(residual, probe_error(target, result))
+        if factor.dtype == dtype:
+            residual = rounding_error(target, result.diagonal(dim1=-2, dim2=-1), dtype, MULTIPLIED)
+            residual = torch.maximum(residual, probe_error(target, result))
+        else:  # there are digits left to measure what the rounding did
+            residual = inverse_residual(target, result.to(dtype).to(factor.dtype))
     result = result.to(dtype)
     failed = failed | ~torch.isfinite(result.sum((-2, -1)))
     return result, residual.to(dtype).masked_fill(failed, torch.inf)
@@ -69,13 +71,25 @@ def cholesky(factor: Tensor, damping: Tensor, as_root: bool, dtype: torch.dtype)
 
 def eigh(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """(inverse, residual) from the eigenbasis; negative eigenvalues of a rounded factor count as zero."""
+    finite = _finite(factor)  # eigh refuses a whole stack for one that is not
     try:
-        values, vectors = torch.linalg.eigh(factor)
-    except torch.linalg.LinAlgError:  # did not converge for one of the stack: the caller has other ways
-        return torch.zeros_like(factor), torch.full_like(damping, torch.inf)
-    scaled = vectors / (values.clamp_min(0) + damping[:, None]).unsqueeze(-2)
-    inverse = mirror(scaled @ vectors.mT)
-    return inverse, inverse_residual(damped(factor, damping), inverse).nan_to_num(nan=torch.inf)
+        values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], factor, 0.0))
+    except torch.linalg.LinAlgError:  # did not converge for one of the stack
+        if len(factor) == 1:
+            return torch.zeros_like(factor), torch.full_like(damping, torch.inf)
+        alone = [eigh(*pair) for pair in zip(factor.split(1), damping.split(1), strict=True)]
+        return torch.cat([inverse for inverse, _ in alone]), torch.cat([residual for _, residual in alone])
+    root = (vectors * (values.clamp_min(0) + damping[:, None]).rsqrt().unsqueeze(-2)).mT
+    inverse, target = mirror(root.mT @ root), damped(factor, damping)
+    # Not `inverse_residual`: where float32 has too few digits its trace, a sum of terms of both signs, may vanish.
+    _, distance, _ = root_residual(target, root)
+    residual = distance + rounding_error(target, inverse.diagonal(dim1=-2, dim2=-1), factor.dtype, MULTIPLIED)
+    return inverse, residual.masked_fill(~(finite & _finite(inverse)), torch.inf).nan_to_num(nan=torch.inf)
+
+
+def _finite(stack: Tensor) -> Tensor:
+    """Whether all of a matrix is finite, (B,)."""
+    return torch.isfinite(stack).flatten(1).all(1)
 
 
 class InverseStack:
@@ -135,6 +149,16 @@ class InverseStack:
         """Makes the next refresh start from nothing and wait: the factors were written from outside."""
         self._is_cold = True
 
+    def kept(self, index: int) -> Tensor:
+        """What a checkpoint keeps of one matrix: its row of `values`, a view."""
+        return self.values[index]
+
+    def restore(self, index: int, values: Tensor, residual: Tensor, damping: Tensor) -> None:
+        """Writes what `kept` gave, with its certificate."""
+        self.values[index] = values.to(self.values)
+        self.residual[index], self.damping[index] = residual, damping
+        self._is_cold = not bool((self.residual <= ACCEPT).all())
+
     def _refresh_without_waiting(self, factors: Tensor, damping: Tensor, refused: LateFlags) -> None:
         late = refused.receive()
         values, residual = self.values.clone(), torch.empty_like(self.residual)
@@ -164,26 +188,28 @@ class InverseStack:
             residual.copy_(bound)
 
     def _fall_back(self, factors: Tensor, remaining: Tensor) -> None:
-        """Cholesky for the matrices in remaining: float32, float64, then float64 with growing damping."""
-        attempts = [factors.dtype] if self.method != "cholesky" else []
-        attempts += [torch.float64] * _DAMPING_TRIES
-        damping = self.damping.double()
-        for attempt, dtype in enumerate(attempts):
-            if attempt > len(attempts) - _DAMPING_TRIES:
-                damping[remaining] *= 10
+        """Cholesky for the matrices in remaining: in their own precision, in float64, then there with growing damping."""
+        self.values[remaining] = 0.0
+        self.residual[remaining] = torch.inf
+        remaining = remaining[_finite(factors[remaining])]  # the others have no inverse with any damping
+        # In the factors' type, so that it is what the inverses are made with.
+        damping, least = self.damping.clone(), torch.finfo(self.damping.dtype).tiny
+        attempts = [torch.float64] if self.method == "cholesky" else [factors.dtype, torch.float64]
+        for attempt in itertools.count():
+            if attempt >= len(attempts):
+                damping[remaining] = (10 * damping[remaining]).clamp_min(least)
+                remaining = remaining[torch.isfinite(damping[remaining])]
                 self.raised[remaining] += 1
+            if not len(remaining):
+                return
+            dtype = attempts[min(attempt, len(attempts) - 1)]
             values, residual = cholesky(
                 factors[remaining].to(dtype), damping[remaining].to(dtype), self.factored, factors.dtype
             )
             certified = residual <= ACCEPT
-            self.values[remaining[certified]] = values[certified]
-            self.residual[remaining[certified]] = residual[certified]
-            remaining = remaining[~certified]
-            if not len(remaining):
-                break
-        self.values[remaining] = 0.0
-        self.residual[remaining] = torch.inf
-        self.damping.copy_(damping)
+            done, remaining = remaining[certified], remaining[~certified]
+            self.values[done], self.residual[done] = values[certified], residual[certified]
+            self.damping[done] = damping[done]
 
 
 def _cholesky_inverse(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import state, tail
+from . import checkpoint, tail
 from .auto import AutoStep
 from .engine import Engine
 from .face import EngineFace
 from .layers import Choice
 from .likelihood import Likelihood
 from .settings import Schedule, Settings
+from .state import check_layers, export_layers, rebuilt, restore_layers
+from .transaction import transaction
 
 
 class KFAC(EngineFace, Optimizer):
@@ -80,6 +82,9 @@ class KFAC(EngineFace, Optimizer):
             that G is cut into, such as {"*.qkv": 3}. A is shared.
         damping_every: with lr="auto", steps between adaptations of damping.
         damping_range: with lr="auto", the least and the highest damping.
+        foreach: whether the tail takes many parameters in one operation; None lets PyTorch choose.
+        maximize: whether to go up instead of down.
+        capturable: whether a step can be recorded in a CUDA graph (docs/speed.md): intervals must be 1, schedules constant.
         backend: "auto" runs the Triton kernels on a GPU and PyTorch elsewhere, "triton" insists on the kernels, "torch" does
             without them.
 
@@ -138,37 +143,13 @@ class KFAC(EngineFace, Optimizer):
         split: dict[str, int] | None = Settings.split,
         damping_every: int = 5,
         damping_range: tuple[float, float] = (1e-8, 1e8),
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
         backend: str = Settings.backend,
     ) -> None:
-        settings = Settings(
-            damping=damping,
-            kl_clip=kl_clip,
-            ema_decay=ema_decay,
-            statistics_every=statistics_every,
-            inverse_every=inverse_every,
-            warmup=warmup,
-            fisher=fisher,
-            fisher_samples=fisher_samples,
-            loss=loss,
-            curvature=curvature,
-            exact_damping=exact_damping,
-            weight_sharing=weight_sharing,
-            inverse=inverse,
-            inverse_tolerance=inverse_tolerance,
-            loss_reduction=loss_reduction,
-            loss_terms=loss_terms,
-            loss_scale=loss_scale,
-            stats_fraction=stats_fraction,
-            max_stats_tokens=max_stats_tokens,
-            max_factor_size=max_factor_size,
-            oversize=oversize,
-            factor_dtype=factor_dtype,
-            norms=norms,
-            skip=skip,
-            include=include,
-            split=split,
-            backend=backend,
-        )
+        arguments = locals()
+        settings = Settings(**{field.name: arguments[field.name] for field in dataclasses.fields(Settings)})
         is_auto = isinstance(lr, str)
         if is_auto:
             if lr != "auto":
@@ -189,10 +170,21 @@ class KFAC(EngineFace, Optimizer):
             "tail": tail,
             "betas": betas,
             "eps": eps,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
         }
+        if is_auto and (maximize or capturable):
+            raise ValueError(
+                "lr is 'auto', which minimizes a loss and waits for its value: maximize and capturable must be False, but are "
+                f"{maximize} and {capturable}"
+            )
+        if capturable:
+            settings.require_constant()
         super().__init__(params, defaults)
         self._model = model
         self.engine = Engine(model, settings, self._parameters())
+        self._dropped = torch.zeros((), dtype=torch.long, device=self.engine.bank.home)
         self._auto: AutoStep | None = None
         if is_auto:
             self._auto = AutoStep(model, self.engine, self._parameters(), self._decays(), damping_every, damping_range)
@@ -214,14 +206,25 @@ class KFAC(EngineFace, Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for parameter in group["params"]:
-            self.state[parameter].update(tail.initial_state(parameter, group["tail"]))
+            self.state[parameter].update(tail.initial_state(parameter, group))
         if "engine" in self.__dict__:  # not while the base class builds its first groups
-            before = self.engine
-            before.close()
-            self.engine = Engine(self._model, before.settings, self._parameters())
-            state.restore_factors(self.engine, state.export_factors(before))
-            if self._auto is not None:
-                self._auto = self._auto.extended(self.engine, self._parameters(), self._decays())
+            self._cover_anew()
+
+    def _cover_anew(self) -> None:
+        """Finds the layers again; those that were covered before keep what is known of them."""
+        self.engine = rebuilt(self._model, self.engine, self._parameters())
+        if self._auto is not None:
+            self._auto = self._auto_from(self._auto.arguments())
+
+    def _auto_from(self, arguments: dict[str, Any]) -> AutoStep:
+        return AutoStep.from_arguments(self._model, self.engine, self._parameters(), self._decays(), arguments)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As any optimizer's; statistics that belong to these gradients (of a skipped step, say) are thrown away with them."""
+        super().zero_grad(set_to_none)
+        self.engine.forget_with_gradients()
+        if self.engine.has_woken():
+            self._cover_anew()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -250,36 +253,45 @@ class KFAC(EngineFace, Optimizer):
                     "lr is 'auto', so step needs a closure that runs the model and returns (outputs, targets): "
                     "optimizer.step(lambda: (model(inputs), targets))"
                 )
-            return self._auto.step(closure, self._decays())
+            with transaction(self.engine):
+                return self._auto.step(closure, self._decays())
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if any(p.grad is not None and p.grad.is_sparse for p in self._parameters()):
-            raise RuntimeError("KFAC does not support sparse gradients; make the embedding with sparse=False")
+        tail.refuse_gradients(self._parameters())
         learning_rates = {p: group["lr"] for group in self.param_groups for p in group["params"]}
-        preconditioned = dict(self.engine.precondition(lambda p: learning_rates.get(p, 0.0)))
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            gradients = [preconditioned[p].to(p.dtype) if p in preconditioned else p.grad for p in params]
-            tail.apply(group, params, gradients, [self.state[p] for p in params])
+        with transaction(self.engine):
+            updates = self.engine.precondition(lambda p: learning_rates.get(p, 0.0))
+            self._dropped += tail.drop_bad_gradients(self._parameters(), updates, self.engine.host_looks)
+            # All that needs memory comes before the first parameter moves.
+            work = [tail.prepare(group, updates, self.state) for group in self.param_groups]
+            for group, (params, gradients, states) in zip(self.param_groups, work, strict=True):
+                tail.apply(group, params, gradients, states)
+        if self.engine.has_woken():
+            self._cover_anew()
         return loss
 
     def diagnostics(self) -> dict[str, Any]:
-        """Numbers of the last step as a plain dict; see `kfac_triton.diagnostics.diagnostics` and `AutoStep.diagnostics`."""
-        return super().diagnostics() | (self._auto.diagnostics() if self._auto is not None else {})
+        """Numbers of the last step as a plain dict; see `kfac_triton.diagnostics.diagnostics` and `AutoStep.diagnostics`.
 
-    def state_dict(self, *, include_factors: bool = True) -> dict[str, Any]:
+        "dropped_gradients" counts gradients with a NaN or Inf of parameters that K-FAC does not cover, so far.
+        """
+        own = {"dropped_gradients": int(self._dropped)}
+        return super().diagnostics() | own | (self._auto.diagnostics() if self._auto is not None else {})
+
+    def state_dict(self, *, include_factors: bool = True, include_inverses: bool = True) -> dict[str, Any]:
         """As any optimizer's, with the factors in the state of each covered weight (float32 whatever the weight's type).
 
         Args:
             include_factors: without them the checkpoint is as small as another optimizer's; they then begin anew after loading,
                 while steps, schedules and the tail go on.
+            include_inverses: keeps inverses (or eigenbases, with EKFAC's moments) where a run that goes on would not make the
+                same ones from the factors: inverse_every above 1, warm inverses, eigenbases. Without them the checkpoint has
+                half the size, and a resumed run has fresher inverses than the uninterrupted one.
         """
         extra = self._auto.export() if self._auto is not None else []
-        return state.with_factors(super().state_dict(), self, extra, include_factors)
+        return checkpoint.with_layers(super().state_dict(), self, extra, include_factors, include_inverses)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave; inverses are made from the factors at the next step.
@@ -287,13 +299,46 @@ class KFAC(EngineFace, Optimizer):
         Raises:
             ValueError: if the state does not fit, a newer version wrote it, or a factor is not finite; nothing is changed then.
         """
-        plain, by_weight, extra = state.without_factors(state_dict)
-        factors = state.factors_by_layer(self, by_weight)
-        state.check_factors(self.engine, factors)
+        plain, by_parameter, extra = checkpoint.without_layers(state_dict)
+        layers = checkpoint.by_layer(self, by_parameter)
+        checkpoint.check_tail(self, plain)
+        check_layers(self.engine, layers)
         if self._auto is not None:
             self._auto.restore([extra.get(i, {}) for i in range(len(self._parameters()))])
         super().load_state_dict(plain)
-        step = state.saved_step(state_dict)
+        step = checkpoint.saved_step(state_dict)
         if step is not None:
             self.engine.restore_step(step)
-        state.restore_factors(self.engine, factors)
+        restore_layers(self.engine, layers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the model comes along, so that a copy has layers of its own to hook."""
+        return {
+            **super().__getstate__(),
+            "model": self._model,
+            "settings": self.engine.settings,
+            "layers": export_layers(self.engine),
+            "closed": self.engine.closed,
+            "dropped": self._dropped,
+            "auto": self._auto.arguments() if self._auto is not None else None,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also what the base class ends `load_state_dict` with; then only state and groups are in it."""
+        base: dict[str, Any] = {key: state[key] for key in ("defaults", "state", "param_groups") if key in state}
+        super().__setstate__(base)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            for parameter in group["params"]:
+                own = self.state[parameter]
+                own.update({k: v for k, v in tail.initial_state(parameter, group).items() if k not in own})
+        if "model" not in state:
+            return
+        self._model, self._dropped, self._auto = state["model"], state["dropped"], None
+        self.engine = Engine(self._model, state["settings"], self._parameters())
+        restore_layers(self.engine, state["layers"])
+        if state["auto"] is not None:
+            self._auto = self._auto_from(state["auto"])
+        if state["closed"]:
+            self.close()

@@ -11,9 +11,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from . import validation
+from .checkpoint import FORMAT, require_readable
 from .engine import Engine
 from .face import EngineFace
 from .settings import Settings
+from .state import check_layers, export_layers, rebuilt, restore_layers
+from .transaction import transaction
 
 
 class KFACPreconditioner(EngineFace):
@@ -45,6 +48,7 @@ class KFACPreconditioner(EngineFace):
     def __init__(self, model: nn.Module, *, lr: float = 0.1, **settings: Any) -> None:
         self.lr = validation.real("lr", lr)
         self.engine = Engine(model, Settings(**settings))
+        self._model = model
         self._attached: list[tuple[Optimizer, RemovableHandle]] = []
 
     def precondition_(self) -> None:
@@ -56,9 +60,12 @@ class KFACPreconditioner(EngineFace):
         rates: dict[nn.Parameter, float | Tensor] = {
             p: group["lr"] for optimizer, _ in self._attached for group in optimizer.param_groups for p in group["params"]
         }
-        for parameter, update in self.engine.precondition(lambda p: rates.get(p, self.lr)):
-            assert parameter.grad is not None
-            parameter.grad.copy_(update)
+        with transaction(self.engine):
+            for parameter, update in self.engine.precondition(lambda p: rates.get(p, self.lr)).items():
+                assert parameter.grad is not None
+                parameter.grad.zero_() if update is None else parameter.grad.copy_(update)
+        if self.engine.has_woken():
+            self.engine = rebuilt(self._model, self.engine, None)
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Preconditions at the start of every step of the optimizer, from now on.
@@ -80,6 +87,41 @@ class KFACPreconditioner(EngineFace):
         handle = optimizer.register_step_pre_hook(self._before_step)
         self._attached.append((optimizer, handle))
         return handle
+
+    def state_dict(self, *, include_inverses: bool = True) -> dict[str, Any]:
+        """What has been learned, as plain tensors by module name; see `KFAC.state_dict` for include_inverses."""
+        return {"kfac_format": FORMAT, "kfac_steps": self.engine.steps, "layers": export_layers(self.engine, include_inverses)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave; layers that are not in it keep their factors.
+
+        Raises:
+            ValueError: if a newer version wrote it, it does not fit, or it is not finite; nothing is changed then.
+        """
+        require_readable(int(state_dict["kfac_format"]))
+        check_layers(self.engine, state_dict["layers"])
+        self.engine.restore_step(int(state_dict["kfac_steps"]))
+        restore_layers(self.engine, state_dict["layers"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the model and the attached optimizers come along."""
+        return {
+            "lr": self.lr,
+            "model": self._model,
+            "settings": self.engine.settings,
+            "layers": export_layers(self.engine),
+            "attached": [optimizer for optimizer, _ in self._attached],
+            "closed": self.engine.closed,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.lr, self._model, self._attached = state["lr"], state["model"], []
+        self.engine = Engine(self._model, state["settings"])
+        restore_layers(self.engine, state["layers"])
+        for optimizer in state["attached"]:
+            self.attach(optimizer)
+        if state["closed"]:
+            self.close()
 
     def close(self) -> None:
         """Removes the hooks from the model and from attached optimizers; safe to call twice."""

@@ -11,14 +11,16 @@ from .kernels.certificate import mirror
 class Rounding:
     """Rounds a stack of symmetric matrices to bfloat16, up or down with the probability that makes the mean right.
 
-    Its random numbers are its own: a training run's do not depend on it.
+    Its random numbers are its own, those of a step always the same: a training run's do not depend on it, and a run that is
+    resumed from a checkpoint goes on with the same ones.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._generator = torch.Generator(device).manual_seed(0)
+        self._generator = torch.Generator(device)
 
-    def __call__(self, factors: Tensor) -> Tensor:
+    def __call__(self, factors: Tensor, step: int = 0) -> Tensor:
         """Bitwise symmetric, like the factors (B, n, n)."""
+        self._generator.manual_seed(step)
         bits = factors.float().contiguous().view(torch.int32)
         noise = torch.randint(0, 1 << 16, bits.shape, generator=self._generator, dtype=torch.int32, device=bits.device)
         # What is cut off is the noise's own remainder: adding it carries into the last kept digit as often as it should.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.amp import GradScaler
 
 from . import validation
 from .fisher import FISHERS, LOSS_REDUCTIONS, LOSS_TERMS
@@ -100,7 +101,7 @@ class Settings:
         if self.split is not None:
             _check_split(self.split)
         validation.choice("backend", self.backend, BACKENDS)
-        if not callable(self.loss_scale):
+        if not callable(self.loss_scale) and not isinstance(self.loss_scale, GradScaler):
             validation.real("loss_scale", self.loss_scale, open_low=True)
 
     @property
@@ -118,18 +119,47 @@ class Settings:
         interval = validation.whole(name, value(step) if callable(value) else value)
         return 1 if step < self.warmup else interval
 
+    def require_constant(self) -> None:
+        """Refuses what a recorded step cannot do: it is the same each time.
+
+        Raises:
+            ValueError: if statistics or inverses are not due in every step, or damping is scheduled.
+        """
+        for name in ("statistics_every", "inverse_every"):
+            if getattr(self, name) != 1:
+                raise ValueError(f"capturable is True, so {name} must be 1, but is {getattr(self, name)!r}")
+        if callable(self.damping):
+            raise ValueError("capturable is True, so damping must be a number, but is a function of the step")
+        if callable(self.loss_scale) and self.scaler is None:
+            raise ValueError("capturable is True, so loss_scale must be a number or a GradScaler, but is a function")
+        if self.curvature != "kfac" or self.exact_damping:
+            raise ValueError("capturable is True, so curvature must be 'kfac', without exact_damping: eigenbases wait")
+        if self.factor_dtype != "float32":
+            raise ValueError("capturable is True, so factor_dtype must be 'float32': rounding at random is not recorded")
+
     def is_due(self, name: str, step: int) -> bool:
         """Whether statistics are taken, or inverses made, in a step."""
         return step % self.interval_at(name, step) == 0
 
+    @property
+    def scaler(self) -> GradScaler | None:
+        """The scaler that the loss scale is of, given as such, or by its `get_scale`; None if it is switched off."""
+        owner = getattr(self.loss_scale, "__self__", self.loss_scale)
+        return owner if isinstance(owner, GradScaler) and owner.is_enabled() else None
+
     def current_loss_scale(self) -> float | Tensor:
-        """The loss scale of the gradients at hand: a number, or what the callable says (`GradScaler.get_scale`).
+        """The loss scale of the gradients at hand: a number, a scaler's, or what the callable says.
 
         A tensor is taken as it is, unread: the host does not wait for it.
 
         Raises:
             ValueError: if the callable's answer is not a positive finite number.
         """
+        if self.scaler is not None:
+            scale = self.scaler._get_scale_async()  # its get_scale would wait for the device
+            return self.scaler.get_scale() if scale is None else scale
+        if isinstance(self.loss_scale, GradScaler):
+            return 1.0
         scale = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
         if isinstance(scale, Tensor):
             return scale

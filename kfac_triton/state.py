@@ -1,160 +1,180 @@
-"""Factors in and out of checkpoints: plain tensors in the state of each covered weight."""
+"""What an engine has learned of each layer, as plain tensors: factors, and what cannot be made from them again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .auto import NUMBERS, PREVIOUS
 from .engine import Engine
 
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
+LayerState = dict[str, Tensor]
 
-AUTO_KEYS = (PREVIOUS, NUMBERS)
-KEYS = ("kfac_A", "kfac_G", "kfac_updates", "kfac_steps")
-# Raised with every change that an older reader would get wrong; what has no number is of format 1.
-FORMAT, FORMAT_KEY = 1, "kfac_format"
+FACTORS = ("kfac_A", "kfac_G")
+UPDATES, STEPS = "kfac_updates", "kfac_steps"
+# Inverses are named after their kind, so that those of another kind are not taken for them.
+INVERSES = {kind: (f"kfac_{kind}_A", f"kfac_{kind}_G") for kind in ("inverse", "root", "basis")}
+CERTIFICATES, REFRESHED = "kfac_certificates", "kfac_refreshed"
+MOMENTS, MOMENT_UPDATES = "kfac_moments", "kfac_moment_updates"
+
+# One for all layers; the others have a first dimension of channel groups.
+OF_THE_ENGINE = (STEPS, REFRESHED)
+KEYS = (*FACTORS, UPDATES, *(key for keys in INVERSES.values() for key in keys), CERTIFICATES, MOMENTS, MOMENT_UPDATES)
 
 
-def _slots(engine: Engine, number: int) -> tuple[list[list[int]], list[list[int]]]:
+def export_layers(engine: Engine, include_inverses: bool = True) -> dict[str, LayerState]:
+    """Module name -> state of the layer.
+
+    Inverses are in it where a run that goes on from here needs them: the next step uses older ones than the factors would
+    give (inverse_every above 1), or the method starts from the last (warm refreshes, eigenbases).
+
+    Args:
+        engine: where from.
+        include_inverses: without them, and without EKFAC's moments, which mean nothing outside their basis, the next step
+            makes them anew.
+
+    Returns:
+        Per layer "kfac_A" and "kfac_G": (groups, n, n); (groups, n) of diagonals; (groups, numbers) of several blocks, end to
+        end. "kfac_updates": how many statistics they are made of, (groups, 2). "kfac_steps": the engine's. With inverses
+        "kfac_inverse_A" and "kfac_inverse_G" (or root, or basis): (groups, numbers), as they are stored, with the pad;
+        "kfac_certificates": residual and damping of each, (groups, factors, 2); "kfac_refreshed": damping of the last refresh,
+        and whether factors have changed since. With EKFAC "kfac_moments": (groups, numbers), and "kfac_moment_updates":
+        (groups,).
+    """
+    keeps_inverses = include_inverses and _needs_inverses(engine)
+    result = {}
+    for number, layer in enumerate(engine.layers):
+        state = {key: _flat_factors(engine, side) for key, side in zip(FACTORS, _sides(engine, number), strict=True)}
+        first = [[slots[0] for slots in side] for side in _sides(engine, number)]
+        state[UPDATES] = torch.stack([engine.bank.updates[slots] for slots in first], 1)
+        state[STEPS] = torch.tensor(engine.steps)
+        if keeps_inverses:
+            state |= _export_inverses(engine, number)
+        result[layer.name] = state
+    return result
+
+
+def check_layers(engine: Engine, states: dict[str, LayerState]) -> None:
+    """Whether `restore_layers` could use them.
+
+    Raises:
+        ValueError: if a factor has the wrong shape, or one of them or of what is kept beside it is not finite.
+    """
+    for number, layer in enumerate(engine.layers):
+        state = states.get(layer.name, {})
+        for key, side in zip(FACTORS, _sides(engine, number), strict=True):
+            expected = _shape(engine, side)
+            if key in state and tuple(state[key].shape) != expected:
+                raise ValueError(f"{key} of layer {layer.name!r} must have shape {expected}, but has {tuple(state[key].shape)}")
+        for key, value in state.items():
+            # A residual is infinite where there is no inverse, which is then zero.
+            if key != CERTIFICATES and not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{key} of layer {layer.name!r} has values that are not finite; load another checkpoint")
+
+
+def restore_layers(engine: Engine, states: dict[str, LayerState]) -> None:
+    """Writes states that passed `check_layers`; layers without any keep theirs.
+
+    Inverses are taken over if all layers have them, of the engine's kind and sizes; else the next step makes them anew.
+    """
+    numbers = {number: states[layer.name] for number, layer in enumerate(engine.layers) if layer.name in states}
+    keeps_inverses = len(numbers) == len(engine.layers) and all(_has_inverses(engine, i, x) for i, x in numbers.items())
+    for number, state in numbers.items():
+        for side, (key, groups) in enumerate(zip(FACTORS, _sides(engine, number), strict=True)):
+            for group, slots in enumerate(groups):
+                pieces = state[key][group].flatten().split([engine.bank.view(slot).numel() for slot in slots])
+                for slot, piece in zip(slots, pieces, strict=True):
+                    engine.bank.write(slot, piece)
+                engine.bank.updates[slots] = state[UPDATES][group, side].to(engine.bank.updates)
+        engine.curvature.forget_moments(number)
+        if keeps_inverses:
+            _restore_inverses(engine, number, state)
+        if bool((state[UPDATES] > 0).all()):
+            engine.mark_restored(number)
+        engine.restore_step(int(state[STEPS]))
+    if numbers and keeps_inverses:
+        damping, is_stale = next(iter(numbers.values()))[REFRESHED].tolist()
+        engine.keep_inverses(damping, bool(is_stale))
+
+
+def rebuilt(model: nn.Module, engine: Engine, parameters: Iterable[nn.Parameter] | None) -> Engine:
+    """An engine of the layers that the model has now, with what the old one, which is closed, knows of them.
+
+    A layer whose factors have another size now (its bias is trained, too) begins anew.
+    """
+    new = Engine(model, engine.settings, parameters)
+    states = export_layers(engine)
+    engine.close()
+    sizes = {layer.name: [_shape(new, side) for side in _sides(new, number)] for number, layer in enumerate(new.layers)}
+    fitting = {name: state for name, state in states.items() if sizes.get(name) == [tuple(state[key].shape) for key in FACTORS]}
+    restore_layers(new, fitting)
+    new.restore_step(engine.steps)
+    return new
+
+
+def _shape(engine: Engine, side: list[list[int]]) -> tuple[int, ...]:
+    return tuple(_flat_factors(engine, side).shape)
+
+
+def _needs_inverses(engine: Engine) -> bool:
+    return engine.settings.inverse_every != 1 or not engine.curvature.starts_anew
+
+
+def _sides(engine: Engine, number: int) -> tuple[list[list[int]], list[list[int]]]:
     """Slots of a layer's A and of its G, a list a group."""
     sides = [engine.partition.parts_of[block] for block in engine.partition.blocks_of(number)]
     return tuple([[engine.bank.slots[i] for i in side[k]] for side in sides] for k in (0, 1))  # type: ignore[return-value]
 
 
-def _flat(engine: Engine, groups: list[list[int]]) -> Tensor:
-    """Factors of one side: (groups, n, n), (groups, n) of diagonals, or (groups, numbers) of several blocks end to end."""
+def _flat_factors(engine: Engine, groups: list[list[int]]) -> Tensor:
     views = [[engine.bank.view(slot) for slot in slots] for slots in groups]
     return torch.stack([x[0] if len(x) == 1 else torch.cat([view.flatten() for view in x]) for x in views])
 
 
-def export_factors(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """Module name -> factors (see `_flat`), accepted updates (groups, 2) of A and G, and the engine's step."""
-    result = {}
-    for number, layer in enumerate(engine.layers):
-        a, g = _slots(engine, number)
-        updates = torch.stack([engine.bank.updates[[slots[0] for slots in side]] for side in (a, g)], 1)
-        values = (_flat(engine, a), _flat(engine, g), updates, torch.tensor(engine.steps))
-        result[layer.name] = dict(zip(KEYS, values, strict=True))
-    return result
+def _flat_inverses(engine: Engine, groups: list[list[int]]) -> Tensor:
+    inverse_at = engine.curvature.inverse_at
+    kept = [[store.kept(index).flatten() for store, index in map(inverse_at.__getitem__, slots)] for slots in groups]
+    return torch.stack([torch.cat(pieces) for pieces in kept])
 
 
-def check_factors(engine: Engine, factors: dict[str, dict[str, Tensor]]) -> None:
-    """Whether `restore_factors` could use them.
-
-    Raises:
-        ValueError: if a factor has the wrong shape or is not finite.
-    """
-    for number, layer in enumerate(engine.layers):
-        values = factors.get(layer.name)
-        if values is None:
-            continue
-        name = layer.name
-        for key, groups in zip(KEYS[:2], _slots(engine, number), strict=True):
-            expected = tuple(_flat(engine, groups).shape)
-            if tuple(values[key].shape) != expected:
-                raise ValueError(f"{key} of layer {name!r} must have shape {expected}, but has {tuple(values[key].shape)}")
-            if not bool(torch.isfinite(values[key]).all()):
-                raise ValueError(f"{key} of layer {name!r} has values that are not finite; load another checkpoint")
+def _certificates(engine: Engine, slots: list[int]) -> Tensor:
+    """Residual and damping of the inverses in some slots, (slots, 2)."""
+    stores = map(engine.curvature.inverse_at.__getitem__, slots)
+    return torch.stack([torch.stack([store.residual[i].double(), store.damping[i].double()]) for store, i in stores])
 
 
-def restore_factors(engine: Engine, factors: dict[str, dict[str, Tensor]]) -> None:
-    """Writes factors that passed `check_factors`; layers without any keep theirs. Inverses follow at the next step."""
-    for number, layer in enumerate(engine.layers):
-        values = factors.get(layer.name)
-        if values is None:
-            continue
-        for side, (key, groups) in enumerate(zip(KEYS[:2], _slots(engine, number), strict=True)):
-            for group, slots in enumerate(groups):
-                pieces = values[key][group].flatten().split([engine.bank.view(slot).numel() for slot in slots])
-                for slot, piece in zip(slots, pieces, strict=True):
-                    engine.bank.write(slot, piece)
-                engine.bank.updates[slots] = values["kfac_updates"][group, side].to(engine.bank.updates)
-        if bool((values["kfac_updates"] > 0).all()):
-            engine.mark_restored(number)
-        engine.restore_step(int(values["kfac_steps"]))
+def _export_inverses(engine: Engine, number: int) -> LayerState:
+    curvature = engine.curvature
+    a, g = _sides(engine, number)
+    state = {key: _flat_inverses(engine, side) for key, side in zip(INVERSES[curvature.kind], (a, g), strict=True)}
+    state[CERTIFICATES] = torch.stack([_certificates(engine, x + y) for x, y in zip(a, g, strict=True)])
+    state[REFRESHED] = torch.tensor([engine.damping, float(engine.is_stale)], dtype=torch.float64)
+    if curvature.is_ekfac:
+        groups = curvature.moments_of(number)
+        state[MOMENTS] = torch.stack([torch.cat([x.flatten() for x in tiles]) if tiles else torch.empty(0) for tiles in groups])
+        state[MOMENT_UPDATES] = curvature.moment_updates_of(number)
+    return state
 
 
-def _layers_by_weight(optimizer: Optimizer, engine: Engine) -> dict[int, list[str]]:
-    """The number of a weight in the optimizer's state dict -> names of the layers that are made of it."""
-    order = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    result: dict[int, list[str]] = {}
-    for layer in engine.layers:
-        if id(layer.weight) in order:
-            result.setdefault(order[id(layer.weight)], []).append(layer.name)
-    return result
+def _has_inverses(engine: Engine, number: int, state: LayerState) -> bool:
+    """Whether a state has inverses that fit the engine."""
+    own = _export_inverses(engine, number)
+    return all(key in state and state[key].shape == value.shape for key, value in own.items())
 
 
-def _joined(layers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The factors of layers on one weight, end to end along their groups; they are of one size."""
-    if len(layers) == 1:
-        return layers[0]
-    return {**{key: torch.cat([layer[key] for layer in layers]) for key in KEYS[:3]}, KEYS[3]: layers[0][KEYS[3]]}
-
-
-def _parted(values: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """The reverse of `_joined`; a number of groups that does not fit is left to `check_factors`."""
-    if count == 1:
-        return [values]
-    pieces = {key: values[key].tensor_split(count) for key in KEYS[:3]}
-    return [{**{key: pieces[key][i] for key in KEYS[:3]}, KEYS[3]: values[KEYS[3]]} for i in range(count)]
-
-
-def with_factors(
-    state_dict: dict[str, Any], optimizer: Any, extra: Sequence[dict[str, Tensor]] = (), include_factors: bool = True
-) -> dict[str, Any]:
-    """The optimizer's state dict with the factors (or the engine's step alone), and what else belongs to each parameter."""
-    engine = optimizer.engine
-    factors = export_factors(engine) if include_factors else {}
-    state = {index: dict(values) for index, values in state_dict["state"].items()}
-    for index, names in _layers_by_weight(optimizer, engine).items():
-        values = _joined([factors[name] for name in names]) if include_factors else {KEYS[3]: torch.tensor(engine.steps)}
-        state.setdefault(index, {}).update({**values, FORMAT_KEY: torch.tensor(FORMAT)})
-    for index, values in enumerate(extra):
-        state.setdefault(index, {}).update(values)
-    return {**state_dict, "state": state}
-
-
-_ByNumber = dict[int, dict[str, Tensor]]
-
-
-def without_factors(state_dict: dict[str, Any]) -> tuple[dict[str, Any], _ByNumber, _ByNumber]:
-    """(state dict, factors, what lr="auto" keeps), the last two by number of the parameter.
-
-    The base class would cast both to the parameter's type.
-
-    Raises:
-        ValueError: if a newer version wrote them.
-    """
-    newest = max((int(values.get(FORMAT_KEY, FORMAT)) for values in state_dict["state"].values()), default=FORMAT)
-    if newest > FORMAT:
-        raise ValueError(
-            f"state_dict is of format {newest}, and this version of kfac_triton reads formats up to {FORMAT}; install a newer"
-        )
-    plain: dict[int, dict[str, Any]] = {}
-    factors: _ByNumber = {}
-    extra: _ByNumber = {}
-    for index, values in state_dict["state"].items():
-        plain[index] = {key: value for key, value in values.items() if key not in (*KEYS, *AUTO_KEYS, FORMAT_KEY)}
-        extra[index] = {key: values[key] for key in AUTO_KEYS if key in values}
-        if all(key in values for key in KEYS):
-            factors[index] = {key: values[key] for key in KEYS}
-    return {**state_dict, "state": plain}, factors, extra
-
-
-def saved_step(state_dict: dict[str, Any]) -> int | None:
-    """The engine's step in a state dict; None if K-FAC did not write it."""
-    return next((int(values[KEYS[3]]) for values in state_dict["state"].values() if KEYS[3] in values), None)
-
-
-def factors_by_layer(optimizer: Any, factors: dict[int, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Factors by module name from factors by number of the weight."""
-    result: dict[str, dict[str, Tensor]] = {}
-    for index, names in _layers_by_weight(optimizer, optimizer.engine).items():
-        if index in factors:
-            result.update(zip(names, _parted(factors[index], len(names)), strict=True))
-    return result
+def _restore_inverses(engine: Engine, number: int, state: LayerState) -> None:
+    curvature = engine.curvature
+    for group, sides in enumerate(zip(*_sides(engine, number), strict=True)):
+        rows = iter(state[CERTIFICATES][group])
+        for key, slots in zip(INVERSES[curvature.kind], sides, strict=True):
+            stores = [curvature.inverse_at[slot] for slot in slots]
+            pieces = state[key][group].split([store.kept(i).numel() for store, i in stores])
+            for (store, i), piece, (residual, damping) in zip(stores, pieces, rows, strict=False):
+                store.restore(i, piece.view_as(store.kept(i)), residual, damping)
+    if curvature.is_ekfac:
+        for group, tiles in enumerate(curvature.moments_of(number)):
+            pieces = state[MOMENTS][group].split([x.numel() for x in tiles]) if tiles else ()
+            for view, piece in zip(tiles, pieces, strict=True):
+                view.copy_(piece.view_as(view))
+        curvature.count_moments(number, state[MOMENT_UPDATES])

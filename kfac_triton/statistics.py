@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ class Gate:
         fraction: part of the rows that statistics are taken of.
         most_rows: most rows that a pass takes of a layer.
         step: shifts the rows that are taken.
+        scaler: the `torch.amp.GradScaler` that scales the loss, if one does.
+        scale: its scale as it was when the first statistics of the step were taken.
+        saw_loss: whether the loss was sent backward since the last Fisher pass.
     """
 
     def __init__(self, device: torch.device | None = None, empirical: bool = True) -> None:
@@ -43,6 +46,20 @@ class Gate:
         self.fraction = 1.0
         self.most_rows: int | None = None
         self.step = 0
+        self.scaler: Any = None
+        self.scale: Tensor | None = None
+        self.saw_loss = False
+
+    def notice(self) -> None:
+        """Takes note of an eager backward pass."""
+        self.saw_loss |= self.empirical or not self.listening
+        if self.scaler is not None and self.scale is None:
+            scale = self.scaler._get_scale_async()
+            self.scale = None if scale is None else scale.clone()
+
+    def forget(self) -> None:
+        """The step is over, or its gradients were thrown away."""
+        self.scale, self.saw_loss = None, False
 
     def every(self, rows: int) -> int:
         """One row in how many is taken."""
@@ -129,8 +146,10 @@ class Statistics:
             is_ours: whether nobody but autograd holds x; a batch that the user may overwrite before the step cannot wait.
         """
         gate, is_compiling = self.gate, torch.compiler.is_compiling()
-        if not is_compiling and not gate.listening:
-            return
+        if not is_compiling:
+            gate.notice()
+            if not gate.listening:
+                return
         rows = self.layer.rows(x, gradient)
         if self.moments is not None and not is_compiling:
             self.moments.add(rows)
@@ -138,15 +157,18 @@ class Statistics:
         if every > 1:
             rows = rows.sample(every, 0 if is_compiling else gate.step % every)
         if is_compiling:  # cannot tell a second call in one backward pass, and counts every one
-            self._sum(rows, gate.weight)
+            self._sum(rows, gate.counting, gate.weight)
             terms = rows.terms if gate.empirical else gate.compiled_terms
             self._count_on_device(rows.input_count * gate.weight, terms, rows.share)
             self.device_counts[3].add_(gate.weight)
             return
-        if is_ours and self._may_wait and gate.counting and self._is_small(rows):
+        if is_ours and self._may_wait and gate.counting and not self.summed and self._is_small(rows):
             self.passes.append(rows)
         else:
-            self._sum(rows)
+            for waiting in self.passes:  # all or none: a step that fails has to find the old factor in the sums' buffers
+                self._sum(waiting, with_inputs=True)
+            self.passes = []
+            self._sum(rows, with_inputs=gate.counting)
             self.summed = True
         is_new = self._is_new_backward()
         if not gate.counting:
@@ -182,9 +204,8 @@ class Statistics:
         found = [self._partition.sources(e.part, rows) for e in entries]
         return [x for x, _ in found], [i for _, window in found for i in window], [e.part.ones for e in entries]
 
-    def _sum(self, rows: Rows, weight: Tensor | None = None) -> None:
+    def _sum(self, rows: Rows, with_inputs: bool, weight: Tensor | None = None) -> None:
         """Adds to the sums. All of them in a pass that counts, those of G alone in another."""
-        with_inputs = self.gate.counting
         first = 0 if with_inputs else sum(e.part.is_input for e in self.dense)
         entries = self.dense[first:]
         alpha = self._alpha if weight is None else self._alpha * weight

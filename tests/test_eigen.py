@@ -227,9 +227,10 @@ def test_ekfac_moments_are_turned_with_the_basis() -> None:
             torch.testing.assert_close(solve.spectrum.values[b], expected)
 
 
-def test_ekfac_moments_of_a_checkpoint_begin_with_its_own_factors() -> None:
-    """A used optimizer that loads another run's factors forgets the moments that it has."""
-    (model, other), states = (mlp(), mlp()), []
+@pytest.mark.parametrize("with_moments", [True, False])
+def test_ekfac_moments_of_a_checkpoint(with_moments: bool) -> None:
+    """They come with their basis; without it a used optimizer forgets those that it has, and begins with the factors'."""
+    (model, other), moments = (mlp(), mlp()), []
     for one in (model, other):
         optimizer = KFAC(one, damping=0.01, curvature="ekfac", inverse_every=5)
         for step in range(3):
@@ -237,12 +238,15 @@ def test_ekfac_moments_of_a_checkpoint_begin_with_its_own_factors() -> None:
             x = torch.randn(12, 5, dtype=torch.float64) * (1 + step)
             nn.functional.cross_entropy(one(x), torch.randint(4, (12,))).backward()
             optimizer.step()
-        states.append(copy.deepcopy(optimizer.state_dict()))
-    optimizer.load_state_dict(states[0])
+        if one is model:
+            state = copy.deepcopy(optimizer.state_dict(include_inverses=with_moments))
+            moments = [solve.spectrum.values.clone() for solve in optimizer.engine.curvature._eigen_solves]
+    optimizer.load_state_dict(state)
     optimizer.zero_grad()
-    optimizer.engine.precondition(lambda _: 0.1)  # a step without statistics: the basis is made of what was loaded
-    for solve in optimizer.engine.curvature._eigen_solves:
-        torch.testing.assert_close(solve.spectrum.values, solve.kronecker())
+    optimizer.engine.precondition(lambda _: 0.1)  # a step without statistics
+    for solve, saved in zip(optimizer.engine.curvature._eigen_solves, moments, strict=True):
+        torch.testing.assert_close(solve.spectrum.values, saved if with_moments else solve.kronecker())
+        assert not torch.allclose(saved, solve.kronecker())
 
 
 def test_ekfac_moments_follow_a_turned_basis() -> None:

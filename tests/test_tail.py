@@ -177,7 +177,7 @@ def test_a_rate_in_a_tensor_of_one_element_is_that_rate(shape: tuple[int, ...], 
 
 
 def run(group: dict[str, Any], parameter: Tensor, gradients: list[Tensor]) -> dict[str, Tensor]:
-    state = tail.initial_state(nn.Parameter(parameter), group["tail"])
+    state = tail.initial_state(nn.Parameter(parameter), group)
     with torch.no_grad():
         for gradient in gradients:
             tail.apply(group, [parameter], [gradient], [state])
@@ -192,6 +192,9 @@ GROUP: dict[str, Any] = {
     "tail": "sgd",
     "betas": (0.9, 0.999),
     "eps": 1e-8,
+    "foreach": None,
+    "maximize": False,
+    "capturable": False,
 }
 
 
@@ -207,7 +210,7 @@ def test_apply_counts_steps_and_leaves_gradients_alone(kind: str) -> None:
 @pytest.mark.parametrize("kind", tail.TAILS)
 def test_initial_state_has_the_layout_of_the_parameter(kind: str) -> None:
     parameter = nn.Parameter(torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last))
-    state = tail.initial_state(parameter, kind)
+    state = tail.initial_state(parameter, {**GROUP, "tail": kind})
     buffers = {"sgd": {"momentum_buffer"}, "adamw": {"exp_avg", "exp_avg_sq"}}[kind]
     assert state.keys() == buffers | {"step"}
     assert state["step"] == 0

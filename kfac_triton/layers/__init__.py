@@ -19,7 +19,7 @@ from .linear import LinearLayer
 from .norm import BatchNormLayer, GroupNormLayer, LayerNormLayer, RMSNormLayer
 from .tied import TiedLayer
 
-__all__ = ["LAYER_TYPES", "Choice", "Layer", "Rows", "find_layers", "register"]
+__all__ = ["LAYER_TYPES", "Choice", "Layer", "Rows", "find_layers", "register", "weights_of"]
 
 LAYER_TYPES: list[type[Layer]] = [
     LinearLayer,
@@ -56,6 +56,12 @@ def register(layer_type: type[Layer]) -> type[Layer]:
 
 def _layer_type(module: nn.Module) -> type[Layer] | None:
     return next((layer_type for layer_type in LAYER_TYPES if layer_type.matches(module)), None)
+
+
+def weights_of(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of all modules of supported types, covered or not."""
+    pairs = [(module, _layer_type(module)) for module in model.modules()]
+    return [w for module, kind in pairs if kind is not None for w in kind.weights(module) if w is not None]
 
 
 def is_chosen(choice: Choice, name: str, module: nn.Module) -> bool:

@@ -62,6 +62,7 @@ class Layer(ABC):
         diagonal_inputs: whether A is kept as its diagonal.
         diagonal_gradients: whether G is.
         constant_input: whether a is 1, and G (the Fisher matrix itself) takes all of the damping.
+        autocasts: whether the module's forward is one operation that autocast runs in low precision.
         functional: whether the module's forward applies the weight by `F.linear`, so that no module's hook sees it.
         modules: those that share the weight; one, as a rule.
         output_blocks: equal blocks along its diagonal that G is cut into.
@@ -71,6 +72,7 @@ class Layer(ABC):
     diagonal_inputs: ClassVar[bool] = False
     diagonal_gradients: bool = False
     constant_input: ClassVar[bool] = False
+    autocasts: ClassVar[bool] = False
     functional: ClassVar[bool] = False
     output_blocks: int = 1
 

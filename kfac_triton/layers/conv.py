@@ -76,6 +76,8 @@ def patch_rows(
 class ConvLayer(Layer):
     """A convolution as a Linear on patches, shared over positions; each group of channels is a block of its own."""
 
+    autocasts = True
+
     @property
     def conv(self) -> _Conv:
         """The module, typed."""

@@ -23,6 +23,8 @@ class ConvTransposeLayer(Layer):
     the order of the flipped kernel. Each group of channels is a block of its own.
     """
 
+    autocasts = True
+
     @property
     def conv(self) -> _ConvTranspose:
         """The module, typed."""

@@ -13,6 +13,7 @@ class LinearLayer(Layer):
     """Inputs (N, ..., in); every dimension between the first and the last shares the weight (Eschenhagen et al. 2023)."""
 
     module_type: type[nn.Module] = nn.Linear
+    autocasts = True
 
     @classmethod
     def tie(cls, modules: list[nn.Module]) -> type[Layer] | None:

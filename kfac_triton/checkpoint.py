@@ -1,0 +1,140 @@
+"""What an engine has learned, in the state dict of an optimizer: plain tensors beside the state of each covered weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .auto import NUMBERS, PREVIOUS
+from .engine import Engine
+from .state import FACTORS, KEYS, OF_THE_ENGINE, STEPS, LayerState, export_layers
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+# Raised with every change that an older reader would get wrong; what has no number is of format 1.
+FORMAT, FORMAT_KEY = 1, "kfac_format"
+_OURS = (*KEYS, *OF_THE_ENGINE, PREVIOUS, NUMBERS, FORMAT_KEY)
+
+_ByNumber = dict[int, LayerState]
+
+
+def require_readable(number: int) -> None:
+    """Refuses a format that is not known yet.
+
+    Raises:
+        ValueError: if a newer version wrote it.
+    """
+    if number > FORMAT:
+        raise ValueError(
+            f"state_dict is of format {number}, and this version of kfac_triton reads formats up to {FORMAT}; install a newer"
+        )
+
+
+def _layers_by_weight(optimizer: Optimizer, engine: Engine) -> dict[int, list[str]]:
+    """The number of a weight in the optimizer's state dict -> names of the layers that are made of it."""
+    order = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    result: dict[int, list[str]] = {}
+    for layer in engine.layers:
+        if id(layer.weight) in order:
+            result.setdefault(order[id(layer.weight)], []).append(layer.name)
+    return result
+
+
+def _joined(layers: list[LayerState]) -> LayerState:
+    """The state of layers on one weight, end to end along their groups; they are of one size."""
+    if len(layers) == 1:
+        return layers[0]
+    first = layers[0]
+    return {key: first[key] if key in OF_THE_ENGINE else torch.cat([layer[key] for layer in layers]) for key in first}
+
+
+def _parted(values: LayerState, count: int) -> list[LayerState]:
+    """The reverse of `_joined`; a number of groups that does not fit is left to `check_layers`."""
+    if count == 1:
+        return [values]
+    pieces = {key: [x] * count if key in OF_THE_ENGINE else x.tensor_split(count) for key, x in values.items()}
+    return [{key: parts[i] for key, parts in pieces.items()} for i in range(count)]
+
+
+def with_layers(
+    state_dict: dict[str, Any],
+    optimizer: Any,
+    extra: Sequence[dict[str, Tensor]] = (),
+    include_factors: bool = True,
+    include_inverses: bool = True,
+) -> dict[str, Any]:
+    """The optimizer's state dict with the engine's state (or its step alone), and what else belongs to each parameter."""
+    engine = optimizer.engine
+    layers = export_layers(engine, include_inverses) if include_factors else {}
+    state = {index: dict(values) for index, values in state_dict["state"].items()}
+    for index, names in _layers_by_weight(optimizer, engine).items():
+        values = _joined([layers[name] for name in names]) if include_factors else {STEPS: torch.tensor(engine.steps)}
+        state.setdefault(index, {}).update({**values, FORMAT_KEY: torch.tensor(FORMAT)})
+    for index, values in enumerate(extra):
+        state.setdefault(index, {}).update(values)
+    return {**state_dict, "state": state}
+
+
+def without_layers(state_dict: dict[str, Any]) -> tuple[dict[str, Any], _ByNumber, _ByNumber]:
+    """(state dict, state of layers, what lr="auto" keeps), the last two by number of the parameter.
+
+    The base class would cast both to the parameter's type.
+
+    Raises:
+        ValueError: if a newer version wrote them.
+    """
+    require_readable(max((int(values.get(FORMAT_KEY, FORMAT)) for values in state_dict["state"].values()), default=FORMAT))
+    plain: dict[int, dict[str, Any]] = {}
+    layers: _ByNumber = {}
+    extra: _ByNumber = {}
+    for index, values in state_dict["state"].items():
+        plain[index] = {key: value for key, value in values.items() if key not in _OURS}
+        extra[index] = {key: values[key] for key in (PREVIOUS, NUMBERS) if key in values}
+        if all(key in values for key in FACTORS):
+            layers[index] = {key: values[key] for key in (*KEYS, *OF_THE_ENGINE) if key in values}
+    return {**state_dict, "state": plain}, layers, extra
+
+
+def saved_step(state_dict: dict[str, Any]) -> int | None:
+    """The engine's step in a state dict; None if K-FAC did not write it."""
+    return next((int(values[STEPS]) for values in state_dict["state"].values() if STEPS in values), None)
+
+
+def by_layer(optimizer: Any, states: _ByNumber) -> dict[str, LayerState]:
+    """State by module name from state by number of the weight."""
+    result: dict[str, LayerState] = {}
+    for index, names in _layers_by_weight(optimizer, optimizer.engine).items():
+        if index in states:
+            result.update(zip(names, _parted(states[index], len(names)), strict=True))
+    return result
+
+
+def check_tail(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Whether what the tail keeps of each parameter can be gone on with.
+
+    Raises:
+        ValueError: if the groups do not match, or a tensor has the wrong shape or is not finite.
+    """
+    saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
+    if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
+        raise ValueError(
+            f"state_dict must have groups of {[len(g['params']) for g in groups]} parameters, as the optimizer, but has "
+            f"{[len(g['params']) for g in saved_groups]}"
+        )
+    numbers = [i for group in saved_groups for i in group["params"]]
+    parameters = [p for group in groups for p in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for key, value in state_dict["state"].get(number, {}).items():
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                continue
+            if value.shape != parameter.shape:
+                raise ValueError(
+                    f"{key} of parameter {number} must have shape {tuple(parameter.shape)}, but has {tuple(value.shape)}; load "
+                    "a checkpoint of the same model"
+                )
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{key} of parameter {number} has values that are not finite; load another checkpoint")
