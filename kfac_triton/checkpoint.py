@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .auto import NUMBERS, PREVIOUS
 from .engine import Engine
-from .state import FACTORS, KEYS, OF_THE_ENGINE, STEPS, LayerState, export_layers
+from .state import FACTORS, KEYS, OF_THE_ENGINE, STEPS, LayerState, export_layers, keys_of
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -70,7 +70,7 @@ def with_layers(
     """The optimizer's state dict with the engine's state (or its step alone), and what else belongs to each parameter."""
     engine = optimizer.engine
     layers = export_layers(engine, include_inverses) if include_factors else {}
-    state = {index: dict(values) for index, values in state_dict["state"].items()}
+    state = {i: {k: v for k, v in values.items() if k not in _OURS} for i, values in state_dict["state"].items()}
     for index, names in _layers_by_weight(optimizer, engine).items():
         values = _joined([layers[name] for name in names]) if include_factors else {STEPS: torch.tensor(engine.steps)}
         state.setdefault(index, {}).update({**values, FORMAT_KEY: torch.tensor(FORMAT)})
@@ -88,15 +88,36 @@ def without_layers(state_dict: dict[str, Any]) -> tuple[dict[str, Any], _ByNumbe
         ValueError: if a newer version wrote them.
     """
     require_readable(max((int(values.get(FORMAT_KEY, FORMAT)) for values in state_dict["state"].values()), default=FORMAT))
-    plain: dict[int, dict[str, Any]] = {}
+    plain: dict[Any, dict[str, Any]] = {}
     layers: _ByNumber = {}
     extra: _ByNumber = {}
-    for index, values in state_dict["state"].items():
-        plain[index] = {key: value for key, value in values.items() if key not in _OURS}
+    # Names (torch.distributed.checkpoint) or numbers: what counts is the order in the groups.
+    saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+    for index, number in enumerate(saved):
+        values = state_dict["state"].get(number, {})
+        # Copied: the base class would keep the very tensors of the source, which is another optimizer's state, perhaps.
+        plain[number] = {key: _copy(value) for key, value in values.items() if key not in _OURS}
         extra[index] = {key: values[key] for key in (PREVIOUS, NUMBERS) if key in values}
         if all(key in values for key in FACTORS):
             layers[index] = {key: values[key] for key in (*KEYS, *OF_THE_ENGINE) if key in values}
     return {**state_dict, "state": plain}, layers, extra
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def announce(optimizer: Optimizer, engine: Engine, is_auto: bool) -> None:
+    """Names in the state of each parameter what `with_layers` will put there: checkpoint tools load nothing else."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    weights = _layers_by_weight(optimizer, engine)
+    for index, parameter in enumerate(parameters):
+        keys = (*keys_of(engine), FORMAT_KEY) if index in weights else ()
+        auto = (PREVIOUS, *((NUMBERS,) if index == 0 else ())) if is_auto else ()
+        state = optimizer.state[parameter]
+        for key in [key for key in state if key in _OURS]:
+            del state[key]
+        state.update(dict.fromkeys((*keys, *auto)))
 
 
 def saved_step(state_dict: dict[str, Any]) -> int | None:

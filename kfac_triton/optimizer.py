@@ -188,6 +188,7 @@ class KFAC(EngineFace, Optimizer):
         self._auto: AutoStep | None = None
         if is_auto:
             self._auto = AutoStep(model, self.engine, self._parameters(), self._decays(), damping_every, damping_range)
+        checkpoint.announce(self, self.engine, is_auto)
 
     @property
     def is_auto(self) -> bool:
@@ -215,6 +216,7 @@ class KFAC(EngineFace, Optimizer):
         self.engine = rebuilt(self._model, self.engine, self._parameters())
         if self._auto is not None:
             self._auto = self._auto_from(self._auto.arguments())
+        checkpoint.announce(self, self.engine, self.is_auto)
 
     def _auto_from(self, arguments: dict[str, Any]) -> AutoStep:
         return AutoStep.from_arguments(self._model, self.engine, self._parameters(), self._decays(), arguments)
@@ -290,6 +292,7 @@ class KFAC(EngineFace, Optimizer):
                 same ones from the factors: inverse_every above 1, warm inverses, eigenbases. Without them the checkpoint has
                 half the size, and a resumed run has fresher inverses than the uninterrupted one.
         """
+        checkpoint.announce(self, self.engine, self.is_auto)
         extra = self._auto.export() if self._auto is not None else []
         return checkpoint.with_layers(super().state_dict(), self, extra, include_factors, include_inverses)
 
@@ -333,12 +336,12 @@ class KFAC(EngineFace, Optimizer):
             for parameter in group["params"]:
                 own = self.state[parameter]
                 own.update({k: v for k, v in tail.initial_state(parameter, group).items() if k not in own})
-        if "model" not in state:
-            return
-        self._model, self._dropped, self._auto = state["model"], state["dropped"], None
-        self.engine = Engine(self._model, state["settings"], self._parameters())
-        restore_layers(self.engine, state["layers"])
-        if state["auto"] is not None:
-            self._auto = self._auto_from(state["auto"])
-        if state["closed"]:
-            self.close()
+        if "model" in state:
+            self._model, self._dropped, self._auto = state["model"], state["dropped"], None
+            self.engine = Engine(self._model, state["settings"], self._parameters())
+            restore_layers(self.engine, state["layers"])
+            if state["auto"] is not None:
+                self._auto = self._auto_from(state["auto"])
+            if state["closed"]:
+                self.close()
+        checkpoint.announce(self, self.engine, self.is_auto)

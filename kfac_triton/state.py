@@ -98,6 +98,14 @@ def restore_layers(engine: Engine, states: dict[str, LayerState]) -> None:
         engine.keep_inverses(damping, bool(is_stale))
 
 
+def keys_of(engine: Engine) -> tuple[str, ...]:
+    """Keys of the state that `export_layers` gives for each layer."""
+    if not _needs_inverses(engine):
+        return (*FACTORS, UPDATES, STEPS)
+    moments = (MOMENTS, MOMENT_UPDATES) if engine.curvature.is_ekfac else ()
+    return (*FACTORS, UPDATES, STEPS, *INVERSES[engine.curvature.kind], CERTIFICATES, REFRESHED, *moments)
+
+
 def rebuilt(model: nn.Module, engine: Engine, parameters: Iterable[nn.Parameter] | None) -> Engine:
     """An engine of the layers that the model has now, with what the old one, which is closed, knows of them.
 
