@@ -87,14 +87,16 @@ def without_layers(state_dict: dict[str, Any]) -> tuple[dict[str, Any], _ByNumbe
     Raises:
         ValueError: if a newer version wrote them.
     """
-    require_readable(max((int(values.get(FORMAT_KEY, FORMAT)) for values in state_dict["state"].values()), default=FORMAT))
+    formats = [values.get(FORMAT_KEY) for values in state_dict["state"].values()]
+    require_readable(max((int(x) for x in formats if isinstance(x, Tensor)), default=FORMAT))
     plain: dict[Any, dict[str, Any]] = {}
     layers: _ByNumber = {}
     extra: _ByNumber = {}
     # Names (torch.distributed.checkpoint) or numbers: what counts is the order in the groups.
     saved = [number for group in state_dict["param_groups"] for number in group["params"]]
     for index, number in enumerate(saved):
-        values = state_dict["state"].get(number, {})
+        # Where a flat distributed checkpoint lacks something that was announced, an empty dict stands for it.
+        values = {key: value for key, value in state_dict["state"].get(number, {}).items() if not isinstance(value, dict)}
         # Copied: the base class would keep the very tensors of the source, which is another optimizer's state, perhaps.
         plain[number] = {key: _copy(value) for key, value in values.items() if key not in _OURS}
         extra[index] = {key: values[key] for key in (PREVIOUS, NUMBERS) if key in values}
@@ -122,7 +124,7 @@ def announce(optimizer: Optimizer, engine: Engine, is_auto: bool) -> None:
 
 def saved_step(state_dict: dict[str, Any]) -> int | None:
     """The engine's step in a state dict; None if K-FAC did not write it."""
-    return next((int(values[STEPS]) for values in state_dict["state"].values() if STEPS in values), None)
+    return next((int(x[STEPS]) for x in state_dict["state"].values() if isinstance(x.get(STEPS), Tensor)), None)
 
 
 def by_layer(optimizer: Any, states: _ByNumber) -> dict[str, LayerState]:

@@ -34,6 +34,10 @@ def choose_layers(
         chosen = {id(p) for p in parameters}
         skipped |= {x.name: "its weight is not optimized" for x in layers if id(x.weight) not in chosen}
         layers = [layer for layer in layers if id(layer.weight) in chosen]
+    # Their covariances would have to be Hermitian; real arithmetic drops the imaginary parts.
+    skipped |= {layer.name: "its weight is complex" for layer in layers if layer.weight.is_complex()}
+    layers = [layer for layer in layers if not layer.weight.is_complex()]
+    refuse_sharded(layers)
     if not layers:
         reasons = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in skipped.items())
         raise ValueError(
@@ -41,6 +45,20 @@ def choose_layers(
             + (f": {reasons}" if reasons else "; use another optimizer")
         )
     return layers, skipped
+
+
+def refuse_sharded(layers: Iterable[Layer]) -> None:
+    """Refuses weights of which this process has a part only.
+
+    Raises:
+        NotImplementedError: if there are any.
+    """
+    sharded = [layer.name for layer in layers if hasattr(layer.weight, "to_local")]
+    if sharded:
+        raise NotImplementedError(
+            f"weights of layers {', '.join(map(repr, sharded))} are DTensors (fully_shard, tensor parallelism), which K-FAC "
+            "does not precondition yet; leave these layers out with skip=, or use DistributedDataParallel"
+        )
 
 
 def frozen_weights(model: nn.Module, parameters: Iterable[nn.Parameter] | None) -> list[nn.Parameter]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .capture import attach
 from .collect import Collector
-from .covering import choose_layers, frozen_weights, require_backend
+from .covering import choose_layers, frozen_weights, refuse_sharded, require_backend
 from .curvature import Curvature
 from .fisher_pass import FisherPass
 from .functional import attach_functional
@@ -144,6 +144,7 @@ class Engine:
             RuntimeError: if the engine is closed.
         """
         self.require_open()
+        refuse_sharded(self.layers)  # they may have been since construction
         settings = self.settings
         if settings.is_due("statistics_every", self.steps):
             self._update_factors()

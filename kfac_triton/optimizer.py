@@ -103,6 +103,8 @@ class KFAC(EngineFace, Optimizer):
         >>> optimizer.close()
     """
 
+    _known: list[nn.Parameter]  # the parameters that state belongs to
+
     def __init__(
         self,
         model: nn.Module,
@@ -198,6 +200,14 @@ class KFAC(EngineFace, Optimizer):
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _follow_swaps(self) -> None:
+        """Hands on the state of parameters that others have taken the place of in the groups (accelerate does that)."""
+        now = self._parameters()
+        for old, new in zip(self._known, now, strict=True):
+            if old is not new and old in self.state:
+                self.state[new] = self.state.pop(old)
+        self._known = now
+
     def _decays(self) -> list[float]:
         return [group["weight_decay"] for group in self.param_groups for _ in group["params"]]
 
@@ -208,6 +218,7 @@ class KFAC(EngineFace, Optimizer):
         group = self.param_groups[-1]
         for parameter in group["params"]:
             self.state[parameter].update(tail.initial_state(parameter, group))
+        self._known = self._parameters()
         if "engine" in self.__dict__:  # not while the base class builds its first groups
             self._cover_anew()
 
@@ -261,6 +272,7 @@ class KFAC(EngineFace, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow_swaps()
         tail.refuse_gradients(self._parameters())
         learning_rates = {p: group["lr"] for group in self.param_groups for p in group["params"]}
         with transaction(self.engine):
@@ -292,6 +304,7 @@ class KFAC(EngineFace, Optimizer):
                 same ones from the factors: inverse_every above 1, warm inverses, eigenbases. Without them the checkpoint has
                 half the size, and a resumed run has fresher inverses than the uninterrupted one.
         """
+        self._follow_swaps()
         checkpoint.announce(self, self.engine, self.is_auto)
         extra = self._auto.export() if self._auto is not None else []
         return checkpoint.with_layers(super().state_dict(), self, extra, include_factors, include_inverses)
@@ -332,10 +345,12 @@ class KFAC(EngineFace, Optimizer):
         super().__setstate__(base)
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                group.setdefault(key, value)
+                if key != "differentiable":  # which the base class has just added, and no group has
+                    group.setdefault(key, value)
             for parameter in group["params"]:
                 own = self.state[parameter]
                 own.update({k: v for k, v in tail.initial_state(parameter, group).items() if k not in own})
+        self._known = self._parameters()
         if "model" in state:
             self._model, self._dropped, self._auto = state["model"], state["dropped"], None
             self.engine = Engine(self._model, state["settings"], self._parameters())
