@@ -61,6 +61,13 @@ class EngineFace:
         """Context in which forward passes leave no statistics (gradient penalties, saliency maps in a training loop)."""
         return self.engine.paused()
 
+    def forget_statistics(self) -> None:
+        """Drops what backward passes left since the last step, for loops that throw gradients away.
+
+        `KFAC.zero_grad` does so by itself; `model.zero_grad()` and another optimizer's `zero_grad` cannot.
+        """
+        self.engine.forget_statistics()
+
     def close(self) -> None:
         """Removes the hooks from the model; safe to call twice. A later step raises RuntimeError."""
         self.engine.close()

@@ -95,6 +95,21 @@ def _skip_compiled(run: Any, model: nn.Module, optimizer: KFAC, scaler: torch.am
     scaler.update()
 
 
+def test_what_a_preconditioner_forgets_by_hand_costs_nothing() -> None:
+    model = mlp(torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    preconditioner = KFACPreconditioner(model, loss_scale=scaler)
+    preconditioner.attach(optimizer)
+    _skip(model, optimizer, scaler)
+    optimizer.zero_grad()
+    preconditioner.forget_statistics()
+    scaler.scale(_loss(model, 0)).backward()
+    scaler.step(optimizer)
+    layers = preconditioner.diagnostics()["layers"].values()
+    assert all(layer["updates"] == 1 and layer["dropped_statistics"] == 0 for layer in layers)
+
+
 @pytest.mark.parametrize("given", ["scaler", "get_scale"])
 def test_where_nobody_calls_zero_grad_of_ours_a_skipped_step_costs_the_next_statistics(given: str) -> None:
     """A preconditioner does not see zero_grad. Statistics of two scales are told by the scale, and dropped."""
