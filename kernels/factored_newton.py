@@ -68,9 +68,10 @@ def factored_newton_refresh_reference(
         step = (scale.sqrt()[:, None, None] * (current + phi @ current)).tril()
         after = (1.5 * distance**2 + 0.5 * distance**3 + rounding).nan_to_num(nan=math.inf, posinf=math.inf)
         # A step that does not contract keeps the factor it came from, and says so in the residual.
-        taken = running & torch.isfinite(after)
+        # A scale that is not positive has no root: the matrix is not positive either, whatever the scale makes of it.
+        taken = running & torch.isfinite(after) & (scale > torch.finfo(scale.dtype).tiny)
         current = torch.where(taken[:, None, None], step, current)
-        bound = torch.where(running, after, bound)
+        bound = torch.where(running, after.masked_fill(~taken, math.inf), bound)
         # Below twice the rounding there is nothing left to gain.
         running = running & (after > tolerance) & (after > 2 * rounding)
         if not factor.is_cuda and not bool(running.any()):

@@ -84,7 +84,8 @@ class DiagonalStore:
         self.damping.copy_(damping)
         damped = self.factors + self.damping[self.owner]
         # Such a factor is zero as long as there are no statistics, and nothing is solved then.
-        self.values.copy_(torch.where(damped > 0, 1 / damped, 0.0))
+        # The inverse of a number below the normal ones may be beyond the largest.
+        self.values.copy_(torch.where(damped > 0, 1 / damped.clamp_min(torch.finfo(damped.dtype).tiny), 0.0))
 
 
 def squared_rows(source: Tensor, geometry: Sequence[int], size: int, dtype: torch.dtype) -> Tensor:

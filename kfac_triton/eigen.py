@@ -15,15 +15,16 @@ _ITERATIONS = 2
 def off_diagonal(rotated: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """(eigenvalues (B, n), certificate (B,)) of M = Q^T A Q, when its off-diagonal part is ignored.
 
-    The certificate is ||D^-1/2 (M - diag d) D^-1/2||_F with d = diag M, at least zero, and D = d + damping: the energy-norm
-    error of Q D^-1 Q^T as an inverse of A + damping I, or more, if Q is orthogonal. What rounding does to the diagonal of M it
-    cannot see, so that is added.
+    The certificate is ||D^-1/2 (M - diag d) D^-1/2||_F with d = diag M, at least zero, and D = d + damping: no less than the
+    energy-norm error of Q D^-1 Q^T as an inverse of A + damping I, if Q is orthogonal and nothing is rounded. What rounding
+    does to the diagonal of M, to Q, and to d and Q as they are kept, in damping's type, is estimated and added.
     """
+    n, kept = rotated.shape[-1], torch.finfo(damping.dtype)
     values = rotated.diagonal(dim1=-2, dim2=-1).clamp_min(0)
     scale = (values + damping[:, None]).rsqrt()
     rest = (rotated - torch.diag_embed(values)) * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    unit_roundoff = torch.finfo(rotated.dtype).eps / 2
-    rounding = unit_roundoff * torch.linalg.vector_norm(values.amax(-1, keepdim=True) * scale.square(), dim=-1)
+    noise = torch.finfo(rotated.dtype).eps / 2 * values.amax(-1, keepdim=True) + n * kept.tiny * kept.eps
+    rounding = torch.linalg.vector_norm(noise * scale.square(), dim=-1) + n * kept.eps
     return values, (torch.linalg.matrix_norm(rest) + rounding).nan_to_num(nan=torch.inf)
 
 
@@ -76,7 +77,7 @@ class EigenStack:
                 vectors = torch.linalg.qr(factors @ vectors + shift * vectors)[0]
             values, residual = off_diagonal(vectors.mT @ factors @ vectors, damping)
             good = residual <= _WARM_TOLERANCE
-            self._store(remaining[good], vectors[good], values[good], residual[good], damping)
+            self._store(remaining[good], vectors[good], values[good], residual[good], damping[good])
             remaining = remaining[~good]
             self.fallbacks[remaining] += 1
         for index in remaining.tolist():
@@ -106,26 +107,29 @@ class EigenStack:
             vectors = self._pad_last(vectors.to(factor.dtype), index)
             columns = vectors.to(dtype)
             rotated = (columns.mT @ factor.to(dtype) @ columns)[None]
-            values, residual = off_diagonal(rotated, damping[place].to(dtype))
-            if bool(residual[0] <= ACCEPT):
-                self._store(place, vectors[None], values, residual, damping)
+            if self._store_certified(place, vectors, rotated, damping[place]):
                 return
             if dtype == torch.float64 and bool(torch.isfinite(rotated).all()):
-                self._raise_damping(place, vectors, rotated, damping)
+                self._raise_damping(place, vectors, rotated, damping[place])
 
-    def _raise_damping(self, place: Tensor, vectors: Tensor, rotated: Tensor, damping: Tensor) -> None:
+    def _raise_damping(self, place: Tensor, vectors: Tensor, rotated: Tensor, wanted: Tensor) -> None:
         """Ten times the damping until the basis is certified; the spectrum takes what it is raised by."""
-        wanted, raised = damping[place], damping[place]
-        largest, least = torch.finfo(damping.dtype).max, torch.finfo(damping.dtype).tiny
-        tries = 0
-        while bool(raised <= 0.1 * largest):
-            raised, tries = (10 * raised).clamp_min(least), tries + 1
-            values, residual = off_diagonal(rotated, raised.to(rotated.dtype))
-            if bool(residual <= ACCEPT):
-                self._store(place, vectors[None], values + (raised - wanted)[:, None], residual, damping)
-                self.damping[place] = raised
+        damping, tries = wanted, 0
+        while bool(torch.isfinite(damping)):
+            damping, tries = (10 * damping).clamp_min(torch.finfo(damping.dtype).tiny), tries + 1
+            if self._store_certified(place, vectors, rotated, damping, damping - wanted):
                 self.raised[place] += tries
                 return
+
+    def _store_certified(
+        self, place: Tensor, vectors: Tensor, rotated: Tensor, damping: Tensor, shift: float | Tensor = 0.0
+    ) -> bool:
+        """Stores the basis of one factor, if it is certified for this damping and its spectrum fits its type."""
+        values, residual = off_diagonal(rotated, damping)
+        if not bool((residual <= ACCEPT) & torch.isfinite((values + damping).to(self.spectrum)).all()):
+            return False
+        self._store(place, vectors[None], (values + shift).to(self.spectrum), residual.to(self.residual), damping)
+        return True
 
     def _pad_last(self, vectors: Tensor, index: int) -> Tensor:
         """Moves the pad's vectors, which eigh puts first, to the end, where the pad is."""
@@ -133,7 +137,5 @@ class EigenStack:
         return torch.cat([vectors[:, pad:], vectors[:, :pad]], 1)
 
     def _store(self, places: Tensor, vectors: Tensor, values: Tensor, residual: Tensor, damping: Tensor) -> None:
-        self.vectors[places] = vectors
-        self.spectrum[places] = values.to(self.spectrum)
-        self.residual[places] = residual.to(self.residual)
-        self.damping[places] = damping[places]
+        self.vectors[places], self.spectrum[places] = vectors, values
+        self.residual[places], self.damping[places] = residual, damping

@@ -80,11 +80,10 @@ def eigh(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
         alone = [eigh(*pair) for pair in zip(factor.split(1), damping.split(1), strict=True)]
         return torch.cat([inverse for inverse, _ in alone]), torch.cat([residual for _, residual in alone])
     root = (vectors * (values.clamp_min(0) + damping[:, None]).rsqrt().unsqueeze(-2)).mT
-    inverse, target = mirror(root.mT @ root), damped(factor, damping)
+    inverse = mirror(root.mT @ root)
     # Not `inverse_residual`: where float32 has too few digits its trace, a sum of terms of both signs, may vanish.
-    _, distance, _ = root_residual(target, root)
-    residual = distance + rounding_error(target, inverse.diagonal(dim1=-2, dim2=-1), factor.dtype, MULTIPLIED)
-    return inverse, residual.masked_fill(~(finite & _finite(inverse)), torch.inf).nan_to_num(nan=torch.inf)
+    _, distance, rounding = root_residual(damped(factor, damping), root)
+    return inverse, (distance + rounding).masked_fill(~(finite & _finite(inverse)), torch.inf).nan_to_num(nan=torch.inf)
 
 
 def _finite(stack: Tensor) -> Tensor:
