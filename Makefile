@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo race test test-all check bench gpu codegen clean
+.PHONY: help demo race test test-all check docs bench gpu codegen clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -33,6 +33,10 @@ test: check  ## the checks, then every test that is not slow
 
 test-all: check  ## the checks, then every test
 	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST)
+
+# The variable keeps mkdocs-material from printing an advertisement.
+docs: $(VENV)/.installed-docs  ## pages and API reference into build/site; a warning is an error, and no network is needed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f .mkdocs.yml
 
 bench: $(VENV)/.installed-bench  ## the cost model, then kernel benchmarks on this machine
 	$(BIN)/python benchmarks/cost_model.py

@@ -208,14 +208,14 @@ def precondition(
     factored: bool = False,
     backend: str = "auto",
 ) -> None:
-    """V = G^-1 W A^-1 for a stack of layers of one shape, and the products <V, W> (Martens and Grosse 2015, section 4.2).
+    """V = G^-1 W A^-1 for a stack of layers of one shape, and the products `<V, W>` (Martens and Grosse 2015, section 4.2).
 
     Args:
         gradient: W, (B, m, n), fp32 or fp64.
         left: G^-1 (B, m, m), symmetric, or its lower triangular root T with G^-1 = T^T T.
         right: A^-1 (B, n, n), or its root.
         out: output V, (B, m, n).
-        product: output <V, W>, (B,).
+        product: output `<V, W>`, (B,).
         factored: whether left and right are roots.
         backend: "auto", "triton" or "torch".
 

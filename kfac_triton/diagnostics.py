@@ -15,6 +15,7 @@ def diagnostics(engine: Engine) -> dict[str, Any]:
 
     Returns:
         A dict with
+
         - "steps": steps taken; "damping": the current one; "refreshes": how often inverses were made; "kl_clip_scale": nu of
           the last step, 1 where the KL clip did not bite; "memory": bytes by kind (`Curvature.memory`);
         - "skipped": module name -> why a layer of a supported type is not covered;
@@ -24,7 +25,8 @@ def diagnostics(engine: Engine) -> dict[str, Any]:
           error in the energy norm), "fallbacks" (refreshes in which the chosen method was refused), "raised" (times ten that
           damping was raised because float32 could not invert the factor); and "pi", "updates" (of the factors),
           "dropped_statistics" and "dropped_gradients" (steps with a NaN or Inf), "gradient_norm", "update_norm", "product"
-          (<V, gradient>), "cosine" (between gradient and V).
+          (`<V, gradient>`), "cosine" (between gradient and V).
+
         A layer with channel groups reports the worst group, its sums and norms over all groups.
     """
     bank, partition, curvature = engine.bank, engine.partition, engine.curvature

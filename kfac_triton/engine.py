@@ -26,6 +26,8 @@ from .step_size import kl_clip_scale
 from .warning import warn
 
 LearningRate = Callable[[nn.Parameter], float | Tensor]
+# Why nothing of a step is traced: counters and intervals on the host would be compiled in, and launches cost less than guards.
+EAGER = "K-FAC's step decides on the host what is due, and batches its own launches; compile the model"
 
 
 class Engine:
@@ -81,20 +83,17 @@ class Engine:
         handles = attach(self.layers, self.statistics) + attach_functional(self.layers, self.statistics)
         # Also when an engine is dropped without close(): its hooks must not outlive it. The gate shuts compiled graphs.
         self._finalizer = weakref.finalize(self, _detach, handles, self.gate)
+        self.closed = False  # whether the hooks are gone
 
     @property
     def statistics(self) -> list[Statistics]:
         """Statistics of the layers since the last step."""
         return self.collector.statistics
 
-    @property
-    def closed(self) -> bool:
-        """Whether the hooks are gone."""
-        return not self._finalizer.alive
-
     def close(self) -> None:
         """Removes the hooks; safe to call twice."""
         self._finalizer()
+        self.closed = True
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -111,6 +110,7 @@ class Engine:
         self.gate.scaler = self.settings.scaler
         self._open_gate()
 
+    @torch.compiler.disable(reason=EAGER)
     def accumulate_fisher(self, outputs: Tensor, targets: Tensor | None) -> None:
         """Statistics of the model's own distribution; see `EngineFace.accumulate_fisher`."""
         self.require_open()

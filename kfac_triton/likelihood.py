@@ -31,7 +31,7 @@ class Likelihood(ABC):
     """What a loss term is, given the outputs. Derive your own for a loss that `likelihood_of` does not know.
 
     Only `columns` has to be written, and `term_dims` where a term's outputs are not the last dimension. `sample` and
-    `hessian_product` follow from the columns; write them too where they can be cheaper. For example::
+    `hessian_product` follow from the columns; write them too where they can be cheaper. For example:
 
         class Poisson(Likelihood):
             '''nn.PoissonNLLLoss() of log rates f: l_n = (1/D) sum_d exp(f_d) - y_d f_d, so H_n = diag(exp(f)) / D.'''

@@ -8,11 +8,12 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from . import checkpoint, tail
 from .auto import AutoStep
-from .engine import Engine
+from .engine import EAGER, Engine
 from .face import EngineFace
 from .layers import Choice
 from .likelihood import Likelihood
@@ -48,7 +49,7 @@ class KFAC(EngineFace, Optimizer):
         eps: of the AdamW tail.
         damping: Tikhonov damping of the Fisher of the mean loss, split by pi between the factors. Its unit is that of a
             squared gradient of the loss over a squared parameter. A number, or a function of the step.
-        kl_clip: bound on lr^2 <V, dW>, twice the KL divergence of a step; None for no bound.
+        kl_clip: bound on `lr^2 <V, dW>`, twice the KL divergence of a step; None for no bound.
         ema_decay: weight of the past in the factors' moving averages, bias-corrected.
         statistics_every: steps between statistics: a number, or a function of the step.
         inverse_every: steps between inverses, likewise. Fresh ones allow lower damping and longer steps.
@@ -66,8 +67,8 @@ class KFAC(EngineFace, Optimizer):
         inverse_tolerance: energy-norm error that the iterative inverses stop at.
         loss_reduction: "mean" or "sum", how the loss goes over its terms.
         loss_terms: "examples", or "tokens" when each position has a loss of its own (language models).
-        loss_scale: factor on the loss when gradients were captured: a number, or a callable such as
-            `torch.amp.GradScaler.get_scale`.
+        loss_scale: factor on the loss when gradients were captured: a number, a `torch.amp.GradScaler`, or a function that
+            returns it.
         stats_fraction: part of the rows (tokens, images) that statistics are taken of, in (0, 1]: every second, third, ... one,
             at most this part.
         max_stats_tokens: most rows that a pass takes of a layer; None for all.
@@ -133,7 +134,7 @@ class KFAC(EngineFace, Optimizer):
         inverse_tolerance: float = Settings.inverse_tolerance,
         loss_reduction: str = Settings.loss_reduction,
         loss_terms: str = Settings.loss_terms,
-        loss_scale: float | Callable[[], float] = Settings.loss_scale,
+        loss_scale: float | Callable[[], float] | GradScaler = Settings.loss_scale,
         stats_fraction: float = Settings.stats_fraction,
         max_stats_tokens: int | None = Settings.max_stats_tokens,
         max_factor_size: int | None = Settings.max_factor_size,
@@ -232,6 +233,7 @@ class KFAC(EngineFace, Optimizer):
     def _auto_from(self, arguments: dict[str, Any]) -> AutoStep:
         return AutoStep.from_arguments(self._model, self.engine, self._parameters(), self._decays(), arguments)
 
+    @torch.compiler.disable(reason=EAGER)
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As any optimizer's; statistics that belong to these gradients (of a skipped step, say) are thrown away with them."""
         super().zero_grad(set_to_none)
@@ -245,6 +247,7 @@ class KFAC(EngineFace, Optimizer):
     @overload
     def step(self, closure: Callable[[], Any]) -> Any: ...
 
+    @torch.compiler.disable(reason=EAGER)
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: statistics into factors, inverses when due, and the tail along the preconditioned gradients.

@@ -19,7 +19,7 @@ WEIGHTS = torch.tensor([0.5, 2.0, 1.25, 0.0, 3.0], dtype=torch.float64)
 
 
 def _poisson_of_the_docstring() -> type[Likelihood]:
-    lines = (Likelihood.__doc__ or "").partition("For example::\n")[2].partition("\n    Args:")[0]
+    lines = (Likelihood.__doc__ or "").partition("For example:\n")[2].partition("\n    Args:")[0]
     names = {"Likelihood": Likelihood, "torch": torch}
     exec(textwrap.dedent(lines), names)
     return names["Poisson"]

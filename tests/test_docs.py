@@ -1,24 +1,46 @@
-"""Every Python block of README and docs runs as it stands, given a model, a loader and a loss."""
+"""README and docs: every Python block runs, every file and option that they name exists, and none is missing."""
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import importlib
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from kfac_triton import KFAC, KFACPreconditioner, cli
+from kfac_triton.kernels import ops
 from kfac_triton.layers import LAYER_TYPES
+from kfac_triton.presets import preset
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-BLOCKS = [
-    (f"{page.name}-{number}", block)
-    for page in PAGES
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
-]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+LINKED = [*PAGES, ROOT / "benchmarks" / "README.md"]
+# Blocks that need other packages than the tests do.
+SLOW = {"docs/trainers.md"}
+CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
+
+
+def _name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def _blocks(page: Path) -> list[str]:
+    """Python blocks, each below as many empty lines as it has lines above it: errors name the line of the page."""
+    text = page.read_text()
+    found = re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return ["\n" * text[: match.start(1)].count("\n") + match[1] for match in found]
+
+
+def _pages(pages: list[Path]) -> list[Any]:
+    return [pytest.param(x, id=_name(x), marks=[pytest.mark.slow] if _name(x) in SLOW else []) for x in pages]
 
 
 @pytest.fixture(autouse=True)
@@ -28,39 +50,149 @@ def _registry() -> Iterator[None]:
     LAYER_TYPES[:] = before
 
 
-def _names() -> dict[str, object]:
-    from kfac_triton import KFAC, KFACPreconditioner
-
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-    decoder = nn.ModuleDict({"encoder": nn.Linear(4, 4), "decoder": nn.Linear(4, 3)})
+def _given() -> dict[str, Any]:
+    """What a reader has already: a model, data, a loss, and an optimizer that has taken a step."""
+    torch.manual_seed(0)
+    layers = {"encoder": nn.Linear(4, 6), "activation": nn.Tanh(), "decoder": nn.Linear(6, 3)}
+    model = nn.Sequential()
+    for name, layer in layers.items():
+        model.add_module(name, layer)
     loss_function = nn.CrossEntropyLoss()
     x, y = torch.randn(8, 4), torch.randint(3, (8,))
-    loss = loss_function(model(x), y)
     optimizer = KFAC(model)
-    return {
-        "torch": torch,
-        "KFAC": KFAC,
-        "KFACPreconditioner": KFACPreconditioner,
-        "model": model,
-        "decoder_model": decoder,
-        "loader": [(x, y)] * 2,
-        "loss_function": loss_function,
-        "loss": loss,
-        "others": list(model[2].parameters()),
-        "optimizer": optimizer,
-    }
+    loss = loss_function(model(x), y)
+    loss.backward()
+    optimizer.step()
+    names = {"model": model, "loader": [(x, y)] * 2, "loss_function": loss_function, "loss": loss, "optimizer": optimizer}
+    return {**names, "others": list(layers["decoder"].parameters())}
 
 
-@pytest.mark.parametrize(("name", "block"), BLOCKS, ids=[name for name, _ in BLOCKS])
-def test_blocks_run(name: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("page", _pages([page for page in PAGES if _blocks(page)]))
+def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the page. Each has a new model and optimizer, and what blocks above it imported and defined."""
     monkeypatch.chdir(tmp_path)
-    if "decoder" in block:
-        names = _names()
-        names["model"] = names["decoder_model"]
-    else:
-        names = _names()
-    exec(compile(block, name, "exec"), names)
+    names: dict[str, Any] = {}
+    for block in _blocks(page):
+        given = _given()
+        names.update(given)
+        exec(compile(block, str(page), "exec"), names)
+        for value in (given["optimizer"], names.get("optimizer"), names.get("preconditioner")):
+            if isinstance(value, KFAC | KFACPreconditioner):
+                value.close()
 
 
 def test_pages_have_blocks() -> None:
-    assert {name.split("-")[0] for name, _ in BLOCKS} >= {"README.md", "curvature.md", "layers.md"}
+    with_blocks = {page.name for page in PAGES if _blocks(page)}
+    assert with_blocks >= {"README.md", "index.md", "curvature.md", "layers.md", "coming_from.md", "damping.md"}
+    assert with_blocks >= {"troubleshooting.md", "checkpoints.md", "mixed_precision.md"}
+
+
+def _options() -> dict[str, list[Any]]:
+    """Option -> defaults, from README's table: one value, or none where the cell is empty."""
+    table = (ROOT / "README.md").read_text().partition("\n## Options\n")[2].partition("\n\n`lr`")[0]
+    result: dict[str, list[Any]] = {}
+    for line in table.splitlines():
+        cells = line.strip("|").split("|")
+        names = re.findall(r"`(\w+)`", cells[0])
+        values = ast.literal_eval(f"[{cells[1].replace('`', '')}]") if names else []
+        for i, name in enumerate(names):
+            result[name] = values if len(values) < 2 else [values[i]]
+    return result
+
+
+def test_every_option_is_in_the_table_with_its_default() -> None:
+    parameters = inspect.signature(KFAC).parameters.values()
+    expected = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    options = _options()
+    assert options.keys() == expected.keys()
+    assert {name: [expected[name]] for name in options if options[name]} == {k: v for k, v in options.items() if v}
+    assert [name for name in options if not options[name]] == ["skip", "include"]  # () and "*"
+
+
+@pytest.mark.parametrize("page", LINKED, ids=_name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        other = (page.parent / file).resolve() if file else page
+        assert other.is_file(), target
+        if anchor and other.parent.name != "api":  # whose anchors the strict build checks
+            assert anchor in _anchors(other), target
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=_name)
+def test_files_targets_and_commands_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Paths from the top of the repository, bare names of sources in the text, `make` targets and `kfac-triton` commands."""
+    code = CODE.findall(page.read_text())
+    words = [word for span in code for word in re.findall(r"[\w./<>-]+", span)]
+    paths = [word for word in words if re.match(r"(?:tests|docs|benchmarks|kfac_triton|kernels)/", word) and "<" not in word]
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    sources = {file.name for top in ("kfac_triton", "kernels", "benchmarks", "tests") for file in (ROOT / top).rglob("*.py")}
+    bare = re.findall(r"`(\w+\.py)\b", page.read_text())
+    missing += [name for name in bare if name not in sources]
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    missing += [name for span in code for name in re.findall(r"\bmake ([a-z-]+)", span) if name not in targets]
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    commands = re.search(r"\{([\w,]+)\}", capsys.readouterr().out)
+    assert commands is not None
+    known = commands[1].split(",")
+    missing += [name for span in code for name in re.findall(r"\bkfac-triton (\w+)", span) if name not in known]
+    assert missing == []
+
+
+def test_the_site_has_every_page() -> None:
+    """And no other, but for the benchmarks' page, which is brought in from beside the docs."""
+    pages = re.findall(r"^ +- .*?([\w/]+\.md)$", (ROOT / ".mkdocs.yml").read_text(), re.MULTILINE)
+    assert len(pages) == len(set(pages))
+    own = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.name != "README.md"}
+    assert set(pages) == own | {"benchmarks.md"}
+
+
+def test_troubleshooting_names_what_there_is() -> None:
+    """Each word in code is a key of the diagnostics, an option, an attribute or a method."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    with KFAC(model, lr="auto", loss=nn.CrossEntropyLoss()) as optimizer:
+        optimizer.step(lambda: (model(torch.randn(8, 4)), torch.randint(3, (8,))))
+        report = optimizer.diagnostics()
+    known = {*report, *report["layers"]["0"], *inspect.signature(KFAC).parameters, *dir(KFAC)}
+    text = re.sub(r"^```.*?^```", "", (ROOT / "docs" / "troubleshooting.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    words = [re.match(r'"?(\w+)', span) for span in re.findall(r"`([^`\n]+)`", text)]
+    others = {"GradScaler", "None", "backward", "ggn", "kfac", "mc", "reset_running_stats", "tail", "torch"}
+    assert sorted({word[1] for word in words if word is not None} - known - others) == []
+
+
+def test_docstrings_of_the_reference_keep_their_angle_brackets() -> None:
+    """Outside code, `<V` would be taken for an HTML tag, and not be shown."""
+    reference = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    objects = [_found(path) for path in re.findall(r"^::: (\S+)", reference, re.MULTILINE)]
+    members = [
+        value
+        for owner in objects
+        if inspect.isclass(owner) or inspect.ismodule(owner)
+        for name, value in inspect.getmembers(owner)
+        if name[0] != "_" and str(getattr(value, "__module__", "")).startswith("kfac_triton")
+    ]
+    assert {KFAC.step, KFAC.factors, preset, ops.precondition} <= {x for x in objects + members if callable(x)}
+    for thing in objects + members:
+        plain = re.sub(r"`[^`]*`", "", inspect.getdoc(thing) or "")
+        assert re.search(r"<[A-Za-z/]", plain) is None, plain
+
+
+def _found(path: str) -> Any:
+    """The object of a page's `:::` line; the kernels stand at the top there, where the sources are."""
+    names = path.removeprefix("kfac_triton.").split(".")
+    for end in range(len(names), -1, -1):
+        with contextlib.suppress(ModuleNotFoundError):
+            found = importlib.import_module(".".join(["kfac_triton", *names[:end]]))
+            for name in names[end:]:
+                found = getattr(found, name)
+            return found
+    raise AssertionError(path)
