@@ -124,12 +124,14 @@ class FactorStack:
     def blend(self, keep: Tensor, gain: Tensor, accept: Tensor, step: int, backend: str) -> None:
         """Factor <- keep factor + gain sum where accepted; vectors (B,). What was not backed up before is so now."""
         factors, everywhere = self.factors, torch.ones_like(accept)
-        self._before = factors.clone()
+        if self._rounding is None:  # else `_stored` has them until `store`
+            self._before = factors.clone()
+        before = self._stored if self._before is None else self._before
         ops.blend(factors, self.sums, keep, gain, accept, backend=backend)
         if self.old is None:
-            self.sums.copy_(self._before)
+            self.sums.copy_(before)
         else:
-            torch.where(self.old[:, None, None], self.sums, self._before, out=self.sums)
+            torch.where(self.old[:, None, None], self.sums, before.to(self.sums.dtype), out=self.sums)
         self.old, self._before = everywhere, None
         self.store(factors, step)
 

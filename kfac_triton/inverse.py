@@ -32,6 +32,7 @@ METHODS = ("auto", "newton_schulz", "factored", "cholesky", "eigh")
 
 # K-FAC trains as well with an energy error of 0.3 as with none; below 1 the inverse is positive definite.
 ACCEPT = 0.3
+_PIECE = 2**23  # bytes of a stack that are inverted at a time
 _DOUBLINGS = 20  # of Newton-Schulz; what takes more than 16 is beyond float32, and every one is a launch
 # Newton steps of a warm refresh. Where the host does not look, each is launched, needed or not: a start that needs more than
 # the fewer is better factored anew.
@@ -182,9 +183,10 @@ class InverseStack:
             ops.factored_newton_refresh(factors, damping, values, residual, self.tolerance, steps, backend=self._backend)
         else:
             invert = eigh if self.method == "eigh" else _cholesky_inverse
-            found, bound = invert(factors, damping)
-            values.copy_(found)
-            residual.copy_(bound)
+            # Where the host waits anyway, a part of the stack at a time: each asks for some five times its size.
+            most = max(1, _PIECE // factors[0].nbytes) if self._refused is None else len(factors)
+            for piece in (slice(i, i + most) for i in range(0, len(factors), most)):
+                values[piece], residual[piece] = invert(factors[piece], damping[piece])
 
     def _fall_back(self, factors: Tensor, remaining: Tensor) -> None:
         """Cholesky for the matrices in remaining: in their own precision, in float64, then there with growing damping."""

@@ -184,7 +184,10 @@ class KFAC(EngineFace, Optimizer):
             )
         if capturable:
             settings.require_constant()
+        self._betas = betas
         super().__init__(params, defaults)
+        if tail == "sgd":  # OneCycleLR and CyclicLR leave momentum alone where betas are among the defaults
+            del self.defaults["betas"]
         self._model = model
         self.engine = Engine(model, settings, self._parameters())
         self._dropped = torch.zeros((), dtype=torch.long, device=self.engine.bank.home)
@@ -214,9 +217,10 @@ class KFAC(EngineFace, Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; layers whose weights it brings are covered from then on, the others keep their factors."""
-        tail.validate_group({**self.defaults, **param_group})
+        tail.validate_group({"betas": self._betas, **self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        group.setdefault("betas", self._betas)
         for parameter in group["params"]:
             self.state[parameter].update(tail.initial_state(parameter, group))
         self._known = self._parameters()
@@ -338,6 +342,7 @@ class KFAC(EngineFace, Optimizer):
             "settings": self.engine.settings,
             "layers": export_layers(self.engine),
             "closed": self.engine.closed,
+            "betas": self._betas,
             "dropped": self._dropped,
             "auto": self._auto.arguments() if self._auto is not None else None,
         }
@@ -346,10 +351,13 @@ class KFAC(EngineFace, Optimizer):
         """Also what the base class ends `load_state_dict` with; then only state and groups are in it."""
         base: dict[str, Any] = {key: state[key] for key in ("defaults", "state", "param_groups") if key in state}
         super().__setstate__(base)
+        if "betas" in state:
+            self._betas = state["betas"]
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":  # which the base class has just added, and no group has
                     group.setdefault(key, value)
+            group.setdefault("betas", self._betas)
             for parameter in group["params"]:
                 own = self.state[parameter]
                 own.update({k: v for k, v in tail.initial_state(parameter, group).items() if k not in own})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,8 @@ class KFACPreconditioner(EngineFace):
         self.lr = validation.real("lr", lr)
         self.engine = Engine(model, Settings(**settings))
         self._model = model
-        self._attached: list[tuple[Optimizer, RemovableHandle]] = []
+        # Weakly: the optimizer holds the preconditioner, by its hook, and both should go when the optimizer does.
+        self._attached: list[tuple[weakref.ref[Optimizer], RemovableHandle]] = []
 
     def precondition_(self) -> None:
         """Overwrites the gradients of covered layers, in place, with the KL-clipped preconditioned ones.
@@ -58,7 +60,7 @@ class KFACPreconditioner(EngineFace):
             RuntimeError: if the preconditioner is closed.
         """
         rates: dict[nn.Parameter, float | Tensor] = {
-            p: group["lr"] for optimizer, _ in self._attached for group in optimizer.param_groups for p in group["params"]
+            p: group["lr"] for optimizer in self._optimizers() for group in optimizer.param_groups for p in group["params"]
         }
         with transaction(self.engine):
             for parameter, update in self.engine.precondition(lambda p: rates.get(p, self.lr)).items():
@@ -85,7 +87,7 @@ class KFACPreconditioner(EngineFace):
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError("optimizer must evaluate its closure once a step; LBFGS evaluates it many times")
         handle = optimizer.register_step_pre_hook(self._before_step)
-        self._attached.append((optimizer, handle))
+        self._attached.append((weakref.ref(optimizer), handle))
         return handle
 
     def state_dict(self, *, include_inverses: bool = True) -> dict[str, Any]:
@@ -110,7 +112,7 @@ class KFACPreconditioner(EngineFace):
             "model": self._model,
             "settings": self.engine.settings,
             "layers": export_layers(self.engine),
-            "attached": [optimizer for optimizer, _ in self._attached],
+            "attached": self._optimizers(),
             "closed": self.engine.closed,
         }
 
@@ -130,6 +132,10 @@ class KFACPreconditioner(EngineFace):
         self._attached.clear()
         super().close()
 
+    def _optimizers(self) -> list[Optimizer]:
+        """Those attached that are still there."""
+        return [optimizer for reference, _ in self._attached if (optimizer := reference()) is not None]
+
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -138,7 +144,12 @@ class KFACPreconditioner(EngineFace):
         if closure is None:
             self.precondition_()
             return None
-        with torch.enable_grad():
-            loss = closure()
+        try:
+            with torch.enable_grad():
+                loss = closure()
+        except BaseException:
+            # Its gradients are thrown away by a zero_grad that is not ours.
+            self.engine.forget_statistics()
+            raise
         self.precondition_()
         return (optimizer,), {"closure": lambda: loss}
