@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,30 @@ from .controller import Controller
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .settings import Settings
 
 # Keys in the state of parameters: the step before, and, with the first of them, the controller's numbers.
 PREVIOUS, NUMBERS = "kfac_previous", "kfac_controller"
 _NUMBERS = ("damping", "steps", "rejected", "skipped", "reduction_ratio")
+
+
+def auto_settings(lr: Any, settings: Settings, **options: bool) -> Settings:
+    """Settings for lr="auto": no KL clip, and the reduction of the loss that it evaluates.
+
+    Raises:
+        TypeError: if lr is another string.
+        ValueError: if one of the options is set, which it does not have.
+    """
+    if lr != "auto":
+        raise TypeError(f"lr must be a number, a tensor or 'auto', but is {lr!r}")
+    for name, value in options.items():
+        if value:
+            raise ValueError(
+                f"lr is 'auto', which minimizes a loss and waits for its value: {name} must be False, but is {value!r}"
+            )
+    likelihood = settings.likelihood
+    reduction = settings.loss_reduction if likelihood is None else likelihood.reduction
+    return dataclasses.replace(settings, kl_clip=None, loss_reduction=reduction)
 
 
 class AutoStep:

@@ -109,6 +109,23 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
+def follow_swaps(optimizer: Optimizer, known: Sequence[Tensor]) -> list[Tensor]:
+    """Hands on the state of parameters that others have taken the place of in the groups (accelerate does that).
+
+    Args:
+        optimizer: whose state.
+        known: the parameters that the state belongs to, in the order of the groups.
+
+    Returns:
+        Those that it belongs to now.
+    """
+    now = [p for group in optimizer.param_groups for p in group["params"]]
+    for old, new in zip(known, now, strict=True):
+        if old is not new and old in optimizer.state:
+            optimizer.state[new] = optimizer.state.pop(old)
+    return now
+
+
 def announce(optimizer: Optimizer, engine: Engine, is_auto: bool) -> None:
     """Names in the state of each parameter what `with_layers` will put there: checkpoint tools load nothing else."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

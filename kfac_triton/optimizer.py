@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
@@ -12,13 +12,14 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from . import checkpoint, tail
-from .auto import AutoStep
+from .auto import AutoStep, auto_settings
 from .engine import EAGER, Engine
 from .face import EngineFace
 from .layers import Choice
 from .likelihood import Likelihood
 from .settings import Schedule, Settings
 from .state import check_layers, export_layers, rebuilt, restore_layers
+from .tail import OPTIONS
 from .transaction import transaction
 
 
@@ -104,7 +105,7 @@ class KFAC(EngineFace, Optimizer):
         >>> optimizer.close()
     """
 
-    _known: list[nn.Parameter]  # the parameters that state belongs to
+    _known: Sequence[Tensor]  # the parameters that state belongs to
 
     def __init__(
         self,
@@ -155,33 +156,13 @@ class KFAC(EngineFace, Optimizer):
         settings = Settings(**{field.name: arguments[field.name] for field in dataclasses.fields(Settings)})
         is_auto = isinstance(lr, str)
         if is_auto:
-            if lr != "auto":
-                raise TypeError(f"lr must be a number, a tensor or 'auto', but is {lr!r}")
+            settings = auto_settings(lr, settings, maximize=maximize, capturable=capturable)
             lr = 1.0  # of the groups, where schedulers expect a number; it does not matter
-            likelihood = settings.likelihood
-            reduction = loss_reduction if likelihood is None else likelihood.reduction
-            settings = dataclasses.replace(settings, kl_clip=None, loss_reduction=reduction)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "tail": tail,
-            "betas": betas,
-            "eps": eps,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-        }
-        if is_auto and (maximize or capturable):
-            raise ValueError(
-                "lr is 'auto', which minimizes a loss and waits for its value: maximize and capturable must be False, but are "
-                f"{maximize} and {capturable}"
-            )
+        defaults = {"lr": lr, **{name: arguments[name] for name in OPTIONS}}
         if capturable:
             settings.require_constant()
         self._betas = betas
@@ -203,14 +184,6 @@ class KFAC(EngineFace, Optimizer):
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
-
-    def _follow_swaps(self) -> None:
-        """Hands on the state of parameters that others have taken the place of in the groups (accelerate does that)."""
-        now = self._parameters()
-        for old, new in zip(self._known, now, strict=True):
-            if old is not new and old in self.state:
-                self.state[new] = self.state.pop(old)
-        self._known = now
 
     def _decays(self) -> list[float]:
         return [group["weight_decay"] for group in self.param_groups for _ in group["params"]]
@@ -279,7 +252,7 @@ class KFAC(EngineFace, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._follow_swaps()
+        self._known = checkpoint.follow_swaps(self, self._known)
         tail.refuse_gradients(self._parameters())
         learning_rates = {p: group["lr"] for group in self.param_groups for p in group["params"]}
         with transaction(self.engine):
@@ -311,7 +284,7 @@ class KFAC(EngineFace, Optimizer):
                 same ones from the factors: inverse_every above 1, warm inverses, eigenbases. Without them the checkpoint has
                 half the size, and a resumed run has fresher inverses than the uninterrupted one.
         """
-        self._follow_swaps()
+        self._known = checkpoint.follow_swaps(self, self._known)
         checkpoint.announce(self, self.engine, self.is_auto)
         extra = self._auto.export() if self._auto is not None else []
         return checkpoint.with_layers(super().state_dict(), self, extra, include_factors, include_inverses)

@@ -13,6 +13,7 @@ from . import validation
 from .capture import local
 
 TAILS = ("sgd", "adamw")
+OPTIONS = ("momentum", "nesterov", "weight_decay", "tail", "betas", "eps", "foreach", "maximize", "capturable")  # of a group
 
 
 def validate_group(group: dict[str, Any]) -> None:
