@@ -31,7 +31,7 @@ check: $(VENV)/.installed-test $(VENV)/.installed-demo  ## lint, format, types
 test: check  ## the checks, then every test that is not slow
 	$(BIN)/python -m pytest $(PYTEST)
 
-test-all: check  ## the checks, then every test
+test-all: check $(VENV)/.installed-trainers  ## the checks, then every test
 	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST)
 
 # The variable keeps mkdocs-material from printing an advertisement.

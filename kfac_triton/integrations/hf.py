@@ -1,0 +1,58 @@
+"""transformers.Trainer: the factory that it makes KFAC with, and its parameter groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..optimizer import KFAC
+
+
+def kfac_factory() -> Callable[..., KFAC]:
+    """For `transformers.Trainer(optimizer_cls_and_kwargs=(kfac_factory, options))`.
+
+    The trainer calls what this returns with the model and the options. These are arguments of `KFAC`. Nothing of
+    TrainingArguments reaches the optimizer by itself: pass `"lr": args.learning_rate`, `"weight_decay": args.weight_decay`. (A
+    learning rate that is good for AdamW is none for K-FAC.) As with the trainer's own optimizers, `weight_decay` is for the
+    parameters that it names in `Trainer.get_decay_parameter_names`; biases and norms are a second group without any.
+
+    Returns:
+        A function of the model and the options that makes the optimizer.
+
+    Example:
+        >>> import torch
+        >>> from kfac_triton.integrations import kfac_factory
+        >>> from transformers import Trainer, TrainingArguments
+        >>> class Regression(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(4, 2)
+        ...     def forward(self, x, labels):
+        ...         return {"loss": torch.nn.functional.mse_loss(self.layer(x), labels)}
+        >>> args = TrainingArguments(max_steps=3, learning_rate=0.1, weight_decay=0.01, max_grad_norm=0, save_strategy="no")
+        >>> options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "damping": 0.03}
+        >>> data = [{"x": torch.randn(4), "labels": torch.randn(2)} for _ in range(16)]
+        >>> trainer = Trainer(Regression(), args, train_dataset=data, optimizer_cls_and_kwargs=(kfac_factory, options))
+        >>> result = trainer.train()  # doctest: +ELLIPSIS
+        {'train_runtime': ...}
+    """
+    return _make
+
+
+def _make(model: nn.Module, *, weight_decay: float = 0.0, **options: Any) -> KFAC:
+    return KFAC(model, _groups(model, weight_decay), **options)
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The groups that `Trainer.create_optimizer` makes."""
+    from transformers import Trainer  # here: it takes seconds, and only who trains with it needs it
+
+    # A method, but of its names alone. Called, and not repeated here, so that the groups are the trainer's in every version.
+    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in trained if name in decayed], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
+    ]

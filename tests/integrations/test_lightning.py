@@ -1,0 +1,259 @@
+"""Lightning: automatic and manual optimization are the plain PyTorch loop, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from kfac_triton import KFAC
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error:no statistics came:UserWarning")]
+
+STEPS, BATCH = 50, 16
+OPTIONS: dict[str, Any] = {"lr": 0.3, "damping": 0.03, "kl_clip": 1e-2, "weight_decay": 1e-3}
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(12, 24), nn.LayerNorm(24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 4))
+
+
+def batches(count: int) -> DataLoader:
+    """In order; the label is the largest of four projections."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2 * STEPS * BATCH, 12, generator=generator)
+    y = (x @ torch.randn(12, 4, generator=generator)).argmax(1)
+    return DataLoader(list(zip(x, y, strict=True))[: count * BATCH], batch_size=BATCH)
+
+
+def decay(step: int) -> float:
+    return 1 / (1 + 0.1 * step)
+
+
+def plain(
+    count: int,
+    epochs: int = 1,
+    accumulate: int = 1,
+    clip: float | None = None,
+    schedule: Callable[[int], float] = decay,
+    **options: Any,
+) -> tuple[list[float], nn.Module]:
+    """Losses of the batches, and the model, of the loop without a trainer."""
+    model = net()
+    optimizer = KFAC(model, **OPTIONS, **options)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    losses = []
+    for number, (x, y) in enumerate(list(batches(count)) * epochs, 1):
+        loss = nn.functional.cross_entropy(model(x), y)
+        (loss / accumulate).backward()
+        losses.append(loss.item())
+        if number % accumulate == 0:
+            if clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    return losses, model
+
+
+@pytest.fixture
+def module_of() -> Callable[..., Any]:
+    """Makes a LightningModule around the net."""
+    import lightning
+
+    class Automatic(lightning.LightningModule):
+        def __init__(self, options: dict[str, Any]) -> None:
+            super().__init__()
+            self.net = net()
+            self.options = options
+            self.losses: list[float] = []
+
+        def loss_of(self, batch: list[Tensor]) -> Tensor:
+            loss = nn.functional.cross_entropy(self.net(batch[0]).float(), batch[1])
+            self.losses.append(loss.item())
+            return loss
+
+        def training_step(self, batch: list[Tensor], number: int) -> Tensor | None:
+            return self.loss_of(batch)
+
+        def validation_step(self, batch: list[Tensor], number: int) -> None:
+            self.log("validation", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+        def configure_optimizers(self) -> Any:
+            optimizer = KFAC(self, **self.options)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    class Manual(Automatic):
+        def __init__(self, options: dict[str, Any]) -> None:
+            super().__init__(options)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], number: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.loss_of(batch))
+            optimizer.step()
+            self.lr_schedulers().step()
+
+    class Auto(Manual):
+        def training_step(self, batch: list[Tensor], number: int) -> None:
+            x, y = batch
+            self.optimizers().step(lambda: (self.net(x), y))
+
+    class Drawing(Automatic):
+        def training_step(self, batch: list[Tensor], number: int) -> Tensor:
+            logits = self.net(batch[0])
+            self.optimizers().optimizer.accumulate_fisher(logits, batch[1])
+            loss = nn.functional.cross_entropy(logits, batch[1])
+            self.losses.append(loss.item())
+            return loss
+
+    kinds: dict[str, type[Automatic]] = {"automatic": Automatic, "manual": Manual, "auto": Auto, "drawing": Drawing}
+
+    def make(kind: str = "automatic", seed: int | None = None, **options: Any) -> Any:
+        module = kinds[kind]({**OPTIONS, **options})
+        if seed is not None:
+            torch.manual_seed(seed)
+            for p in module.parameters():
+                p.data.normal_()
+        return module
+
+    return make
+
+
+def trainer(folder: Path, **options: Any) -> Any:
+    import lightning
+
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return lightning.Trainer(**{"accelerator": "cpu", "default_root_dir": folder, "max_epochs": 1, **quiet, **options})
+
+
+def require_same(losses: list[float], model: nn.Module, truth: tuple[list[float], nn.Module]) -> None:
+    expected, twin = truth
+    worst = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+    apart = max(float((p - q).detach().abs().max()) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    print(f"{len(losses)} batches, loss {losses[0]:.3f} to {losses[-1]:.3f}: losses differ by {worst}, parameters by {apart}")
+    assert worst == 0
+    assert apart == 0
+
+
+@pytest.mark.parametrize("kind", ["automatic", "manual"])
+@pytest.mark.parametrize("options", [{}, {"inverse_every": 10, "statistics_every": 2}, {"curvature": "ekfac"}], ids=str)
+def test_as_the_plain_loop(module_of: Callable[..., Any], tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    """Automatic optimization runs forward, zero_grad and backward in a closure of step; validation leaves no statistics."""
+    module = module_of(kind, **options)
+    trainer(tmp_path, enable_checkpointing=False, val_check_interval=20).fit(module, batches(STEPS), batches(3))
+    require_same(module.losses, module.net, plain(STEPS, **options))
+    assert sum(module.losses[-5:]) < 0.5 * sum(module.losses[:5])
+
+
+def test_accumulation_and_clipping(module_of: Callable[..., Any], tmp_path: Path) -> None:
+    """Lightning divides the loss, and clips in the closure; a clip of 0.1 changes the run."""
+    module = module_of()
+    options = {"enable_checkpointing": False, "accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
+    trainer(tmp_path, **options).fit(module, batches(2 * STEPS))
+    require_same(module.losses, module.net, plain(2 * STEPS, accumulate=2, clip=0.1))
+    assert module.losses != plain(2 * STEPS, accumulate=2)[0]
+    assert module.optimizers().optimizer.engine.steps == STEPS
+
+
+@pytest.mark.parametrize("kind", ["automatic", "manual"])
+@pytest.mark.parametrize("options", [{}, {"inverse_every": 10}], ids=str)
+def test_checkpoint_and_resume(module_of: Callable[..., Any], tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    """An epoch, saved; the second from other weights, that the checkpoint overwrites."""
+    first = module_of(kind, **options)
+    one = trainer(tmp_path)
+    one.fit(first, batches(STEPS // 2))
+
+    second = module_of(kind, seed=9, **options)
+    two = trainer(tmp_path, max_epochs=2)
+    two.fit(second, batches(STEPS // 2), ckpt_path=one.checkpoint_callback.best_model_path, weights_only=True)
+    require_same(first.losses + second.losses, second.net, plain(STEPS // 2, epochs=2, **options))
+
+
+def test_a_scaler_and_a_step_that_it_skips(module_of: Callable[..., Any], tmp_path: Path) -> None:
+    """As the run without it, and without the batch whose gradients overflow: scales are powers of two, so no digit is lost."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    class InSinglePrecision(MixedPrecision):
+        def forward_context(self) -> Any:
+            return contextlib.nullcontext()
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    module = module_of(loss_scale=scaler)
+    train = module.training_step
+    module.training_step = lambda batch, batch_idx: train(batch, batch_idx) * (torch.inf if batch_idx == 20 else 1.0)
+    # Without the scheduler, which Lightning moves on at a skipped step, too.
+    module.configure_optimizers = lambda: KFAC(module, **module.options)
+    data = list(batches(STEPS))
+    data.insert(20, data[20])
+    options = {"enable_checkpointing": False, "plugins": [InSinglePrecision("16-mixed", "cpu", scaler)]}
+    trainer(tmp_path, **options).fit(module, DataLoader(data, batch_size=None))
+    assert scaler.get_scale() == 512
+    del module.losses[20]
+    require_same(module.losses, module.net, plain(STEPS, schedule=lambda step: 1.0))
+
+
+def test_lr_auto(module_of: Callable[..., Any], tmp_path: Path) -> None:
+    """With manual optimization step takes the closure that returns outputs and targets."""
+    auto: dict[str, Any] = {"lr": "auto", "fisher": "mc", "loss": nn.CrossEntropyLoss(), "damping": 0.1, "weight_decay": 0.0}
+    module = module_of("auto", **auto)
+    torch.manual_seed(0)
+    trainer(tmp_path, enable_checkpointing=False).fit(module, batches(20))
+    model = net()
+    optimizer = KFAC(model, **auto)
+    torch.manual_seed(0)
+    for x, y in batches(20):
+        optimizer.step(lambda x=x, y=y: (model(x), y))
+    x, y = next(iter(batches(1)))
+    losses = [nn.functional.cross_entropy(net(x), y).item() for net in (module.net, model)]
+    require_same(losses[:1], module.net, (losses[1:], model))
+    assert losses[0] < 0.5
+
+
+def test_drawn_labels(module_of: Callable[..., Any], tmp_path: Path) -> None:
+    """Their statistics outlive the zero_grad that Lightning calls between forward and backward."""
+    true: dict[str, Any] = {"fisher": "mc", "loss": nn.CrossEntropyLoss()}
+    module = module_of("drawing", **true)
+    torch.manual_seed(0)
+    trainer(tmp_path, enable_checkpointing=False).fit(module, batches(STEPS))
+    model = net()
+    optimizer = KFAC(model, **OPTIONS, **true)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
+    losses = []
+    torch.manual_seed(0)
+    for x, y in batches(STEPS):
+        optimizer.zero_grad()
+        logits = model(x)
+        optimizer.accumulate_fisher(logits, y)
+        loss = nn.functional.cross_entropy(logits, y)
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        scheduler.step()
+    require_same(module.losses, module.net, (losses, model))
+
+
+def test_a_remainder_is_scaled_as_a_whole_step(module_of: Callable[..., Any], tmp_path: Path) -> None:
+    """Three batches, two a step: the last step's gradient is half of the mean's, and its G a quarter; the page says so."""
+    module = module_of(ema_decay=0.0)
+    trainer(tmp_path, enable_checkpointing=False, accumulate_grad_batches=2).fit(module, batches(3))
+    optimizer = module.optimizers().optimizer
+    assert optimizer.engine.steps == 2
+
+    model = net()
+    twin = KFAC(model, **OPTIONS, ema_decay=0.0)
+    model.load_state_dict(plain(2, accumulate=2)[1].state_dict())
+    x, y = list(batches(3))[2]
+    nn.functional.cross_entropy(model(x), y).backward()
+    twin.step()
+    for name, (_, G) in twin.factors().items():
+        torch.testing.assert_close(4 * optimizer.factors()[f"net.{name}"][1], G, rtol=1e-4, atol=1e-7)
