@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 _KEPT = 256  # tables remembered; a training loop repeats a handful
+_RECORDED: list[tuple[Tensor, Tensor]] = []  # those that CUDA graphs read, with their pinned copies
+
+
+def is_recording() -> bool:
+    """Whether a CUDA graph records what the host launches now."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 @functools.lru_cache(maxsize=_KEPT)
@@ -21,6 +27,10 @@ def _copies(rows: tuple[tuple[float, ...], ...], device: torch.device, dtype: to
 def device_table(rows: tuple[tuple[float, ...], ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """A table on the device, copied there without a wait and remembered.
 
-    Its pinned host copy lives as long: a captured CUDA graph reads it again at every replay.
+    A CUDA graph copies it at every replay: a table made while one is recorded is kept with its pinned copy for good, and is
+    given to nobody else, who might read it before the first replay has filled it.
     """
-    return _copies(rows, device, dtype)[0]
+    if not is_recording():
+        return _copies(rows, device, dtype)[0]
+    _RECORDED.append(_copies.__wrapped__(rows, device, dtype))
+    return _RECORDED[-1][0]

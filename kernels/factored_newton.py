@@ -21,7 +21,7 @@ SCALE_ABOVE = 0.5  # the unscaled step contracts below this norm; above it the s
 _PROBES, _POWER_STEPS = 16, 3  # a tensor core multiplies 16 vectors at a time
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for good: a CUDA graph goes on reading them
 def fixed_probes(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Random vectors (16, n), always the same: a refresh is a function of its inputs."""
     generator = torch.Generator().manual_seed(0)

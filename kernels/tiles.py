@@ -10,7 +10,7 @@ from torch import Tensor
 from .runtime import tl, triton
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # for good: a CUDA graph goes on reading them
 def lower_tiles(tiles: int, device: torch.device) -> Tensor:
     """(i, j) of every tile on and below the diagonal of a matrix of tiles x tiles, int32 (count, 2).
 

@@ -172,5 +172,6 @@ class AutoStep:
             return
         numbers = dict(zip(_NUMBERS, states[0][NUMBERS].tolist(), strict=True))
         found = [state.get(PREVIOUS) for state in states]
-        previous = [x.clone() if x is not None and bool(x.any()) else None for x in found]
+        pairs = zip(found, self._parameters, strict=True)
+        previous = [x.to(p.device, copy=True) if x is not None and bool(x.any()) else None for x, p in pairs]
         self.controller.load({**numbers, "previous": previous})

@@ -46,7 +46,7 @@ def should_tap(statistics: Statistics | None, output: Tensor, weight: Tensor) ->
     """Whether a forward pass is to be captured, and can be."""
     if statistics is None or not statistics.gate.open or not torch.is_grad_enabled():
         return False
-    if not output.requires_grad or not weight.requires_grad:
+    if not output.requires_grad or not weight.requires_grad or weight.device != statistics.device:
         return False
     # Under torch.func the sums would be filled with transformed tensors.
     return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None

@@ -126,6 +126,15 @@ def follow_swaps(optimizer: Optimizer, known: Sequence[Tensor]) -> list[Tensor]:
     return now
 
 
+def follow_moves(optimizer: Optimizer) -> None:
+    """Moves the tail's state to where the parameters are now."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state[p]
+            moved = {key: x for key, x in state.items() if isinstance(x, Tensor) and x.dim() and x.device != p.device}
+            state.update({key: x.to(p.device) for key, x in moved.items()})
+
+
 def announce(optimizer: Optimizer, engine: Engine, is_auto: bool) -> None:
     """Names in the state of each parameter what `with_layers` will put there: checkpoint tools load nothing else."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

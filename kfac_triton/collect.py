@@ -91,7 +91,7 @@ class Collector:
         layer_of_slot, is_input = [0] * len(partition.parts), [False] * len(partition.parts)
         for part, slot in zip(partition.parts, bank.slots, strict=True):
             number = partition.blocks[part.block].layer_number
-            entries[number].append(Entry(part, slot, bank.sum_of(slot)))
+            entries[number].append(Entry(part, slot, bank.sum_of(slot), partition.blocks[part.block].group))
             layer_of_slot[slot], is_input[slot] = number, part.is_input
         self._shared = _shared(layers, entries)
         self.statistics = [

@@ -35,8 +35,8 @@ def pi_split(
     pi = ((trace_a / size_a) / (trace_g / size_g)).sqrt()
     usable = torch.isfinite(pi) & (pi > 0)
     pi = torch.where(usable, pi, torch.ones_like(pi))
-    root = torch.as_tensor(damping, dtype=pi.dtype, device=pi.device).sqrt()
+    root = damping**0.5  # a number goes into the operations as it is: a tensor of it would be copied to the device, with a wait
     a, g = root * pi, root / pi
     if constant is not None:
-        a, g = torch.where(constant, 0.0, a), torch.where(constant, root**2, g)
+        a, g = torch.where(constant, 0.0, a), torch.where(constant, damping, g)
     return SplitDamping(a=a, g=g, pi=pi)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +18,8 @@ from .curvature import Curvature
 from .fisher_pass import FisherPass
 from .functional import attach_functional
 from .gradients import add_updates, assemble
-from .kernels.addresses import device_table
+from .inverse import InverseStack
+from .kernels import addresses
 from .partition import Partition
 from .settings import Settings
 from .statistics import Gate, Statistics
@@ -52,7 +53,8 @@ class Engine:
         self._asleep = frozen_weights(model, parameters)
         require_backend(settings.backend, self.layers)
         self.partition = Partition(self.layers, settings.max_factor_size, settings.oversize)
-        home = self.layers[0].weight.device
+        self._devices = [layer.weight.device for layer in self.layers]
+        home = self._devices[0]
         # The host may look at what a CPU computed; for a GPU it would have to wait.
         self.host_looks = home.type == "cpu" and settings.backend != "triton"
         self.curvature = Curvature(self.partition, settings, self.host_looks)
@@ -106,7 +108,7 @@ class Engine:
 
     def change(self, **settings: Any) -> None:
         """Changes settings between steps; checked as in the constructor."""
-        self.settings = dataclasses.replace(self.settings, **settings)
+        self.settings = self.settings.changed(**settings)
         self.gate.scaler = self.settings.scaler
         self._open_gate()
 
@@ -144,6 +146,7 @@ class Engine:
             RuntimeError: if the engine is closed.
         """
         self.require_open()
+        self._require_recordable()
         refuse_sharded(self.layers)  # they may have been since construction
         settings = self.settings
         if settings.is_due("statistics_every", self.steps):
@@ -171,6 +174,10 @@ class Engine:
         if self.gate.empirical or self.gate.saw_loss:
             self.collector.forget()
 
+    def has_moved(self) -> bool:
+        """Whether weights are on another device than when layers were chosen."""
+        return any(x.weight.device != device for x, device in zip(self.layers, self._devices, strict=True))
+
     def has_woken(self) -> bool:
         """Whether a weight that was frozen when layers were chosen is trained now."""
         return any(weight.requires_grad for weight in self._asleep)
@@ -184,10 +191,33 @@ class Engine:
         if self.closed:
             raise RuntimeError("this K-FAC optimizer is closed, and its hooks are gone: make a new one to go on training")
 
+    def _require_recordable(self) -> None:
+        """Refuses to be recorded in a CUDA graph where the host decides something in a step; does nothing outside of one.
+
+        Raises:
+            ValueError: if a setting is not the same for all steps, or makes the host wait.
+            RuntimeError: if steps have to be taken outside of a graph first.
+        """
+        if not addresses.is_recording():
+            return
+        self.settings.require_constant()
+        methods = {x.method for x in self.curvature.inverses if isinstance(x, InverseStack)}
+        if not methods <= {"factored", "newton_schulz"}:
+            raise ValueError(f"a CUDA graph records matrix products alone: inverse must be 'factored', but is {min(methods)!r}")
+        if self.host_looks or self.settings.backend == "torch" or any(s.sums.dtype != torch.float32 for s in self.bank.stacks):
+            raise ValueError("a CUDA graph records Triton kernels alone: a GPU, float32 factors and backend='auto' are needed")
+        if self.gate.is_unrecorded:
+            raise RuntimeError("a CUDA graph records this step, but not its backward pass: record forward, backward and step")
+        new = [repr(self.layers[i].name) for i in sorted(self.without_statistics) if self.layers[i].weight.grad is not None]
+        if new or self.has_newcomers or self.has_woken():
+            what = f"layers {', '.join(new)} have no statistics yet" if new else "inverses are still to be made, with a wait"
+            raise RuntimeError(f"a CUDA graph cannot record this step, because {what}: take a step outside of it first")
+
     def _open_gate(self) -> None:
         """Opens the gate for the next step, if it takes statistics."""
         self.gate.open = self.settings.is_due("statistics_every", self.steps)
-        self.gate.fraction, self.gate.most_rows = self.settings.stats_fraction, self.settings.max_stats_tokens
+        self.gate.stride = math.ceil(1 / self.settings.stats_fraction - 1e-9)
+        self.gate.most_rows = self.settings.max_stats_tokens
         self.gate.step = self.steps
 
     def _update_factors(self) -> None:
@@ -198,7 +228,7 @@ class Engine:
         self.curvature.blend_moments(outcome, self.settings.ema_decay)
         self.dropped_statistics += outcome.fresh & ~outcome.accept
         may_have_news = self.host_looks or any(known[i] for i in self.without_statistics) or not any(known)
-        if self.without_statistics and may_have_news:
+        if self.without_statistics and may_have_news and not addresses.is_recording():
             self._notice_missing(outcome.accept.tolist(), outcome.fresh.tolist())
         self.is_stale = True
 
@@ -311,6 +341,7 @@ def _detach(handles: list[Any], gate: Gate) -> None:
 def _vector(rates: list[float | Tensor], like: Tensor) -> Tensor:
     """Learning rates as a vector; numbers go to the device without a wait, tensors are not read."""
     if any(isinstance(rate, Tensor) for rate in rates):
-        return torch.stack([torch.as_tensor(rate).to(like).reshape(()) for rate in rates])
+        numbers = [rate if isinstance(rate, Tensor) else like.new_full((), rate) for rate in rates]
+        return torch.stack([number.to(like, non_blocking=True).reshape(()) for number in numbers])
     values = tuple((float(rate),) for rate in rates)
-    return device_table(values, like.device, like.dtype).flatten()
+    return addresses.device_table(values, like.device, like.dtype).flatten()

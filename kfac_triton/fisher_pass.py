@@ -45,7 +45,7 @@ class FisherPass:
             gate.listening, gate.saw_loss = True, False
             gate.terms = terms
             gate.weight.fill_(1.0)
-            gate.compiled_terms.copy_(torch.as_tensor(terms))
+            gate.compiled_terms.copy_(terms) if isinstance(terms, Tensor) else gate.compiled_terms.fill_(terms)
             for vector in self._vectors(outputs, targets):
                 torch.autograd.grad(outputs, [gate.probe], vector * scale, retain_graph=True, allow_unused=True)
                 if self._kind == "ggn":  # all columns together make one set of terms

@@ -160,11 +160,8 @@ class KFAC(EngineFace, Optimizer):
             lr = 1.0  # of the groups, where schedulers expect a number; it does not matter
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
-        if params is None:
-            params = [p for p in model.parameters() if p.requires_grad]
+        params = [p for p in model.parameters() if p.requires_grad] if params is None else params
         defaults = {"lr": lr, **{name: arguments[name] for name in OPTIONS}}
-        if capturable:
-            settings.require_constant()
         self._betas = betas
         super().__init__(params, defaults)
         if tail == "sgd":  # OneCycleLR and CyclicLR leave momentum alone where betas are among the defaults
@@ -172,9 +169,8 @@ class KFAC(EngineFace, Optimizer):
         self._model = model
         self.engine = Engine(model, settings, self._parameters())
         self._dropped = torch.zeros((), dtype=torch.long, device=self.engine.bank.home)
-        self._auto: AutoStep | None = None
-        if is_auto:
-            self._auto = AutoStep(model, self.engine, self._parameters(), self._decays(), damping_every, damping_range)
+        auto = {"damping_every": damping_every, "damping_range": damping_range, "states": []}
+        self._auto: AutoStep | None = self._auto_from(auto) if is_auto else None
         checkpoint.announce(self, self.engine, is_auto)
 
     @property
@@ -200,9 +196,17 @@ class KFAC(EngineFace, Optimizer):
         if "engine" in self.__dict__:  # not while the base class builds its first groups
             self._cover_anew()
 
+    def _keep_up(self) -> None:
+        """Follows parameters that others have taken the place of, or that have moved to another device."""
+        self._known = checkpoint.follow_swaps(self, self._known)
+        if self.engine.has_moved() and not self.engine.closed:
+            checkpoint.follow_moves(self)
+            self._cover_anew()
+
     def _cover_anew(self) -> None:
         """Finds the layers again; those that were covered before keep what is known of them."""
         self.engine = rebuilt(self._model, self.engine, self._parameters())
+        self._dropped = self._dropped.to(self.engine.bank.home)
         if self._auto is not None:
             self._auto = self._auto_from(self._auto.arguments())
         checkpoint.announce(self, self.engine, self.is_auto)
@@ -215,6 +219,7 @@ class KFAC(EngineFace, Optimizer):
         """As any optimizer's; statistics that belong to these gradients (of a skipped step, say) are thrown away with them."""
         super().zero_grad(set_to_none)
         self.engine.forget_with_gradients()
+        self._keep_up()
         if self.engine.has_woken():
             self._cover_anew()
 
@@ -240,6 +245,7 @@ class KFAC(EngineFace, Optimizer):
             RuntimeError: if the optimizer is closed, or a gradient is sparse; nothing is changed then.
             TypeError, ValueError: if lr is "auto" and there is no closure, or one that does not return (outputs, targets).
         """
+        self._keep_up()
         if self._auto is not None:
             if closure is None:
                 raise TypeError(
@@ -252,8 +258,8 @@ class KFAC(EngineFace, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._known = checkpoint.follow_swaps(self, self._known)
         tail.refuse_gradients(self._parameters())
+        tail.require_recordable(self.param_groups, self.state)
         learning_rates = {p: group["lr"] for group in self.param_groups for p in group["params"]}
         with transaction(self.engine):
             updates = self.engine.precondition(lambda p: learning_rates.get(p, 0.0))
@@ -284,7 +290,7 @@ class KFAC(EngineFace, Optimizer):
                 same ones from the factors: inverse_every above 1, warm inverses, eigenbases. Without them the checkpoint has
                 half the size, and a resumed run has fresher inverses than the uninterrupted one.
         """
-        self._known = checkpoint.follow_swaps(self, self._known)
+        self._keep_up()
         checkpoint.announce(self, self.engine, self.is_auto)
         extra = self._auto.export() if self._auto is not None else []
         return checkpoint.with_layers(super().state_dict(), self, extra, include_factors, include_inverses)
@@ -295,6 +301,7 @@ class KFAC(EngineFace, Optimizer):
         Raises:
             ValueError: if the state does not fit, a newer version wrote it, or a factor is not finite; nothing is changed then.
         """
+        self._keep_up()
         plain, by_parameter, extra = checkpoint.without_layers(state_dict)
         layers = checkpoint.by_layer(self, by_parameter)
         checkpoint.check_tail(self, plain)
@@ -336,11 +343,10 @@ class KFAC(EngineFace, Optimizer):
                 own.update({k: v for k, v in tail.initial_state(parameter, group).items() if k not in own})
         self._known = self._parameters()
         if "model" in state:
-            self._model, self._dropped, self._auto = state["model"], state["dropped"], None
+            self._model, self._dropped = state["model"], state["dropped"]
             self.engine = Engine(self._model, state["settings"], self._parameters())
             restore_layers(self.engine, state["layers"])
-            if state["auto"] is not None:
-                self._auto = self._auto_from(state["auto"])
+            self._auto = self._auto_from(state["auto"]) if state["auto"] is not None else None
             if state["closed"]:
                 self.close()
         checkpoint.announce(self, self.engine, self.is_auto)

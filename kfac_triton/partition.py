@@ -107,9 +107,12 @@ class Partition:
         """Numbers of a layer's blocks."""
         return [i for i, block in enumerate(self.blocks) if block.layer_number == layer_number]
 
-    def sources(self, part: Part, rows: Rows) -> tuple[Tensor, tuple[int, ...]]:
-        """A part's columns of what a backward pass left, and how to read rows from them."""
-        group = self.blocks[part.block].group
+    def sources(self, part: Part, rows: Rows, group: int | None = None) -> tuple[Tensor, tuple[int, ...]]:
+        """A part's columns of what a backward pass left, and how to read rows from them.
+
+        Told its block's channel group, torch.compile does not make a graph of its own for each block's number.
+        """
+        group = self.blocks[part.block].group if group is None else group
         if part.is_input:
             return part.cut(rows.inputs[group]), rows.input_window
         source = rows.gradients[group]

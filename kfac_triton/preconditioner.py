@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import validation
 from .checkpoint import FORMAT, require_readable
-from .engine import Engine
+from .engine import EAGER, Engine
 from .face import EngineFace
 from .settings import Settings
 from .state import check_layers, export_layers, rebuilt, restore_layers
@@ -53,6 +53,7 @@ class KFACPreconditioner(EngineFace):
         # Weakly: the optimizer holds the preconditioner, by its hook, and both should go when the optimizer does.
         self._attached: list[tuple[weakref.ref[Optimizer], RemovableHandle]] = []
 
+    @torch.compiler.disable(reason=EAGER)
     def precondition_(self) -> None:
         """Overwrites the gradients of covered layers, in place, with the KL-clipped preconditioned ones.
 
@@ -62,12 +63,18 @@ class KFACPreconditioner(EngineFace):
         rates: dict[nn.Parameter, float | Tensor] = {
             p: group["lr"] for optimizer in self._optimizers() for group in optimizer.param_groups for p in group["params"]
         }
+        if self.engine.has_moved():
+            self._cover_anew()
         with transaction(self.engine):
             for parameter, update in self.engine.precondition(lambda p: rates.get(p, self.lr)).items():
                 assert parameter.grad is not None
                 parameter.grad.zero_() if update is None else parameter.grad.copy_(update)
         if self.engine.has_woken():
-            self.engine = rebuilt(self._model, self.engine, None)
+            self._cover_anew()
+
+    def _cover_anew(self) -> None:
+        """Finds the layers again, where they are now; those that were covered before keep what is known of them."""
+        self.engine = rebuilt(self._model, self.engine, None)
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Preconditions at the start of every step of the optimizer, from now on.
@@ -136,6 +143,7 @@ class KFACPreconditioner(EngineFace):
         """Those attached that are still there."""
         return [optimizer for reference, _ in self._attached if (optimizer := reference()) is not None]
 
+    @torch.compiler.disable(reason=EAGER)
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

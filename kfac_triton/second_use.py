@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .kernels.addresses import device_table
 from .layers.tied import TiedLayer
 from .partition import Partition
 from .statistics import Entry, Gate, Shared, Statistics
@@ -55,9 +56,10 @@ class SecondUse:
             summed: whether the sums of the first use are of this step; if not they are stale, and not read.
         """
         own = self.statistics
-        eager = torch.tensor(own.eager_counts, dtype=counts.dtype, device=counts.device)
+        eager = device_table(tuple((float(x),) for x in own.eager_counts), counts.device, counts.dtype).flatten()
         counts_e = own.device_counts[:3].to(counts) + eager
-        came = torch.tensor(own.summed, device=counts.device) | (own.device_counts[3] > 0).to(counts.device)
+        was_summed = device_table(((int(own.summed),),), counts.device).flatten()[0] > 0
+        came = was_summed | (own.device_counts[3] > 0).to(counts.device)
         home = counts.device
         sums = [
             (

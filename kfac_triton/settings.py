@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +21,20 @@ WEIGHT_SHARING = ("expand", "reduce")
 CURVATURES = ("kfac", "ekfac")
 FACTOR_DTYPES = ("float32", "bfloat16")
 NORMS = ("diagonal", "full", "skip")
+
+# What an engine reads anew in every step; it is built for the others.
+CHANGEABLE = (
+    "damping",
+    "kl_clip",
+    "ema_decay",
+    "statistics_every",
+    "inverse_every",
+    "warmup",
+    "loss_reduction",
+    "loss_scale",
+    "stats_fraction",
+    "max_stats_tokens",
+)
 
 Schedule = float | Callable[[int], float]
 
@@ -60,6 +74,7 @@ class Settings:
     skip: Any = ()
     include: Any = "*"
     split: dict[str, int] | None = None
+    capturable: bool = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -101,6 +116,10 @@ class Settings:
         if self.split is not None:
             _check_split(self.split)
         validation.choice("backend", self.backend, BACKENDS)
+        if not isinstance(self.capturable, bool):
+            raise TypeError(f"capturable must be True or False, but is {self.capturable!r}")
+        if self.capturable:
+            self.require_constant()
         if not callable(self.loss_scale) and not isinstance(self.loss_scale, GradScaler):
             validation.real("loss_scale", self.loss_scale, open_low=True)
 
@@ -118,6 +137,19 @@ class Settings:
         value = getattr(self, name)
         interval = validation.whole(name, value(step) if callable(value) else value)
         return 1 if step < self.warmup else interval
+
+    def changed(self, **settings: Any) -> Settings:
+        """These with some others.
+
+        Raises:
+            TypeError: if a name is unknown, or a setting is fixed at construction.
+        """
+        for name in settings:
+            if name not in CHANGEABLE:
+                known = name in Settings.__dataclass_fields__
+                what = "is fixed at construction: make a new optimizer, and load the state_dict" if known else "is no setting"
+                raise TypeError(f"{name} {what}; what can be changed is {', '.join(CHANGEABLE)}")
+        return replace(self, **settings)
 
     def require_constant(self) -> None:
         """Refuses what a recorded step cannot do: it is the same each time.

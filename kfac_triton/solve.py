@@ -12,11 +12,14 @@ from .eigen import EigenStack
 from .factors import SideGroup, TileGroup
 from .inverse import InverseStack
 from .kernels import ops
+from .kernels.addresses import device_table
 
 
 def _select(stack: Tensor, side: SideGroup) -> Tensor:
     """A group's part of a stack: a view where its factors are contiguous."""
-    return stack[side.run] if side.run is not None else stack[list(side.places)]
+    if side.run is not None:
+        return stack[side.run]
+    return stack[device_table(tuple((place,) for place in side.places), stack.device).flatten()]
 
 
 def _vectors(store: DiagonalStore, side: SideGroup, name: str) -> Tensor:

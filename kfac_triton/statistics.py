@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .diagonal import squared_rows
-from .kernels import ops
+from .kernels import addresses, ops
 from .layers import Layer, Rows
 from .moments import Moments
 from .partition import Part, Partition
@@ -26,12 +25,13 @@ class Gate:
         weight: what a compiled pass, which cannot ask `listening`, multiplies its statistics by: 0 or 1.
         compiled_terms: `terms` for compiled passes.
         probe: requires a gradient and gets none: asking for it runs a backward pass through all taps, and past all weights.
-        fraction: part of the rows that statistics are taken of.
+        stride: one row in so many is taken, at most. (A fraction would be a number that torch.compile cannot trace as dynamic.)
         most_rows: most rows that a pass takes of a layer.
         step: shifts the rows that are taken.
         scaler: the `torch.amp.GradScaler` that scales the loss, if one does.
         scale: its scale as it was when the first statistics of the step were taken.
         saw_loss: whether the loss was sent backward since the last Fisher pass.
+        is_unrecorded: whether an eager backward pass of this step was outside of a CUDA graph.
     """
 
     def __init__(self, device: torch.device | None = None, empirical: bool = True) -> None:
@@ -43,15 +43,16 @@ class Gate:
         self.weight = torch.full((), float(empirical), device=device)
         self.compiled_terms = torch.zeros((), device=device)
         self.probe = torch.zeros((), device=device, requires_grad=True)
-        self.fraction = 1.0
+        self.stride = 1
         self.most_rows: int | None = None
         self.step = 0
         self.scaler: Any = None
         self.scale: Tensor | None = None
-        self.saw_loss = False
+        self.saw_loss = self.is_unrecorded = False
 
     def notice(self) -> None:
         """Takes note of an eager backward pass."""
+        self.is_unrecorded |= not addresses.is_recording()
         self.saw_loss |= self.empirical or not self.listening
         if self.scaler is not None and self.scale is None:
             scale = self.scaler._get_scale_async()
@@ -59,12 +60,11 @@ class Gate:
 
     def forget(self) -> None:
         """The step is over, or its gradients were thrown away."""
-        self.scale, self.saw_loss = None, False
+        self.scale, self.saw_loss, self.is_unrecorded = None, False, False
 
     def every(self, rows: int) -> int:
         """One row in how many is taken."""
-        most = rows if self.most_rows is None else self.most_rows
-        return max(math.ceil(1 / self.fraction - 1e-9), -(-rows // most) if most else 1)
+        return self.stride if not self.most_rows else max(self.stride, -(-rows // self.most_rows))
 
 
 class Shared(NamedTuple):
@@ -81,11 +81,12 @@ class Shared(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A factor of the layer, and where its passes are summed."""
+    """A factor of the layer, where its passes are summed, and the channel group that it is of."""
 
     part: Part
     slot: int
     total: Tensor
+    group: int = 0
 
 
 class Statistics:
@@ -116,6 +117,7 @@ class Statistics:
         moments: Moments | None = None,
     ) -> None:
         self.layer = layer
+        self.device = layer.weight.device  # a model that moves leaves no statistics until it has an engine there
         self.gate = gate
         self.dense = sorted((e for e in entries if not e.part.diagonal), key=lambda e: not e.part.is_input)
         self.diagonal = sorted((e for e in entries if e.part.diagonal), key=lambda e: not e.part.is_input)
@@ -201,7 +203,7 @@ class Statistics:
 
     def read(self, entries: list[Entry], rows: Rows) -> tuple[list[Tensor], list[int], list[bool]]:
         """(sources, windows, ones column) of some dense factors, as `kernels.ops.covariance_ema` takes them."""
-        found = [self._partition.sources(e.part, rows) for e in entries]
+        found = [self._partition.sources(e.part, rows, e.group) for e in entries]
         return [x for x, _ in found], [i for _, window in found for i in window], [e.part.ones for e in entries]
 
     def _sum(self, rows: Rows, with_inputs: bool, weight: Tensor | None = None) -> None:
@@ -217,15 +219,16 @@ class Statistics:
             self._beta[places].fill_(1.0)
         for number, entry in enumerate(self.diagonal, len(self.dense)):
             if with_inputs or not entry.part.is_input:
-                added = self._squares(entry.part, rows, entry.total) * alpha[number]
+                added = self._squares(entry, rows) * alpha[number]
                 # The old sum is not read where it does not count: it may hold a NaN.
                 entry.total.copy_(torch.where(self._beta[number] > 0, entry.total + added, added))
                 self._beta[number].fill_(1.0)
 
-    def _squares(self, part: Part, rows: Rows, total: Tensor) -> Tensor:
+    def _squares(self, entry: Entry, rows: Rows) -> Tensor:
+        part, total = entry.part, entry.total
         if part.is_input and self.layer.constant_input:
             return torch.full_like(total, rows.input_count)
-        source, window = self._partition.sources(part, rows)
+        source, window = self._partition.sources(entry.part, rows, entry.group)
         squares = squared_rows(source, window, part.size - part.ones, total.dtype)
         if not part.ones:
             return squares

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim.sgd import sgd
 
 from . import validation
 from .capture import local
+from .kernels import addresses
 
 TAILS = ("sgd", "adamw")
 OPTIONS = ("momentum", "nesterov", "weight_decay", "tail", "betas", "eps", "foreach", "maximize", "capturable")  # of a group
@@ -42,6 +44,10 @@ def validate_group(group: dict[str, Any]) -> None:
             raise TypeError(f"{name} must be True or False, but is {group[name]!r}")
     if group["foreach"] not in (None, True, False):
         raise TypeError(f"foreach must be True, False or None, but is {group['foreach']!r}")
+    if group["foreach"] and group["tail"] == "adamw" and isinstance(group["lr"], Tensor) and not group["capturable"]:
+        raise ValueError(
+            "foreach is True and lr a tensor, which the adamw tail takes with capturable=True only; or leave foreach out"
+        )
     if group.get("fused"):
         raise RuntimeError("KFAC has no fused tail: leave fused out, foreach takes many parameters at once")
     betas = group["betas"]
@@ -96,6 +102,27 @@ def drop_bad_gradients(
     return torch.stack([~is_finite.to(finite[0].device) for is_finite in finite]).sum()
 
 
+def require_recordable(groups: list[dict[str, Any]], states: dict[Any, dict[str, Any]]) -> None:
+    """Refuses to be recorded in a CUDA graph with what would be the same at every replay; does nothing outside of one.
+
+    Raises:
+        RuntimeError: if a group is not capturable, or its rate or counters are on the host.
+    """
+    if not addresses.is_recording():
+        return
+    for number, group in enumerate(groups):
+        if not group["capturable"]:
+            raise RuntimeError(f"a CUDA graph records this step, but group {number} has capturable=False: make KFAC with True")
+        devices = {p.device for p in group["params"]}
+        values = [("lr", group["lr"]), *(("a step counter", states[p]["step"]) for p in group["params"])]
+        for name, value in values:
+            if devices and isinstance(value, Tensor) and value.device not in devices:
+                raise RuntimeError(
+                    f"a CUDA graph records this step, but {name} of group {number} is a tensor on {value.device}, whose number "
+                    "every replay would repeat: move it to the parameters' device"
+                )
+
+
 Work = tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]
 
 
@@ -103,8 +130,8 @@ def prepare(group: dict[str, Any], updates: dict[nn.Parameter, Tensor | None], s
     """Parameters of a group that move, with what they move along and their states."""
     pairs = [(p, updates.get(p, p.grad)) for p in group["params"] if p.grad is not None]
     moving = [(p, along.to(p.dtype)) for p, along in pairs if along is not None]
-    if group["tail"] == "adamw":
-        # Adam asks for this much memory when it has changed its moments already: freed again, it is in the allocator's cache.
+    if group["tail"] == "adamw" or group["capturable"]:
+        # They ask for this much memory when they have changed their state already: freed again, it is in the allocator's cache.
         reserve = [torch.empty_like(p) for p, _ in moving if p.is_cuda]
         del reserve
     return [p for p, _ in moving], [along for _, along in moving], [states[p] for p, _ in moving]
@@ -121,6 +148,10 @@ def apply(group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], 
     """
     if not params:
         return
+    if group["capturable"]:
+        for i in _alike(params, group["foreach"] is not False):
+            _apply_on_device(group, [params[k] for k in i], [gradients[k] for k in i], [states[k] for k in i])
+        return
     lr, decay = group["lr"], group["weight_decay"]
     if group["tail"] == "adamw":
         adamw(
@@ -131,7 +162,7 @@ def apply(group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], 
             [],
             [s["step"] for s in states],
             foreach=group["foreach"],
-            capturable=group["capturable"],
+            capturable=False,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -141,6 +172,8 @@ def apply(group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], 
             maximize=group["maximize"],
         )
         return
+    if isinstance(lr, Tensor):
+        lr = lr.item()  # as PyTorch's SGD does, but once
     if decay:
         torch._foreach_mul_(params, 1 - lr * decay)
     torch._foreach_add_([s["step"] for s in states], 1.0)
@@ -157,3 +190,70 @@ def apply(group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], 
         nesterov=group["nesterov"],
         maximize=group["maximize"],
     )
+
+
+def _alike(params: list[Tensor], together: bool) -> list[list[int]]:
+    """Places of the parameters that one operation takes: those of one device and type, or each alone."""
+    kinds: dict[Any, list[int]] = {}
+    for i, p in enumerate(params):
+        kinds.setdefault((p.device, p.dtype) if together else i, []).append(i)
+    return list(kinds.values())
+
+
+def _apply_on_device(
+    group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
+) -> None:
+    """`apply` without a word from the device: PyTorch's SGD reads a rate in a tensor, and its Adam wants a GPU for this."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.to(params[0].device, torch.float64, non_blocking=True).reshape(())
+    if group["maximize"]:
+        gradients = list(torch._foreach_neg(gradients))
+    torch._foreach_add_([s["step"] for s in states], 1.0)
+    if group["weight_decay"]:
+        torch._foreach_mul_(params, _factor(1 - lr * group["weight_decay"], params))
+    rule = _adamw_on_device if group["tail"] == "adamw" else _sgd_on_device
+    rule(group, lr, params, gradients, states)
+
+
+def _sgd_on_device(
+    group: dict[str, Any], lr: float | Tensor, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
+) -> None:
+    along, momentum = gradients, group["momentum"]
+    if momentum:
+        along = [s["momentum_buffer"] for s in states]
+        torch._foreach_mul_(along, momentum)
+        torch._foreach_add_(along, gradients)
+    if group["nesterov"]:
+        along = list(torch._foreach_add(gradients, along, alpha=momentum))
+    torch._foreach_add_(params, torch._foreach_mul(along, _factor(-lr, along)))
+
+
+def _adamw_on_device(
+    group: dict[str, Any], lr: float | Tensor, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
+) -> None:
+    beta1, beta2 = group["betas"]
+    if params[0].is_complex():
+        params, gradients = ([torch.view_as_real(x) for x in xs] for xs in (params, gradients))
+    moments = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq"))
+    means, squares = ([torch.view_as_real(x) if x.is_complex() else x for x in xs] for xs in moments)
+    # One minus a power near one, with the digits that a number on the host would have.
+    steps = torch.stack([s["step"] for s in states]).to(params[0].device, torch.float64)
+    rates, roots = -lr / (1 - beta1**steps), (1 - beta2**steps).sqrt()
+    torch._foreach_lerp_(means, gradients, 1 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
+    divisors = torch._foreach_sqrt(squares)
+    torch._foreach_div_(divisors, roots.unbind())
+    torch._foreach_add_(divisors, group["eps"])
+    torch._foreach_div_(divisors, rates.unbind())
+    torch._foreach_addcdiv_(params, means, divisors)
+
+
+def _factor(number: float | Tensor, tensors: Sequence[Tensor]) -> Any:
+    """What multiplies all tensors by a number, or by a tensor of one element."""
+    if not isinstance(number, Tensor):
+        return number
+    if tensors[0].dtype in (torch.float32, torch.float64):
+        return number.to(tensors[0].dtype)
+    return [number] * len(tensors)  # in 16 bits the number itself would have too few digits
