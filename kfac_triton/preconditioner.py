@@ -107,6 +107,8 @@ class KFACPreconditioner(EngineFace):
         Raises:
             ValueError: if a newer version wrote it, it does not fit, or it is not finite; nothing is changed then.
         """
+        if missing := {"kfac_format", "kfac_steps", "layers"} - state_dict.keys():
+            raise ValueError(f"state_dict must be what a KFACPreconditioner's gave, but has no {', '.join(sorted(missing))}")
         require_readable(int(state_dict["kfac_format"]))
         check_layers(self.engine, state_dict["layers"])
         self.engine.restore_step(int(state_dict["kfac_steps"]))

@@ -59,17 +59,23 @@ def check_layers(engine: Engine, states: dict[str, LayerState]) -> None:
     """Whether `restore_layers` could use them.
 
     Raises:
-        ValueError: if a factor has the wrong shape, or one of them or of what is kept beside it is not finite.
+        ValueError: if something is missing, a factor has the wrong shape, or it or what is kept beside it is not finite.
     """
     for number, layer in enumerate(engine.layers):
-        state = states.get(layer.name, {})
-        for key, side in zip(FACTORS, _sides(engine, number), strict=True):
-            expected = _shape(engine, side)
-            if key in state and tuple(state[key].shape) != expected:
+        if layer.name not in states:
+            continue
+        state = states[layer.name]
+        sides = _sides(engine, number)
+        shapes = dict(zip(FACTORS, (_shape(engine, side) for side in sides), strict=True))
+        for key, expected in {**shapes, UPDATES: (len(sides[0]), 2), STEPS: ()}.items():
+            if key not in state:
+                raise ValueError(f"state_dict has no {key} of layer {layer.name!r}; load another checkpoint")
+            if tuple(state[key].shape) != expected:
                 raise ValueError(f"{key} of layer {layer.name!r} must have shape {expected}, but has {tuple(state[key].shape)}")
         for key, value in state.items():
             # A residual is infinite where there is no inverse, which is then zero.
-            if key != CERTIFICATES and not bool(torch.isfinite(value).all()):
+            bad = torch.isnan(value) if key == CERTIFICATES else ~torch.isfinite(value)
+            if bool(bad.any()):
                 raise ValueError(f"{key} of layer {layer.name!r} has values that are not finite; load another checkpoint")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import SETTINGS, net, same_factors, train, vector
+from runs import SETTINGS, backward, net, same_factors, train, vector
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
@@ -221,3 +221,22 @@ def test_through_a_distributed_checkpoint(name: str, flat: bool, tmp_path: Path)
     train(resumed, other, range(4, 8))
     assert torch.equal(vector(resumed), vector(model))
     assert same_factors(optimizer, other)
+
+
+@pytest.mark.parametrize("key", ["kfac_updates", "kfac_steps", "kfac_G"])
+def test_a_checkpoint_that_lacks_something_is_refused_and_changes_nothing(key: str) -> None:
+    model = net()
+    preconditioner = KFACPreconditioner(model, inverse_every=2)
+    backward(model, 0)
+    preconditioner.precondition_()
+    before, saved = preconditioner.factors(), KFACPreconditioner(net(), inverse_every=2).state_dict()
+    del saved["layers"]["head"][key]
+    with pytest.raises(ValueError, match=f"has no {key} of layer 'head'"):
+        preconditioner.load_state_dict(saved)
+    with pytest.raises(ValueError, match="has no kfac_format, kfac_steps, layers"):
+        preconditioner.load_state_dict(torch.optim.SGD(model.parameters()).state_dict())
+    saved = preconditioner.state_dict()
+    saved["layers"]["head"]["kfac_certificates"][0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="kfac_certificates of layer 'head' has values that are not finite"):
+        preconditioner.load_state_dict(saved)
+    assert all(torch.equal(x, y) for k, pair in preconditioner.factors().items() for x, y in zip(pair, before[k], strict=True))
