@@ -113,8 +113,17 @@ class AutoStep:
         other.restore(states + [{}] * (len(parameters) - len(states)))
         return other
 
-    def step(self, closure: Callable[[], Any], weight_decay: Sequence[float]) -> Tensor:
-        """One step, with these L2 penalties; returns the loss before it."""
+    def step(self, closure: Callable[[], Any] | None, weight_decay: Sequence[float]) -> Tensor:
+        """One step, with these L2 penalties; returns the loss before it.
+
+        Raises:
+            TypeError: if there is no closure.
+        """
+        if closure is None:
+            raise TypeError(
+                "lr is 'auto', so step needs a closure that runs the model and returns (outputs, targets): "
+                "optimizer.step(lambda: (model(inputs), targets))"
+            )
         self._engine.require_open()
         self.controller.weight_decay = list(weight_decay)
         try:

@@ -175,12 +175,12 @@ class Engine:
             self.collector.forget()
 
     def has_moved(self) -> bool:
-        """Whether weights are on another device than when layers were chosen."""
-        return any(x.weight.device != device for x, device in zip(self.layers, self._devices, strict=True))
+        """Whether weights are on another device than when layers were chosen; of no matter once it is closed."""
+        return not self.closed and any(x.weight.device != device for x, device in zip(self.layers, self._devices, strict=True))
 
     def has_woken(self) -> bool:
-        """Whether a weight that was frozen when layers were chosen is trained now."""
-        return any(weight.requires_grad for weight in self._asleep)
+        """Whether a weight that was frozen when layers were chosen is trained now; of no matter once it is closed."""
+        return not self.closed and any(weight.requires_grad for weight in self._asleep)
 
     def require_open(self) -> None:
         """Refuses to go on with hooks that are gone.

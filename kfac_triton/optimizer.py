@@ -199,7 +199,7 @@ class KFAC(EngineFace, Optimizer):
     def _keep_up(self) -> None:
         """Follows parameters that others have taken the place of, or that have moved to another device."""
         self._known = checkpoint.follow_swaps(self, self._known)
-        if self.engine.has_moved() and not self.engine.closed:
+        if self.engine.has_moved():
             checkpoint.follow_moves(self)
             self._cover_anew()
 
@@ -247,13 +247,15 @@ class KFAC(EngineFace, Optimizer):
         """
         self._keep_up()
         if self._auto is not None:
-            if closure is None:
-                raise TypeError(
-                    "lr is 'auto', so step needs a closure that runs the model and returns (outputs, targets): "
-                    "optimizer.step(lambda: (model(inputs), targets))"
-                )
             with transaction(self.engine):
-                return self._auto.step(closure, self._decays())
+                loss = self._auto.step(closure, self._decays())
+        else:
+            loss = self._plain_step(closure)
+        if self.engine.has_woken():
+            self._cover_anew()
+        return loss
+
+    def _plain_step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -268,8 +270,6 @@ class KFAC(EngineFace, Optimizer):
             work = [tail.prepare(group, updates, self.state) for group in self.param_groups]
             for group, (params, gradients, states) in zip(self.param_groups, work, strict=True):
                 tail.apply(group, params, gradients, states)
-        if self.engine.has_woken():
-            self._cover_anew()
         return loss
 
     def diagnostics(self) -> dict[str, Any]:

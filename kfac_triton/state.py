@@ -115,9 +115,11 @@ def keys_of(engine: Engine) -> tuple[str, ...]:
 def rebuilt(model: nn.Module, engine: Engine, parameters: Iterable[nn.Parameter] | None) -> Engine:
     """An engine of the layers that the model has now, with what the old one, which is closed, knows of them.
 
-    A layer whose factors have another size now (its bias is trained, too) begins anew.
+    A layer whose factors have another size now (its bias is trained, too) begins anew. Of a closed one a closed one is made.
     """
     new = Engine(model, engine.settings, parameters)
+    if engine.closed:
+        new.close()
     states = export_layers(engine)
     engine.close()
     sizes = {layer.name: [_shape(new, side) for side in _sides(new, number)] for number, layer in enumerate(new.layers)}

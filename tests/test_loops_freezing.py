@@ -9,7 +9,8 @@ import pytest
 import runs
 import torch
 from contenders import batch, equal, factors, loss_of, net, train, vector
-from helpers import relative_error
+from helpers import mlp, relative_error
+from torch import nn
 
 from kfac_triton import KFAC, KFACPreconditioner
 
@@ -95,3 +96,29 @@ def test_a_layer_that_was_frozen_when_the_optimizer_was_made(at: str) -> None:
     x = torch.cat([batch(model, 3)[0], torch.ones(12, 1, dtype=torch.float64)], 1)
     assert relative_error(ours.factors()["0"][0], x.mT @ x / 12) <= 1e-12
     assert not torch.equal(vector(model[0]), start)
+
+
+@pytest.mark.parametrize("how", ["zero_grad", "add_param_group"])
+def test_a_closed_optimizer_stays_closed(how: str) -> None:
+    """Whatever trains or moves afterwards."""
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    optimizer = KFAC(model, [*model[0].parameters(), *model[2].parameters()])
+    optimizer.close()
+    model[0].weight.requires_grad_(True)
+    optimizer.zero_grad() if how == "zero_grad" else optimizer.add_param_group({"params": list(model[4].parameters())})
+    assert optimizer.engine.closed
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_frozen_layer_wakes_with_lr_auto() -> None:
+    model = mlp()
+    model[0].requires_grad_(False)
+    optimizer = KFAC(model, model.parameters(), lr="auto", loss=nn.CrossEntropyLoss(), damping=0.1)
+    x, y = torch.randn(12, 5, dtype=torch.float64), torch.arange(12) % 4
+    for thawed in (False, True):
+        model[0].requires_grad_(thawed)
+        for _ in range(2):
+            optimizer.step(lambda: (model(x), y))
+    layers = {name: layer["updates"] for name, layer in optimizer.diagnostics()["layers"].items()}
+    assert layers == {"0": 1, "2": 4, "4": 4}
