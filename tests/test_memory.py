@@ -78,8 +78,13 @@ def test_the_meter_agrees_with_the_allocator(make: Callable[[nn.Module], Optimiz
         step()
     found = meter.current, meter.peak
     optimizer.zero_grad()
-    with profile(profile_memory=True) as run:
-        step()
+    gc.collect()  # what tests before have left would be freed at any time
+    gc.disable()
+    try:
+        with profile(profile_memory=True) as run:
+            step()
+    finally:
+        gc.enable()
     assert run.profiler is not None
     events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
     current = peak = 0
