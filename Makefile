@@ -31,8 +31,18 @@ check: $(VENV)/.installed-test $(VENV)/.installed-demo  ## lint, format, types
 test: check  ## the checks, then every test that is not slow
 	$(BIN)/python -m pytest $(PYTEST)
 
-test-all: check $(VENV)/.installed-trainers  ## the checks, then every test
-	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST)
+# Trainers have an environment of their own: where torchvision is installed they import it, and the one that an oracle of the
+# other tests brings may be of another build than PyTorch.
+TRAINERS := tests/integrations "tests/test_docs.py::test_blocks_run[docs/trainers.md]"
+
+.venv-trainers/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-trainers
+	.venv-trainers/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[trainers]" pytest pytest-benchmark
+	@touch $@
+
+test-all: check .venv-trainers/.installed  ## the checks, then every test, those of the trainers in an environment of their own
+	.venv-trainers/bin/python -m pytest -m slow $(TRAINERS) $(PYTEST)
+	$(BIN)/python -m pytest -m "slow or not slow" --ignore tests/integrations --deselect "tests/test_docs.py::test_blocks_run[docs/trainers.md]" $(PYTEST)
 
 # The variable keeps mkdocs-material from printing an advertisement.
 docs: $(VENV)/.installed-docs  ## pages and API reference into build/site; a warning is an error, and no network is needed
@@ -62,4 +72,4 @@ $(CODEGEN): codegen-%: .venv-codegen-%/.installed
 codegen: $(CODEGEN)  ## compile every kernel for four GPUs under three Tritons and read the assembly (UPDATE=--update)
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) .venv-codegen-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks demo.png convergence.json race.png
+	rm -rf $(VENV) .venv-codegen-* .venv-trainers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks demo.png convergence.json race.png
