@@ -105,8 +105,6 @@ class KFAC(EngineFace, Optimizer):
         >>> optimizer.close()
     """
 
-    _known: Sequence[Tensor]  # the parameters that state belongs to
-
     def __init__(
         self,
         model: nn.Module,
@@ -192,7 +190,7 @@ class KFAC(EngineFace, Optimizer):
         group.setdefault("betas", self._betas)
         for parameter in group["params"]:
             self.state[parameter].update(tail.initial_state(parameter, group))
-        self._known = self._parameters()
+        self._known: Sequence[Tensor] = self._parameters()  # that state belongs to
         if "engine" in self.__dict__:  # not while the base class builds its first groups
             self._cover_anew()
 
