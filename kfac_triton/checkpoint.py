@@ -131,8 +131,10 @@ def follow_moves(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state[p]
-            moved = {key: x for key, x in state.items() if isinstance(x, Tensor) and x.dim() and x.device != p.device}
-            state.update({key: x.to(p.device) for key, x in moved.items()})
+            tensors = {key: x for key, x in state.items() if isinstance(x, Tensor)}
+            # A counter stays on the host, unless a recorded graph is to count on.
+            moving = {key: x for key, x in tensors.items() if x.dim() or group["capturable"]}
+            state.update({key: x.to(p.device) for key, x in moving.items()})
 
 
 def announce(optimizer: Optimizer, engine: Engine, is_auto: bool) -> None:
@@ -185,5 +187,5 @@ def check_tail(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
                     f"{key} of parameter {number} must have shape {tuple(parameter.shape)}, but has {tuple(value.shape)}; load "
                     "a checkpoint of the same model"
                 )
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{key} of parameter {number} has values that are not finite; load another checkpoint")

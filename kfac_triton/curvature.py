@@ -172,6 +172,9 @@ class Curvature:
         """EKFAC: those of a layer are of other factors now, and begin anew with the Kronecker eigenvalues."""
         if self.is_ekfac:
             self._moment_updates[self._layer_of_tile == layer_number] = 0
+            moments = self.moments[layer_number]
+            if moments is not None:
+                moments.ready = False  # the basis, too, until there is one of the factors
 
     def _turn_moments(self, old_bases: Sequence[tuple[Tensor, Tensor]]) -> None:
         """EKFAC: the moments in the new basis; the Kronecker eigenvalues where there are none yet."""

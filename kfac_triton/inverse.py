@@ -148,6 +148,7 @@ class InverseStack:
     def restart(self) -> None:
         """Makes the next refresh start from nothing and wait: the factors were written from outside."""
         self._is_cold = True
+        self.residual.fill_(torch.inf)
 
     def kept(self, index: int) -> Tensor:
         """What a checkpoint keeps of one matrix: its row of `values`, a view."""

@@ -20,13 +20,15 @@ def transaction(engine: Engine) -> Iterator[None]:
     them, nor to put them back.
     """
     host = {name: getattr(engine, name) for name in ("steps", "damping", "is_stale", "has_newcomers", "refreshes")}
-    missing, updates = set(engine.without_statistics), engine.bank.updates.clone()
+    missing, updates = set(engine.without_statistics), None
     engine.has_touched_inverses = False
     try:
+        updates = engine.bank.updates.clone()
         yield
     except BaseException:
         engine.bank.roll_back()
-        engine.bank.updates.copy_(updates)
+        if updates is not None:
+            engine.bank.updates.copy_(updates)
         engine.without_statistics = missing
         for name, value in host.items():
             setattr(engine, name, value)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import SETTINGS, hooks, net, same_factors, train, vector
+from runs import SETTINGS, backward, hooks, net, same_factors, train, vector
 from torch import nn
 
 from kfac_triton import KFAC, KFACPreconditioner
@@ -106,3 +106,100 @@ def test_copies_of_a_copied_model_keep_one_hook_a_layer() -> None:
         assert hooks(model) == count
         model = copy.deepcopy(model)
         del optimizer
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_preconditioner_keeps_its_own_rate_and_its_closing(way: str) -> None:
+    model = net()
+    preconditioner = KFACPreconditioner(model, lr=0.37)
+    twin, its = WAYS[way]((model, preconditioner))
+    for one, face in ((model, preconditioner), (twin, its)):
+        backward(one, 0)
+        face.precondition_()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert its.diagnostics()["kl_clip_scale"] == preconditioner.diagnostics()["kl_clip_scale"] < 1
+    preconditioner.close()
+    twin, its = WAYS[way]((model, preconditioner))
+    assert hooks(twin) == 0
+    with pytest.raises(RuntimeError, match="closed"):
+        its.precondition_()
+
+
+def test_lr_auto_keeps_its_intervals_and_bounds() -> None:
+    model = net(torch.float64)
+    bounds = {"damping_every": 2, "damping_range": (1e-3, 1e3)}
+    optimizer = KFAC(model, lr="auto", loss=nn.MSELoss(), damping=1.0, **bounds)
+    train(model, optimizer, range(2))
+    _twin, its = copy.deepcopy((model, optimizer))
+    for face in (optimizer, its):
+        controller = face._auto.controller
+        assert (controller.damping_every, controller.damping_floor, controller.damping_ceiling) == (2, 1e-3, 1e3)
+    state = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, range(2, 4))
+    assert all(
+        torch.equal(s["kfac_previous"], t["kfac_previous"])
+        for s, t in zip(state["state"].values(), its.state_dict()["state"].values(), strict=True)
+    )
+
+
+def test_two_on_one_model_leave_each_other_alone() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3))
+    first, second = KFACPreconditioner(model), KFACPreconditioner(model)
+    count = hooks(model)
+    backward(model, 0)
+    first.forget_statistics()
+    assert all(s.counts.min() > 0 for s in second.engine.statistics)
+    second.close()
+    assert 0 < hooks(model) < count
+    backward(model, 1)
+    assert all(s.counts.min() > 0 for s in first.engine.statistics)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_inert_hooks_go_with_all_that_was_noted_of_them(way: str) -> None:
+    """In another process their number may be another hook's, which would be called with keywords then."""
+    model = net()
+    optimizer = KFAC(model)
+    twin = WAYS[way](model)
+    optimizer.close()
+    its = KFAC(twin)
+    for module in twin.modules():
+        assert set(module._forward_hooks_with_kwargs) <= set(module._forward_hooks)
+        assert set(module._forward_pre_hooks_with_kwargs) <= set(module._forward_pre_hooks)
+    its.close()
+    assert not any(m._forward_hooks or m._forward_hooks_with_kwargs or m._forward_pre_hooks for m in twin.modules())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_lr_auto_before_its_first_step_has_no_step_before(way: str) -> None:
+    """What stands for it in a checkpoint is zero, and not a direction."""
+    model = net(torch.float64)
+    optimizer = KFAC(model, lr="auto", loss=nn.MSELoss(), damping=1.0)
+    _, its = WAYS[way]((model, optimizer))
+    its.load_state_dict(optimizer.state_dict())
+    assert its._auto.controller.previous == [None] * len(list(model.parameters()))
+
+
+def test_a_closed_one_follows_no_model() -> None:
+    """Whether it moves, or more of it is trained."""
+    model = net()
+    model.head.weight.requires_grad_(False)
+    optimizer = KFAC(model, list(model.parameters()))
+    engine = optimizer.engine
+    with optimizer.paused():
+        optimizer.close()
+    assert not engine.gate.open
+    engine._devices = [torch.device("meta")] * len(engine.layers)
+    model.head.weight.requires_grad_(True)
+    optimizer.zero_grad()
+    optimizer.state_dict()
+    assert optimizer.engine is engine
+
+
+def test_a_model_that_moved_leaves_no_statistics_in_the_old_place() -> None:
+    model = net()
+    preconditioner = KFACPreconditioner(model)
+    for statistics in preconditioner.engine.statistics:
+        statistics.device = torch.device("meta")
+    backward(model, 0)
+    assert all(s.counts.tolist() == [0, 0] for s in preconditioner.engine.statistics)

@@ -131,3 +131,48 @@ def test_a_model_whose_loss_does_not_depend_on_it(settings: dict[str, Any]) -> N
         (0.0 * model(batch(step)[0]).sum()).backward()
         optimizer.step()
     assert torch.equal(vector(model), before)
+
+
+def test_two_layers_with_bad_gradients_stop_both() -> None:
+    """Of different shapes: their tiles are in two stacks. Neither weight decay nor momentum moves them."""
+    model = net()
+    optimizer = KFAC(model, **TAILS["momentum"])
+    train(model, optimizer, range(2))
+    backward(model, 2)
+    stopped = {"conv.weight", "conv.bias", "head.weight", "head.bias"}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in (model.conv.weight, model.head.weight):
+        assert p.grad is not None
+        p.grad.view(-1)[0] = torch.nan
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == (name in stopped)
+    counts = {name: layer["dropped_gradients"] for name, layer in optimizer.diagnostics()["layers"].items()}
+    assert {name for name, count in counts.items() if count} == {"conv", "head"}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_huge_gradient_whose_square_overflows_is_no_bad_one(backend: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_parameter("scale", nn.Parameter(torch.ones(4)))
+    optimizer = KFAC(model, lr=0.1, momentum=0.0, backend=backend)
+    model.scale.grad = torch.tensor([1e30, -1e30, 1.0, 0.0])
+    optimizer.step()
+    torch.testing.assert_close(model.scale.detach(), torch.tensor([-1e29, 1e29, 0.9, 1.0]))
+    assert optimizer.diagnostics()["dropped_gradients"] == 0
+
+
+def test_where_the_host_does_not_look_momentum_and_decay_go_on_past_a_bad_gradient() -> None:
+    """W <- (1 - lr decay) W - lr momentum buffer: by hand."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    optimizer = KFAC(model, lr=0.1, momentum=0.5, weight_decay=0.2, backend="triton")
+    for bad in (False, True):
+        optimizer.zero_grad()
+        model(torch.randn(5, 4)).square().mean().backward()
+        if bad:
+            model[0].weight.grad.view(-1)[0] = torch.nan
+        before = [(p.detach().clone(), optimizer.state[p]["momentum_buffer"].clone()) for p in model.parameters()]
+        optimizer.step()
+    for p, (value, buffer) in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), (1 - 0.1 * 0.2) * value - 0.1 * 0.5 * buffer)
+    assert optimizer.diagnostics()["layers"]["0"]["dropped_gradients"] == 1

@@ -240,3 +240,42 @@ def test_lr_auto_with_autocast_in_the_closure(dtype: torch.dtype) -> None:
 
     losses = [float(optimizer.step(closure).detach()) for _ in range(15)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+class _Calls(nn.Module):
+    """Calls a layer in one of the ways that its forward allows."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.layer = nn.ConvTranspose1d(2, 3, 3, stride=2) if how == "two arguments" else nn.Linear(5, 3)
+        self.layer.double() if how == "double" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "keyword":
+            return self.layer(input=x)
+        return self.layer(x, [12]) if self.how == "two arguments" else self.layer(x)
+
+
+@pytest.mark.parametrize("how", ["keyword", "two arguments", "double"])
+def test_autocast_and_the_ways_to_call_a_layer(how: str) -> None:
+    """Autocast leaves double precision alone; what is beside the input is handed on."""
+    model = _Calls(how)
+    x = torch.randn(4, 2, 5) if how == "two arguments" else torch.randn(4, 5, dtype=torch.float64 if how == "double" else None)
+
+    def run() -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(x)
+        output.square().sum().backward()
+        assert model.layer.weight.grad is not None
+        return output.detach(), model.layer.weight.grad.clone()
+
+    plain = run()
+    with KFACPreconditioner(model) as preconditioner:
+        hooked = run()
+        preconditioner.precondition_()
+        assert preconditioner.diagnostics()["layers"]["layer"]["updates"] == 1
+    for one, other in zip(plain, hooked, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)

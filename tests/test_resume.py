@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import subprocess
 import sys
@@ -240,3 +241,87 @@ def test_a_checkpoint_that_lacks_something_is_refused_and_changes_nothing(key: s
     with pytest.raises(ValueError, match="kfac_certificates of layer 'head' has values that are not finite"):
         preconditioner.load_state_dict(saved)
     assert all(torch.equal(x, y) for k, pair in preconditioner.factors().items() for x, y in zip(pair, before[k], strict=True))
+
+
+@pytest.mark.parametrize("inverse", ["cholesky", "newton_schulz"])
+@pytest.mark.parametrize("intervals", [(2, 3), (3, 2), (4, 3)], ids=str)
+def test_between_any_two_steps(intervals: tuple[int, int], inverse: str) -> None:
+    """What is due next may be statistics, inverses, both or neither: the same bits, by as many refreshes."""
+    settings: dict[str, Any] = dict(zip(("statistics_every", "inverse_every"), intervals, strict=True), inverse=inverse, lr=0.1)
+
+    def damping(step: int) -> float:
+        return 0.1 if step < 2 else 0.05
+
+    model = net()
+    optimizer, saved = KFAC(model, damping=damping, **settings), []
+    for step in range(8):
+        train(model, optimizer, range(step, step + 1))
+        saved.append(copy.deepcopy((model.state_dict(), optimizer.state_dict(), optimizer.engine.refreshes)))
+    for step, (its, state, refreshes) in enumerate(saved[:-1], 1):
+        resumed = net()
+        resumed.load_state_dict(its)
+        other = KFAC(resumed, damping=damping, **settings)
+        other.load_state_dict(state)
+        train(resumed, other, range(step, 8))
+        assert torch.equal(vector(resumed), vector(model)), f"saved after {step} steps"
+        assert other.engine.refreshes == optimizer.engine.refreshes - refreshes, f"saved after {step} steps"
+
+
+def test_another_damping_than_that_of_the_saved_inverses_makes_new_ones() -> None:
+    model = net()
+    optimizer = KFAC(model, damping=0.1, statistics_every=9, inverse_every=2)
+    train(model, optimizer, range(3))
+    for damping, refreshes in ((0.1, 0), (0.5, 1)):
+        other_model = net()
+        other = KFAC(other_model, damping=damping, statistics_every=9, inverse_every=2)
+        other.load_state_dict(optimizer.state_dict())
+        train(other_model, other, range(3, 5))
+        assert other.engine.refreshes == refreshes
+
+
+@pytest.mark.parametrize("damage", ["lacks a layer", "lacks inverses of a layer", "has inverses of another size"])
+def test_inverses_of_some_layers_alone_are_not_taken(damage: str) -> None:
+    """All are made anew then, in the next step, whether due or not."""
+
+    def trained(seed: int) -> tuple[nn.Module, KFACPreconditioner]:
+        model = net()
+        preconditioner = KFACPreconditioner(model, inverse_every=9)
+        for step in range(seed, seed + 2):
+            backward(model, step)
+            preconditioner.precondition_()
+        return model, preconditioner
+
+    saved = trained(0)[1].state_dict()
+    key = next(key for key in saved["layers"]["conv"] if key.endswith("_G") and key != "kfac_G")
+    if damage == "lacks a layer":
+        del saved["layers"]["conv"]
+    elif damage == "lacks inverses of a layer":
+        del saved["layers"]["conv"][key]
+    else:
+        saved["layers"]["conv"][key] = saved["layers"]["conv"][key][:, :-1]
+    plain = {
+        n: {k: x for k, x in layer.items() if k in ("kfac_A", "kfac_G", "kfac_updates", "kfac_steps")}
+        for n, layer in saved["layers"].items()
+    }
+    results = []
+    for layers in (saved["layers"], plain):
+        model, preconditioner = trained(7)
+        before = preconditioner.engine.refreshes
+        preconditioner.load_state_dict({**saved, "layers": layers})
+        backward(model, 2)
+        preconditioner.precondition_()
+        assert preconditioner.engine.refreshes == before + 1
+        results.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.equal(*results)
+
+
+def test_a_complex_number_that_is_not_finite_is_refused_too() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.register_parameter("phase", nn.Parameter(torch.ones(2, dtype=torch.complex64)))
+    optimizer = KFAC(model, lr=0.1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    number = [id(p) for p in model.parameters()].index(id(model.phase))
+    saved["state"][number]["momentum_buffer"][0] = complex(0.0, torch.nan)
+    with pytest.raises(ValueError, match=f"momentum_buffer of parameter {number} has values that are not finite"):
+        optimizer.load_state_dict(saved)

@@ -241,3 +241,53 @@ def test_groups_are_checked(change: dict[str, Any], error: str) -> None:
     tail.validate_group(GROUP)
     with pytest.raises(ValueError, match=error):
         tail.validate_group({**GROUP, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"nesterov": 1}, "nesterov must be True or False, but is 1"),
+        ({"maximize": 0}, "maximize must be True or False, but is 0"),
+        ({"capturable": None}, "capturable must be True or False, but is None"),
+        ({"foreach": "no"}, "foreach must be True, False or None, but is 'no'"),
+        ({"betas": (0.9,)}, r"betas must be a pair of numbers, but is \(0.9,\)"),
+        ({"betas": (0.9, 0.9, 0.9)}, "betas must be a pair of numbers"),
+        ({"betas": 0.9}, "betas must be a pair of numbers, but is 0.9"),
+    ],
+)
+def test_types_of_a_groups_options(change: dict[str, Any], error: str) -> None:
+    with pytest.raises(TypeError, match=error):
+        tail.validate_group({**GROUP, **change})
+
+
+def test_foreach_and_a_rate_in_a_tensor() -> None:
+    """PyTorch's foreach AdamW reads the tensor unless it is capturable; SGD is given a number."""
+    options = {**GROUP, "foreach": True, "lr": torch.tensor(0.1)}
+    tail.validate_group(options)
+    tail.validate_group({**options, "tail": "adamw", "capturable": True})
+    tail.validate_group({**options, "tail": "adamw", "foreach": None})
+    with pytest.raises(ValueError, match="foreach is True and lr a tensor"):
+        tail.validate_group({**options, "tail": "adamw"})
+    with pytest.raises(RuntimeError, match="no fused tail"):
+        tail.validate_group({**GROUP, "fused": True})
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_step_counter_is_on_the_device_if_a_graph_is_to_count(capturable: bool) -> None:
+    parameter = nn.Parameter(torch.empty(2, device="meta"))
+    state = tail.initial_state(parameter, {**GROUP, "capturable": capturable})
+    assert state["step"].device.type == ("meta" if capturable else "cpu")
+    assert state["momentum_buffer"].device.type == "meta"
+
+
+def test_what_moves_is_what_has_a_gradient_and_goes_along_its_update_in_its_own_type() -> None:
+    updated, plain, stopped, idle = params = [nn.Parameter(torch.ones(2, dtype=torch.bfloat16)) for _ in range(4)]
+    for p in (updated, plain, stopped):
+        p.grad = torch.full_like(p, 3.0)
+    states = {p: {"step": torch.tensor(float(i))} for i, p in enumerate(params)}
+    found, along, its = tail.prepare({**GROUP, "params": params}, {updated: torch.ones(2), stopped: None}, states)
+    assert [id(p) for p in found] == [id(updated), id(plain)]
+    assert [x.tolist() for x in along] == [[1.0, 1.0], [3.0, 3.0]]
+    assert {x.dtype for x in along} == {torch.bfloat16}
+    assert its == [states[updated], states[plain]]
+    assert idle.grad is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_triton import KFAC, KFACPreconditioner
+from kfac_triton.kernels import ops
 
 
 class OutOfMemory(TorchDispatchMode):
@@ -140,3 +142,178 @@ def test_a_preconditioner_that_fails_leaves_its_factors() -> None:
     assert all(torch.equal(x, y) for k in before for x, y in zip(before[k], after[k], strict=True))
     assert torch.equal(preconditioner.engine.bank.updates, updates)
     assert preconditioner.engine.steps == 1
+
+
+@pytest.mark.parametrize("at_step", range(4))
+def test_a_step_that_fails_and_is_done_again_is_the_step(at_step: int) -> None:
+    """Wherever it failed: whether statistics, inverses, both or neither were due, and damping has changed."""
+    settings: dict[str, Any] = {"statistics_every": 3, "inverse_every": 2, "inverse": "cholesky", "lr": 0.1}
+
+    def run(refused: int | None) -> tuple[Tensor, int, bool]:
+        model, failed = _model(), False
+        optimizer = KFAC(model, damping=lambda step: 0.1 if step < 1 else 0.05, **settings)
+        train(model, optimizer, range(at_step))
+        refreshes = optimizer.engine.refreshes
+        if refused is not None:
+            backward(model, at_step)
+            try:
+                with OutOfMemory(refused):
+                    optimizer.step()
+            except torch.OutOfMemoryError:
+                failed = True
+            else:
+                return vector(model), 0, False
+        train(model, optimizer, range(at_step, 6))
+        return vector(model), optimizer.engine.refreshes - refreshes, failed
+
+    expected, refreshes, _ = run(None)
+    for refused in range(1, 2000, 11):
+        found, its_refreshes, failed = run(refused)
+        if not failed:
+            break
+        assert torch.equal(found, expected), f"request {refused}"
+        assert its_refreshes == refreshes, f"request {refused}"
+    assert refused > 20
+
+
+def test_a_failed_step_with_another_damping_leaves_no_inverses_of_it() -> None:
+    """Neither where none were made (nothing is due again then), nor where they were."""
+    for at_step, refreshes in ((1, 1), (2, 2)):
+        results = []
+        for fails in (False, True):
+            model = _model()
+            optimizer = KFAC(model, lr=0.1, damping=0.1, inverse="cholesky", statistics_every=9, inverse_every=2)
+            train(model, optimizer, range(at_step))
+            if fails:
+                optimizer.change(damping=0.5)
+                _fail_at_the_end(model, optimizer, at_step)
+                optimizer.change(damping=0.1)
+            train(model, optimizer, range(at_step, 4))
+            results.append(vector(model))
+        assert torch.equal(*results)
+        assert optimizer.engine.refreshes == refreshes
+
+
+def _fail_at_the_end(model: nn.Module, optimizer: KFAC, step: int) -> None:
+    """The last request for memory of a step is refused, when all but the parameters has changed."""
+    twin, its = copy.deepcopy((model, optimizer))
+    backward(twin, step)
+    memory = OutOfMemory(0)
+    with memory:
+        its.step()
+    backward(model, step)
+    with pytest.raises(torch.OutOfMemoryError), OutOfMemory(memory.count):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("at_step", [3, 4], ids=["inverses due", "statistics alone"])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "adamw"])
+def test_the_batch_of_a_failed_step_leaves_no_trace(name: str, at_step: int) -> None:
+    """Where inverses or moments start from the last, too: whatever the batch was, the run goes on with the same bits."""
+    results = []
+    for batch in (98, 99):
+        model = net()
+        optimizer = KFAC(model, **{"lr": 0.1, **SETTINGS[name], "inverse_every": 3, "statistics_every": 1})
+        train(model, optimizer, range(at_step))
+        _fail_at_the_end(model, optimizer, batch)
+        train(model, optimizer, range(at_step, at_step + 3))
+        results.append(vector(model))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ArithmeticError])
+def test_an_attached_closure_that_is_interrupted_leaves_no_statistics(error: type[BaseException]) -> None:
+    model = net()
+    preconditioner = KFACPreconditioner(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    preconditioner.attach(optimizer)
+
+    def closure() -> Tensor:
+        backward(model, 0)
+        raise error
+
+    with pytest.raises(error):
+        optimizer.step(closure)
+    assert all(s.counts.tolist() == [0, 0] for s in preconditioner.engine.statistics)
+    assert preconditioner.engine.steps == 0
+
+
+def test_kernels_path_backs_up_what_waited_beside_what_was_summed() -> None:
+    """One stack has both: the first layer's input is the user's own, and cannot wait."""
+    kept = None
+    for at in (None, *range(1, 200, 17)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 4))
+        optimizer = KFAC(model, lr=0.1, backend="triton" if at else "torch")
+        for seed in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(3, 5, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
+            if seed == 0:
+                optimizer.step()
+        if at is None:
+            optimizer.step()
+            kept = optimizer.factors()
+            continue
+        assert [bool(s.passes) for s in optimizer.engine.statistics] == [False, True]
+        before = _everything(model, optimizer)
+        try:
+            with OutOfMemory(at):
+                optimizer.step()
+            break
+        except torch.OutOfMemoryError:
+            assert all(torch.equal(x, y) for x, y in zip(before, _everything(model, optimizer), strict=True)), f"request {at}"
+    assert at is not None
+    assert at > 50
+    assert kept is not None
+    for name, pair in optimizer.factors().items():
+        for x, y in zip(pair, kept[name], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("factor_dtype", ["float32", "bfloat16"])
+def test_an_interrupt_in_the_middle_of_the_average(factor_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And after it: what a second failure finds are the factors as they are by then."""
+    model, other = _model(), _model()
+    optimizer, source = KFAC(model, factor_dtype=factor_dtype), KFAC(other, factor_dtype=factor_dtype)
+    train(model, optimizer, range(2))
+    train(other, source, range(5))
+    blend = ops.blend
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        blend(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    backward(model, 2)
+    before = _everything(model, optimizer)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ops, "blend", interrupted)
+        optimizer.step()
+    assert all(torch.equal(x, y) for x, y in zip(before, _everything(model, optimizer), strict=True))
+    optimizer.load_state_dict(source.state_dict())
+    backward(model, 5)
+    before = _everything(model, optimizer)
+    with pytest.raises(torch.OutOfMemoryError), OutOfMemory(2):
+        optimizer.step()
+    assert all(torch.equal(x, y) for x, y in zip(before, _everything(model, optimizer), strict=True))
+
+
+@pytest.mark.parametrize("name", ["default", "16-bit factors", "diagonals"])
+def test_two_failures_one_after_the_other(name: str) -> None:
+    """The second comes when the buffers hold new sums already, and not the old factors."""
+    model = _model()
+    optimizer = KFAC(model, lr=0.1, **SETTINGS[name])
+    train(model, optimizer, range(2))
+    before = _everything(model, optimizer)
+    _fail_at_the_end(model, optimizer, 2)
+    backward(model, 2)
+    with pytest.raises(torch.OutOfMemoryError), OutOfMemory(2):
+        optimizer.step()
+    assert all(torch.equal(x, y) for x, y in zip(before, _everything(model, optimizer), strict=True))
+
+
+def test_a_step_that_failed_at_its_end_takes_its_statistics_when_it_is_done_again() -> None:
+    model = _model()
+    optimizer = KFAC(model, lr=0.1, statistics_every=2)
+    _fail_at_the_end(model, optimizer, 0)
+    train(model, optimizer, range(3))
+    assert {layer["updates"] for layer in optimizer.diagnostics()["layers"].values()} == {2}
