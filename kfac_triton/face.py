@@ -4,13 +4,39 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 from typing_extensions import Self  # torch depends on it
 
 from .diagnostics import diagnostics
 from .engine import Engine
+
+T = TypeVar("T")
+
+
+class WrittenThrough(Generic[T]):
+    """An attribute that an optimizer replaces as it goes, and shares with its wrappers.
+
+    Those of Lightning and Fabric inherit from the optimizer's class, so its methods run on them. What is read they take from
+    the optimizer, but what is written stays with them: so it goes into a dict that is only read.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> T:
+        if instance is None:
+            return self  # type: ignore[return-value]
+        shared: dict[str, T] = instance._shared
+        if self.name not in shared:
+            raise AttributeError(self.name)
+        return shared[self.name]
+
+    def __set__(self, instance: Any, value: T) -> None:
+        if not hasattr(instance, "_shared"):  # which a wrapper of an optimizer has
+            instance._shared = {}
+        instance._shared[self.name] = value
 
 
 class EngineFace:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from . import checkpoint, tail
 from .auto import AutoStep, auto_settings
 from .engine import EAGER, Engine
-from .face import EngineFace
+from .face import EngineFace, WrittenThrough
 from .layers import Choice
 from .likelihood import Likelihood
 from .settings import Schedule, Settings
@@ -105,6 +105,11 @@ class KFAC(EngineFace, Optimizer):
         >>> optimizer.close()
     """
 
+    engine = WrittenThrough[Engine]()
+    _known = WrittenThrough[Sequence[Tensor]]()  # the parameters that state belongs to
+    _dropped = WrittenThrough[Tensor]()
+    _auto = WrittenThrough["AutoStep | None"]()
+
     def __init__(
         self,
         model: nn.Module,
@@ -168,7 +173,7 @@ class KFAC(EngineFace, Optimizer):
         self.engine = Engine(model, settings, self._parameters())
         self._dropped = torch.zeros((), dtype=torch.long, device=self.engine.bank.home)
         auto = {"damping_every": damping_every, "damping_range": damping_range, "states": []}
-        self._auto: AutoStep | None = self._auto_from(auto) if is_auto else None
+        self._auto = self._auto_from(auto) if is_auto else None
         checkpoint.announce(self, self.engine, is_auto)
 
     @property
@@ -190,12 +195,15 @@ class KFAC(EngineFace, Optimizer):
         group.setdefault("betas", self._betas)
         for parameter in group["params"]:
             self.state[parameter].update(tail.initial_state(parameter, group))
-        self._known: Sequence[Tensor] = self._parameters()  # that state belongs to
-        if "engine" in self.__dict__:  # not while the base class builds its first groups
+        self._known = self._parameters()
+        if hasattr(self, "engine"):  # not while the base class builds its first groups
             self._cover_anew()
 
     def _keep_up(self) -> None:
         """Follows parameters that others have taken the place of, or that have moved to another device."""
+        if len(self._parameters()) != len(self._known):  # groups were assigned: Lightning's finetuning callback resumes so
+            self._known = tail.complete(self, self._betas)
+            self._cover_anew()
         self._known = checkpoint.follow_swaps(self, self._known)
         if self.engine.has_moved():
             checkpoint.follow_moves(self)
@@ -331,15 +339,7 @@ class KFAC(EngineFace, Optimizer):
         super().__setstate__(base)
         if "betas" in state:
             self._betas = state["betas"]
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                if key != "differentiable":  # which the base class has just added, and no group has
-                    group.setdefault(key, value)
-            group.setdefault("betas", self._betas)
-            for parameter in group["params"]:
-                own = self.state[parameter]
-                own.update({k: v for k, v in tail.initial_state(parameter, group).items() if k not in own})
-        self._known = self._parameters()
+        self._known = tail.complete(self, self._betas)
         if "model" in state:
             self._model, self._dropped = state["model"], state["dropped"]
             self.engine = Engine(self._model, state["settings"], self._parameters())

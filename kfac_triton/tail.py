@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
@@ -67,6 +68,23 @@ def initial_state(parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, T
     for key in ("momentum_buffer",) if group["tail"] == "sgd" else ("exp_avg", "exp_avg_sq"):
         state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return state
+
+
+def complete(optimizer: Optimizer, betas: tuple[float, float]) -> list[nn.Parameter]:
+    """Gives options and state to groups that were not added, but loaded or assigned.
+
+    Returns:
+        All parameters.
+    """
+    for group in optimizer.param_groups:
+        for key, value in optimizer.defaults.items():
+            if key != "differentiable":  # which the base class adds when it loads, and no group has
+                group.setdefault(key, value)
+        group.setdefault("betas", betas)
+        for parameter in group["params"]:
+            own = optimizer.state[parameter]
+            own.update({k: v for k, v in initial_state(parameter, group).items() if k not in own})
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def refuse_gradients(parameters: list[nn.Parameter]) -> None:

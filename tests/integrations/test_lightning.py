@@ -9,140 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from integrations.lightning_runs import OPTIONS, STEPS, batches, decay, net, plain, require_same, trainer
+from torch import nn
 from torch.utils.data import DataLoader
 
 from kfac_triton import KFAC
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error:no statistics came:UserWarning")]
-
-STEPS, BATCH = 50, 16
-OPTIONS: dict[str, Any] = {"lr": 0.3, "damping": 0.03, "kl_clip": 1e-2, "weight_decay": 1e-3}
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(12, 24), nn.LayerNorm(24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 4))
-
-
-def batches(count: int) -> DataLoader:
-    """In order; the label is the largest of four projections."""
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(2 * STEPS * BATCH, 12, generator=generator)
-    y = (x @ torch.randn(12, 4, generator=generator)).argmax(1)
-    return DataLoader(list(zip(x, y, strict=True))[: count * BATCH], batch_size=BATCH)
-
-
-def decay(step: int) -> float:
-    return 1 / (1 + 0.1 * step)
-
-
-def plain(
-    count: int,
-    epochs: int = 1,
-    accumulate: int = 1,
-    clip: float | None = None,
-    schedule: Callable[[int], float] = decay,
-    **options: Any,
-) -> tuple[list[float], nn.Module]:
-    """Losses of the batches, and the model, of the loop without a trainer."""
-    model = net()
-    optimizer = KFAC(model, **OPTIONS, **options)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    losses = []
-    for number, (x, y) in enumerate(list(batches(count)) * epochs, 1):
-        loss = nn.functional.cross_entropy(model(x), y)
-        (loss / accumulate).backward()
-        losses.append(loss.item())
-        if number % accumulate == 0:
-            if clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-    return losses, model
-
-
-@pytest.fixture
-def module_of() -> Callable[..., Any]:
-    """Makes a LightningModule around the net."""
-    import lightning
-
-    class Automatic(lightning.LightningModule):
-        def __init__(self, options: dict[str, Any]) -> None:
-            super().__init__()
-            self.net = net()
-            self.options = options
-            self.losses: list[float] = []
-
-        def loss_of(self, batch: list[Tensor]) -> Tensor:
-            loss = nn.functional.cross_entropy(self.net(batch[0]).float(), batch[1])
-            self.losses.append(loss.item())
-            return loss
-
-        def training_step(self, batch: list[Tensor], number: int) -> Tensor | None:
-            return self.loss_of(batch)
-
-        def validation_step(self, batch: list[Tensor], number: int) -> None:
-            self.log("validation", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
-
-        def configure_optimizers(self) -> Any:
-            optimizer = KFAC(self, **self.options)
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    class Manual(Automatic):
-        def __init__(self, options: dict[str, Any]) -> None:
-            super().__init__(options)
-            self.automatic_optimization = False
-
-        def training_step(self, batch: list[Tensor], number: int) -> None:
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(self.loss_of(batch))
-            optimizer.step()
-            self.lr_schedulers().step()
-
-    class Auto(Manual):
-        def training_step(self, batch: list[Tensor], number: int) -> None:
-            x, y = batch
-            self.optimizers().step(lambda: (self.net(x), y))
-
-    class Drawing(Automatic):
-        def training_step(self, batch: list[Tensor], number: int) -> Tensor:
-            logits = self.net(batch[0])
-            self.optimizers().optimizer.accumulate_fisher(logits, batch[1])
-            loss = nn.functional.cross_entropy(logits, batch[1])
-            self.losses.append(loss.item())
-            return loss
-
-    kinds: dict[str, type[Automatic]] = {"automatic": Automatic, "manual": Manual, "auto": Auto, "drawing": Drawing}
-
-    def make(kind: str = "automatic", seed: int | None = None, **options: Any) -> Any:
-        module = kinds[kind]({**OPTIONS, **options})
-        if seed is not None:
-            torch.manual_seed(seed)
-            for p in module.parameters():
-                p.data.normal_()
-        return module
-
-    return make
-
-
-def trainer(folder: Path, **options: Any) -> Any:
-    import lightning
-
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return lightning.Trainer(**{"accelerator": "cpu", "default_root_dir": folder, "max_epochs": 1, **quiet, **options})
-
-
-def require_same(losses: list[float], model: nn.Module, truth: tuple[list[float], nn.Module]) -> None:
-    expected, twin = truth
-    worst = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
-    apart = max(float((p - q).detach().abs().max()) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
-    print(f"{len(losses)} batches, loss {losses[0]:.3f} to {losses[-1]:.3f}: losses differ by {worst}, parameters by {apart}")
-    assert worst == 0
-    assert apart == 0
 
 
 @pytest.mark.parametrize("kind", ["automatic", "manual"])
@@ -177,6 +50,16 @@ def test_checkpoint_and_resume(module_of: Callable[..., Any], tmp_path: Path, ki
     two = trainer(tmp_path, max_epochs=2)
     two.fit(second, batches(STEPS // 2), ckpt_path=one.checkpoint_callback.best_model_path, weights_only=True)
     require_same(first.losses + second.losses, second.net, plain(STEPS // 2, epochs=2, **options))
+
+
+def test_bfloat16(module_of: Callable[..., Any], tmp_path: Path) -> None:
+    """The forward pass runs under autocast; factors have 32 bits."""
+    module = module_of()
+    trainer(tmp_path, enable_checkpointing=False, precision="bf16-mixed").fit(module, batches(STEPS))
+    require_same(module.losses, module.net, plain(STEPS, bfloat16=True))
+    assert module.losses != plain(STEPS)[0]
+    assert sum(module.losses[-5:]) < 0.5 * sum(module.losses[:5])
+    assert {x.dtype for pair in module.optimizers().optimizer.factors().values() for x in pair} == {torch.float32}
 
 
 def test_a_scaler_and_a_step_that_it_skips(module_of: Callable[..., Any], tmp_path: Path) -> None:
