@@ -100,7 +100,7 @@ def without_layers(state_dict: dict[str, Any]) -> tuple[dict[str, Any], _ByNumbe
         # Copied: the base class would keep the very tensors of the source, which is another optimizer's state, perhaps.
         plain[number] = {key: _copy(value) for key, value in values.items() if key not in _OURS}
         extra[index] = {key: values[key] for key in (PREVIOUS, NUMBERS) if key in values}
-        if all(key in values for key in FACTORS):
+        if any(key in values for key in FACTORS):  # one without the other is refused
             layers[index] = {key: values[key] for key in (*KEYS, *OF_THE_ENGINE) if key in values}
     return {**state_dict, "state": plain}, layers, extra
 

@@ -297,3 +297,22 @@ def test_of_a_layer_that_is_left_out_now_nothing_stays() -> None:
     optimizer.load_state_dict(KFAC(mlp()).state_dict())
     assert set(optimizer.state[model[0].weight]) == {"step", "momentum_buffer"}
     assert set(optimizer.state_dict()["state"][0]) == {"step", "momentum_buffer"}
+
+
+def test_layers_behind_one_that_is_not_saved_are_checked() -> None:
+    preconditioner = KFACPreconditioner(mlp())
+    saved = preconditioner.state_dict()
+    del saved["layers"]["0"]
+    preconditioner.load_state_dict(saved)
+    saved["layers"]["4"]["kfac_A"][0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="kfac_A of layer '4' has values that are not finite"):
+        preconditioner.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("key", ["kfac_A", "kfac_G"])
+def test_a_factor_without_the_other_is_refused(key: str) -> None:
+    _, optimizer = _stepped(1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][0][key]
+    with pytest.raises(ValueError, match=f"has no {key} of layer '0'"):
+        optimizer.load_state_dict(saved)

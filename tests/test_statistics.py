@@ -57,6 +57,23 @@ def test_all_passes_of_a_layer_wait_or_none(sizes: list[int], whose: list[bool],
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
 
 
+def test_what_waited_is_summed_with_its_inputs_by_a_pass_that_has_none_to_add() -> None:
+    """The columns of a GGN after the first add to G alone."""
+    found = []
+    for backend in ("triton", "torch"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 4))
+        x, y = torch.randn(3, 5).requires_grad_(), torch.tensor([0, 1, 2])
+        with KFAC(model, lr=0.1, backend=backend, fisher="ggn", loss=nn.CrossEntropyLoss()) as optimizer:
+            outputs = model(x)
+            optimizer.accumulate_fisher(outputs, y)
+            nn.functional.cross_entropy(outputs, y).backward()
+            optimizer.step()
+            found.append([side for pair in optimizer.factors().values() for side in pair])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_a_layer_with_a_diagonal_factor_waits_for_nothing() -> None:
     """A launch over rows knows no diagonals."""
     batches = [torch.randn(3, 5), torch.randn(2, 5)]

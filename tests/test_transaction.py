@@ -312,7 +312,7 @@ def test_two_failures_one_after_the_other(name: str) -> None:
 
 
 def test_a_step_that_failed_at_its_end_takes_its_statistics_when_it_is_done_again() -> None:
-    model = _model()
+    model = net()  # with a parameter that is not covered, which is looked at last
     optimizer = KFAC(model, lr=0.1, statistics_every=2)
     _fail_at_the_end(model, optimizer, 0)
     train(model, optimizer, range(3))
