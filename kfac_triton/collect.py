@@ -91,11 +91,11 @@ class Collector:
         layer_of_slot, is_input = [0] * len(partition.parts), [False] * len(partition.parts)
         for part, slot in zip(partition.parts, bank.slots, strict=True):
             number = partition.blocks[part.block].layer_number
-            entries[number].append(Entry(part, slot, bank.sum_of(slot), partition.blocks[part.block].group))
+            entries[number].append(Entry(part, slot, bank.sum_of(slot)))
             layer_of_slot[slot], is_input[slot] = number, part.is_input
         self._shared = _shared(layers, entries)
         self.statistics = [
-            Statistics(layer, gate, entries[i], partition, self._shared.parts[i], backend, may_wait, moments[i])
+            Statistics(layer, gate, entries[i], self._shared.parts[i], backend, may_wait, moments[i])
             for i, layer in enumerate(layers)
         ]
         self._second_uses: dict[int, SecondUse] = {}

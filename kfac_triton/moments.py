@@ -46,8 +46,8 @@ class Moments:
         for place in self._tiles:
             tile = self._partition.tiles[place.tile]
             a_part, g_part = self._partition.parts[tile.a], self._partition.parts[tile.g]
-            inputs = _matrix(*self._partition.sources(a_part, rows), place.total.dtype)
-            gradients = _matrix(*self._partition.sources(g_part, rows), place.total.dtype)
+            inputs = _matrix(*a_part.sources(rows), place.total.dtype)
+            gradients = _matrix(*g_part.sources(rows), place.total.dtype)
             if a_part.ones:
                 inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
             a, g = inputs @ place.a_vectors[: a_part.size], gradients @ place.g_vectors[: g_part.size]

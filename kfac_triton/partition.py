@@ -30,6 +30,7 @@ class Part:
         ones: whether the last place is the bias's, whose input is 1.
         unit: columns a channel; `start` and `stop` without the bias are multiples.
         whole: whether it is the whole side.
+        group: channel group of the block. Known here, so that a graph of torch.compile does not depend on the block's number.
     """
 
     block: int
@@ -40,6 +41,7 @@ class Part:
     ones: bool
     unit: int
     whole: bool
+    group: int = 0
 
     @property
     def size(self) -> int:
@@ -52,6 +54,13 @@ class Part:
             return source
         unit = self.unit if source.dim() > 2 else 1  # mean patches are rows already
         return source[:, self.start // unit : (self.stop - self.ones) // unit]
+
+    def sources(self, rows: Rows) -> tuple[Tensor, tuple[int, ...]]:
+        """Its columns of what a backward pass left, and how to read rows from them."""
+        if self.is_input:
+            return self.cut(rows.inputs[self.group]), rows.input_window
+        source = rows.gradients[self.group]
+        return self.cut(source), rows.gradient_window if source.dim() > 2 else ops.ROWS
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ class Partition:
             a = _parts(number, True, layer.input_size, layer.diagonal_inputs, layer.has_bias, layer.input_unit, *limits)
             g = _output_parts(number, layer, *limits)
             first = len(self.parts)
-            self.parts += a + g
+            self.parts += [replace(part, group=block.group) for part in a + g]
             a_range, g_range = range(first, first + len(a)), range(first + len(a), first + len(a) + len(g))
             self.parts_of.append((a_range, g_range))
             start = len(self.tiles)
@@ -106,17 +115,6 @@ class Partition:
     def blocks_of(self, layer_number: int) -> list[int]:
         """Numbers of a layer's blocks."""
         return [i for i, block in enumerate(self.blocks) if block.layer_number == layer_number]
-
-    def sources(self, part: Part, rows: Rows, group: int | None = None) -> tuple[Tensor, tuple[int, ...]]:
-        """A part's columns of what a backward pass left, and how to read rows from them.
-
-        Told its block's channel group, torch.compile does not make a graph of its own for each block's number.
-        """
-        group = self.blocks[part.block].group if group is None else group
-        if part.is_input:
-            return part.cut(rows.inputs[group]), rows.input_window
-        source = rows.gradients[group]
-        return part.cut(source), rows.gradient_window if source.dim() > 2 else ops.ROWS
 
 
 def _output_parts(block: int, layer: Layer, largest: int | None, oversize: str) -> list[Part]:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .kernels.addresses import device_table
 from .layers.tied import TiedLayer
-from .partition import Partition
 from .statistics import Entry, Gate, Shared, Statistics
 
 
@@ -38,7 +37,7 @@ class SecondUse:
         total = entries[0].total
         own = [second for _, second in self._pairs]
         self.shared = Shared(torch.zeros(4, device=total.device), total.new_zeros(len(own)))
-        self.statistics = Statistics(layer.second(), gate, own, Partition([layer.second()]), self.shared, backend, False)
+        self.statistics = Statistics(layer.second(), gate, own, self.shared, backend, False)
 
     def join(self, counts: Tensor, summed: Tensor) -> tuple[Tensor, Tensor]:
         """Adds the second use to the sums of the first; returns the layer's counts (3,) and whether it has sums at all.

@@ -11,7 +11,7 @@ from .diagonal import squared_rows
 from .kernels import addresses, ops
 from .layers import Layer, Rows
 from .moments import Moments
-from .partition import Part, Partition
+from .partition import Part
 
 
 class Gate:
@@ -81,12 +81,11 @@ class Shared(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A factor of the layer, where its passes are summed, and the channel group that it is of."""
+    """A factor of the layer, and where its passes are summed."""
 
     part: Part
     slot: int
     total: Tensor
-    group: int = 0
 
 
 class Statistics:
@@ -110,7 +109,6 @@ class Statistics:
         layer: Layer,
         gate: Gate,
         entries: list[Entry],
-        partition: Partition,
         shared: Shared,
         backend: str,
         may_wait: bool,
@@ -127,7 +125,6 @@ class Statistics:
         self.second: Statistics | None = None
         self.device_counts = shared.counts
         self.eager_counts: list[float] = [0, 0, 0]
-        self._partition = partition
         self._backend = backend
         self._may_wait = may_wait and not self.diagonal
         self._alpha = torch.ones_like(shared.beta)
@@ -203,7 +200,7 @@ class Statistics:
 
     def read(self, entries: list[Entry], rows: Rows) -> tuple[list[Tensor], list[int], list[bool]]:
         """(sources, windows, ones column) of some dense factors, as `kernels.ops.covariance_ema` takes them."""
-        found = [self._partition.sources(e.part, rows, e.group) for e in entries]
+        found = [e.part.sources(rows) for e in entries]
         return [x for x, _ in found], [i for _, window in found for i in window], [e.part.ones for e in entries]
 
     def _sum(self, rows: Rows, with_inputs: bool, weight: Tensor | None = None) -> None:
@@ -219,16 +216,15 @@ class Statistics:
             self._beta[places].fill_(1.0)
         for number, entry in enumerate(self.diagonal, len(self.dense)):
             if with_inputs or not entry.part.is_input:
-                added = self._squares(entry, rows) * alpha[number]
+                added = self._squares(entry.part, rows, entry.total) * alpha[number]
                 # The old sum is not read where it does not count: it may hold a NaN.
                 entry.total.copy_(torch.where(self._beta[number] > 0, entry.total + added, added))
                 self._beta[number].fill_(1.0)
 
-    def _squares(self, entry: Entry, rows: Rows) -> Tensor:
-        part, total = entry.part, entry.total
+    def _squares(self, part: Part, rows: Rows, total: Tensor) -> Tensor:
         if part.is_input and self.layer.constant_input:
             return torch.full_like(total, rows.input_count)
-        source, window = self._partition.sources(entry.part, rows, entry.group)
+        source, window = part.sources(rows)
         squares = squared_rows(source, window, part.size - part.ones, total.dtype)
         if not part.ones:
             return squares
