@@ -52,17 +52,21 @@ def should_tap(statistics: Statistics | None, output: Tensor, weight: Tensor) ->
     return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None
 
 
-class Hook:
-    """Hook of one layer. Copies and pickles of it are inert, so a copied model drags nothing along."""
+class InertCopies:
+    """Copies and pickles are made without arguments, and inert, so a copied model drags nothing along."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InertCopies:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[type[InertCopies], tuple[()]]:
+        return type(self), ()
+
+
+class Hook(InertCopies):
+    """Hook of one layer."""
 
     def __init__(self, statistics: Statistics | None = None) -> None:
         self.statistics = statistics
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
-        return type(self)()
-
-    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
-        return type(self), ()
 
 
 class CaptureHook(Hook):

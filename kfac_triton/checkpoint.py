@@ -11,6 +11,7 @@ from torch import Tensor
 from .auto import NUMBERS, PREVIOUS
 from .engine import Engine
 from .state import FACTORS, KEYS, OF_THE_ENGINE, STEPS, LayerState, export_layers, keys_of
+from .tail import parameters_of
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -36,7 +37,7 @@ def require_readable(number: int) -> None:
 
 def _layers_by_weight(optimizer: Optimizer, engine: Engine) -> dict[int, list[str]]:
     """The number of a weight in the optimizer's state dict -> names of the layers that are made of it."""
-    order = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    order = {id(p): i for i, p in enumerate(parameters_of(optimizer))}
     result: dict[int, list[str]] = {}
     for layer in engine.layers:
         if id(layer.weight) in order:
@@ -119,7 +120,7 @@ def follow_swaps(optimizer: Optimizer, known: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         Those that it belongs to now.
     """
-    now = [p for group in optimizer.param_groups for p in group["params"]]
+    now: list[Tensor] = list(parameters_of(optimizer))
     for old, new in zip(known, now, strict=True):
         if old is not new and old in optimizer.state:
             optimizer.state[new] = optimizer.state.pop(old)
@@ -139,9 +140,8 @@ def follow_moves(optimizer: Optimizer) -> None:
 
 def announce(optimizer: Optimizer, engine: Engine, is_auto: bool) -> None:
     """Names in the state of each parameter what `with_layers` will put there: checkpoint tools load nothing else."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     weights = _layers_by_weight(optimizer, engine)
-    for index, parameter in enumerate(parameters):
+    for index, parameter in enumerate(parameters_of(optimizer)):
         keys = (*keys_of(engine), FORMAT_KEY) if index in weights else ()
         auto = (PREVIOUS, *((NUMBERS,) if index == 0 else ())) if is_auto else ()
         state = optimizer.state[parameter]
@@ -177,8 +177,7 @@ def check_tail(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
             f"{[len(g['params']) for g in saved_groups]}"
         )
     numbers = [i for group in saved_groups for i in group["params"]]
-    parameters = [p for group in groups for p in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=True):
+    for number, parameter in zip(numbers, parameters_of(optimizer), strict=True):
         for key, value in state_dict["state"].get(number, {}).items():
             if not isinstance(value, Tensor) or value.dim() == 0:
                 continue

@@ -172,7 +172,7 @@ class Engine:
         A Fisher pass may come before `zero_grad`, and the loss's backward pass after it: then they belong to the next ones.
         """
         if self.gate.empirical or self.gate.saw_loss:
-            self.collector.forget()
+            self.forget_statistics()
 
     def has_moved(self) -> bool:
         """Whether weights are on another device than when layers were chosen; of no matter once it is closed."""

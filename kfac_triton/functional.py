@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from .capture import Tap, remove_inert, should_tap
+from .capture import InertCopies, Tap, remove_inert, should_tap
 from .layers import Layer
 from .statistics import Statistics
 
@@ -128,8 +128,8 @@ def _mark(x: Tensor, watch: _Watch) -> _Marked:
     return marked
 
 
-class AttentionHook:
-    """Forward pre-hook of nn.MultiheadAttention: marks the query. Copies and pickles of it are inert.
+class AttentionHook(InertCopies):
+    """Forward pre-hook of nn.MultiheadAttention: marks the query.
 
     Args:
         layers: those that the module is made of, with their statistics.
@@ -155,12 +155,6 @@ class AttentionHook:
         # Wherever it is given: the forward pass asks whether query, key and value are identical.
         marks = tuple(marked if x is query else x for x in args)
         return marks, {name: marked if x is query else x for name, x in kwargs.items()}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionHook:
-        return AttentionHook()
-
-    def __reduce__(self) -> tuple[type[AttentionHook], tuple[()]]:
-        return AttentionHook, ()
 
 
 def attach_functional(layers: list[Layer], statistics: list[Statistics]) -> list[RemovableHandle]:

@@ -182,7 +182,7 @@ class KFAC(EngineFace, Optimizer):
         return self._auto is not None
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.param_groups for p in group["params"]]
+        return tail.parameters_of(self)
 
     def _decays(self) -> list[float]:
         return [group["weight_decay"] for group in self.param_groups for _ in group["params"]]

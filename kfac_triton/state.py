@@ -98,9 +98,12 @@ def restore_layers(engine: Engine, states: dict[str, LayerState]) -> None:
             _restore_inverses(engine, number, state)
         if bool((state[UPDATES] > 0).all()):
             engine.mark_restored(number)
-        engine.restore_step(int(state[STEPS]))
-    if numbers and keeps_inverses:
-        damping, is_stale = next(iter(numbers.values()))[REFRESHED].tolist()
+    if not numbers:
+        return
+    any_of_them = next(iter(numbers.values()))
+    engine.restore_step(int(any_of_them[STEPS]))
+    if keeps_inverses:
+        damping, is_stale = any_of_them[REFRESHED].tolist()
         engine.keep_inverses(damping, bool(is_stale))
 
 

@@ -70,6 +70,11 @@ def initial_state(parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, T
     return state
 
 
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Those of all groups, in order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def complete(optimizer: Optimizer, betas: tuple[float, float]) -> list[nn.Parameter]:
     """Gives options and state to groups that were not added, but loaded or assigned.
 
@@ -84,7 +89,7 @@ def complete(optimizer: Optimizer, betas: tuple[float, float]) -> list[nn.Parame
         for parameter in group["params"]:
             own = optimizer.state[parameter]
             own.update({k: v for k, v in initial_state(parameter, group).items() if k not in own})
-    return [p for group in optimizer.param_groups for p in group["params"]]
+    return parameters_of(optimizer)
 
 
 def refuse_gradients(parameters: list[nn.Parameter]) -> None:
