@@ -249,7 +249,7 @@ class Everything(nn.Module):
 
 
 def test_no_gradient_is_rounding_noise() -> None:
-    """Of the model below: whether a parameter moves must not depend on the processor."""
+    """Of the model above: whether a parameter moves must not depend on the processor."""
     model, tokens, labels = Everything(), torch.randint(10, (16, 5)), torch.arange(16) % 4
     gradients = []
     for dtype in (torch.float32, torch.float64):
