@@ -38,21 +38,20 @@ LIBRARY = torch.library.Library("kfac_triton", "DEF")
 class Operator:
     """An operator's arguments, its plain-torch reference, and its kernel's launcher, if it has one.
 
-    `can_use` names what the kernel cannot do, `prefer_reference` why it should not, which counts when the choice is open.
+    `can_use` names what the kernel cannot do. Where the choice is open, `library` serves the devices that `prefers_library`
+    names: it calls a library's products with other settings than the reference does.
     """
 
     arguments: str
     reference: Callable[..., None]
     launch: Callable[..., None] | None = None
     can_use: Callable[..., str | None] | None = None
-    prefer_reference: Callable[..., str | None] | None = None
+    library: Callable[..., None] | None = None
+    prefers_library: Callable[[torch.device], bool] | None = None
 
-    def why_not(self, *arguments: Any, backend: str) -> str | None:
-        """What speaks against the kernel for this call; None for nothing."""
-        reason = self.can_use(*arguments) if self.can_use is not None else "it has no kernel"
-        if reason is None and backend == "auto" and self.prefer_reference is not None:
-            reason = self.prefer_reference(*arguments)
-        return reason
+    def why_not(self, *arguments: Any) -> str | None:
+        """What the kernel cannot do in this call; None for nothing."""
+        return self.can_use(*arguments) if self.can_use is not None else "it has no kernel"
 
     def run(self, name: str, first: Tensor | list[Tensor], *rest: Any, backend: str = "auto") -> None:
         """The call itself, by the kernel or by the reference.
@@ -61,8 +60,12 @@ class Operator:
             ValueError: if backend is unknown, or "triton" and the kernel cannot serve.
         """
         example = first if isinstance(first, Tensor) else first[0] if first else None
+        if backend == "auto" and example is not None and self.library is not None and self.prefers_library is not None:
+            if self.prefers_library(example.device):
+                self.library(first, *rest)
+                return
         if self.launch is not None and example is not None:
-            why_not = functools.partial(self.why_not, first, *rest, backend=backend)
+            why_not = functools.partial(self.why_not, first, *rest)
             if runtime.choose(name, backend, example.device, why_not):
                 with runtime.current(example.device):
                     self.launch(first, *rest)
@@ -95,7 +98,8 @@ OPERATORS = {
         precondition_reference,
         precondition_launch.launch,
         precondition_launch.can_use,
-        precondition_launch.prefer_reference,
+        precondition_launch.multiply_by_library,
+        precondition_launch.prefers_library,
     ),
     "squares": Operator("Tensor[] inputs, Tensor(a!) out", squares_reference, launch_squares, can_use_squares),
     "gather": Operator("Tensor[] weights, Tensor[] biases, Tensor(a!) out", gather_reference, launch_gather, can_use_gather),

@@ -8,6 +8,11 @@ tf32x3   three passes, almost exact          not there
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
 from .runtime import Target
 
 # What a product is for.
@@ -32,3 +37,18 @@ def resolve(purpose: str, target: Target) -> str:
     if purpose == EXACT:
         return "tf32x3"
     return "tf32"
+
+
+@contextmanager
+def library_tf32() -> Iterator[None]:
+    """Lets the library's products of float32 matrices use TF32 on NVIDIA GPUs, and sets the user's choice back afterwards.
+
+    The setting is one of the whole process: do not wait, and run nothing of the user's, inside.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..kernels import ops, runtime, tuning
+from ..kernels import library, ops, runtime, tuning
 from . import usable_device
 from .covariance_problem import Covariance, Rows
 from .problems import ColdInverses, Preconditioning, Problem, WarmInverses, kernel_obstacle
@@ -112,7 +112,10 @@ def examine(problem: Problem, backend: str) -> Finding:
 
 def choice(problem: Problem) -> tuple[str, str]:
     """The backend that `auto` chooses, and why."""
-    obstacle = kernel_obstacle(problem, "auto")
+    prefers_library = library.OPERATORS[problem.operation].prefers_library
+    if prefers_library is not None and prefers_library(problem.device):
+        return "library", "its TF32 products were faster wherever that was measured"
+    obstacle = kernel_obstacle(problem)
     if obstacle is not None:
         return "torch", obstacle
     if problem.device.type != "cuda":
@@ -129,6 +132,8 @@ def _run(arguments: argparse.Namespace) -> int:
     for problem in problems(device):
         reasons.setdefault(problem.operation, {}).setdefault(choice(problem), []).append(problem.name)
         findings.append(examine(problem, "torch"))
+        if choice(problem)[0] == "library":
+            findings.append(examine(problem, "auto"))
         if kernel_obstacle(problem) is None:
             findings.append(examine(problem, "triton"))
     print("\nBackend that 'auto' chooses")

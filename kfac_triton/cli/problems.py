@@ -67,10 +67,10 @@ class Problem(ABC):
         return error <= self.allowed
 
 
-def kernel_obstacle(problem: Problem, backend: str = "triton") -> str | None:
-    """Why no Triton kernel serves a problem, or under "auto" why none should; None if one does."""
+def kernel_obstacle(problem: Problem) -> str | None:
+    """Why no Triton kernel can serve a problem; None if one can."""
     operator = library.OPERATORS[problem.operation]
-    reasons = (operator.why_not(*arguments, backend=backend) for arguments in problem.calls())
+    reasons = (operator.why_not(*arguments) for arguments in problem.calls())
     return runtime.obstacle(problem.device) or next(filter(None, reasons), None)
 
 

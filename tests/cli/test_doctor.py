@@ -1,5 +1,6 @@
 """`kfac-triton doctor`: what it says of a machine, and that it finds wrong kernels."""
 
+import dataclasses
 import math
 import re
 
@@ -10,7 +11,7 @@ from kfac_triton import __version__
 from kfac_triton.cli import doctor, main
 from kfac_triton.cli.covariance_problem import Covariance, Rows
 from kfac_triton.cli.problems import ColdInverses, Preconditioning, WarmInverses, kernel_obstacle, worst
-from kfac_triton.kernels import covariance_launch, ops, runtime
+from kfac_triton.kernels import covariance_launch, library, ops, runtime
 
 CPU = torch.device("cpu")
 OPERATIONS = ("covariance_ema", "newton_schulz_inverse", "factored_newton_refresh", "precondition")
@@ -103,10 +104,17 @@ def test_what_a_kernel_cannot_serve_is_said():
     assert covariance_launch.can_use(*problem.calls()[0]) == kernel_obstacle(problem)
 
 
-def test_why_the_reference_is_preferred_is_said():
+def test_where_the_library_is_preferred_that_is_said_and_checked(monkeypatch, capsys):
+    preferred = dataclasses.replace(library.OPERATORS["precondition"], prefers_library=lambda device: True)
+    monkeypatch.setitem(library.OPERATORS, "precondition", preferred)
     problem = Preconditioning("wide", {(16, 528): 1}, CPU)
-    assert kernel_obstacle(problem) is None, "it can serve"
-    assert "preferred" in doctor.choice(problem)[1]
+    assert kernel_obstacle(problem) is None, "the kernel could serve"
+    assert doctor.choice(problem)[0] == "library"
+    monkeypatch.setattr(doctor, "problems", lambda device: [problem])
+    assert main(["doctor", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "precondition: library (its TF32 products" in printed
+    assert "right  precondition of wide, auto: error" in printed
 
 
 def test_every_problem_starts_from_poison():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -200,14 +201,31 @@ def test_what_the_kernel_cannot_serve_is_said(arguments: dict[str, Any], reason:
             ops.precondition(**arguments, backend="triton")
 
 
-@pytest.mark.parametrize("side", [512, 513])
-def test_large_products_are_the_librarys_unless_the_kernel_is_asked_for(side: int) -> None:
-    """The preference counts under "auto" alone."""
-    arguments = usable(m=1, n=side)
-    values = tuple(arguments.values())
-    operator = library.OPERATORS["precondition"]
-    assert (operator.why_not(*values, backend="auto") is None) == (side == 512)
-    assert operator.why_not(*values, backend="triton") is None
+@pytest.mark.parametrize("factored", [False, True])
+def test_where_tf32_is_fastest_the_librarys_products_serve(monkeypatch: pytest.MonkeyPatch, factored: bool) -> None:
+    """Unless the kernel, or the reference, is asked for; the user's precision is back afterwards."""
+    arguments = usable(m=4, n=6) | {"factored": factored}
+    expected = {key: arguments[key].clone() for key in ("out", "product")}
+    ops.precondition(**arguments | expected, backend="torch")
+    seen: list[str] = []
+    bmm = torch.bmm
+
+    def spy(*operands: Tensor, **options: Any) -> Tensor:
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return bmm(*operands, **options)
+
+    monkeypatch.setattr(torch, "bmm", spy)
+    before = torch.backends.cuda.matmul.fp32_precision
+    operator = dataclasses.replace(library.OPERATORS["precondition"], prefers_library=lambda device: True)
+    for backend, precision in (("auto", "tf32"), ("torch", before)):
+        operator.run("precondition", *arguments.values(), backend=backend)
+        assert set(seen) == {precision}, backend
+        assert torch.backends.cuda.matmul.fp32_precision == before
+        seen.clear()
+    assert torch.equal(arguments["out"], expected["out"])
+    assert torch.equal(arguments["product"], expected["product"])
+    assert not library.OPERATORS["precondition"].prefers_library(torch.device("cpu"))
     with counted_launches() as counts:
-        ops.precondition(**arguments, backend="triton")
+        operator.run("precondition", *arguments.values(), backend="triton")
     assert counts
+    assert not seen

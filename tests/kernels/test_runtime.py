@@ -117,3 +117,12 @@ def test_kernels_are_launched_where_their_tensors_are(monkeypatch: pytest.Monkey
 def test_capability() -> None:
     assert Target("cuda", "sm_103", 1).capability == 103
     assert Target("hip", "gfx942", 1).capability == 0
+
+
+def test_the_users_precision_comes_back_after_an_error() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    with pytest.raises(RuntimeError, match="out of memory"), precision.library_tf32():
+        assert matmul.fp32_precision == "tf32"
+        raise RuntimeError("out of memory")
+    assert matmul.fp32_precision == before
