@@ -171,14 +171,17 @@ def _blend_border(pointer, stride, i, sums, n, count, alpha, beta, BLOCK: tl.con
 
 @triton.jit
 def covariance_kernel(
-    sources, factors, layers, tiles, alphas, betas, accept, workspace,
+    sources,  # int64 (layers,): addresses of X (rows, n), or of the images (N, C, *spatial) whose patches are X; of type DTYPE
+    factors,  # int64 (layers,): addresses of A, float32 (n, n), one wider with a bias; columns side by side
+    layers,  # int64 (layers, LAYER_FIELDS)
+    tiles,  # int32 (programs, TILE_FIELDS)
+    alphas, betas,  # float (layers,)
+    accept,  # uint8 (layers,): where 0 the factor stays as it is; without HAS_ACCEPT it is not read
+    workspace,  # float32 (slots, BLOCK, BLOCK): partial sums of tiles whose rows several programs share
     DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr, SPATIAL: tl.constexpr, UPCAST: tl.constexpr, HAS_ACCEPT: tl.constexpr,
 ):  # fmt: skip
-    """One tile, or border stretch, of one layer over one share of its rows; see the tables above.
-
-    sources, factors: int64 addresses, one a layer. alphas, betas, accept: one a layer.
-    """
+    """One tile, or border stretch, of one layer over one share of its rows; see the tables above."""
     tile = tiles + tl.program_id(0) * 8
     index = tl.load(tile)
     if HAS_ACCEPT:
@@ -236,7 +239,12 @@ def covariance_kernel(
 
 @triton.jit
 def covariance_reduce_kernel(
-    factors, layers, tiles, alphas, betas, accept, workspace,
+    factors,  # int64 (layers,): addresses of A, float32 (n, n), one wider with a bias; columns side by side
+    layers,  # int64 (layers, LAYER_FIELDS)
+    tiles,  # int32 (programs along the first axis of the grid, TILE_FIELDS)
+    alphas, betas,  # float (layers,)
+    accept,  # uint8 (layers,); without HAS_ACCEPT it is not read
+    workspace,  # float32 (slots, BLOCK, BLOCK)
     BLOCK: tl.constexpr, PART: tl.constexpr, HAS_ACCEPT: tl.constexpr,
 ):  # fmt: skip
     """Sums the shares of one tile in a fixed order and blends it. Here a tile's first and last are slots of the workspace.

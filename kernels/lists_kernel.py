@@ -6,8 +6,12 @@ from .runtime import tl, triton
 
 
 @triton.jit
-def squares_kernel(table, out, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum of the squares of one tensor: a row of the table is (address, number of elements, place in out)."""
+def squares_kernel(
+    table,  # int64 (programs, 3): address of a tensor of type DTYPE, number of its elements, place in out
+    out,  # float32 (inputs,)
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum of the squares of one tensor, whose elements fill one stretch of memory in any order."""
     row = table + tl.program_id(0) * 3
     source, size = tl.load(row).to(tl.pointer_type(DTYPE)), tl.load(row + 1)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -21,11 +25,13 @@ def squares_kernel(table, out, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def gather_kernel(table, out, m, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """[weight | bias] of one layer into the leading part of its (m, n) block of out, zero where the bias is missing.
-
-    A row of the table is (address of the weight, of the bias, rows, columns, elements of the bias).
-    """
+def gather_kernel(
+    table,  # int64 (layers, 5): addresses of weight (rows, columns) and bias (rows,) of type DTYPE, rows, columns, size of bias
+    out,  # float32 (layers, m, n), contiguous
+    m, n,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """[weight | bias] of one layer into the leading part of its (m, n) block of out, zero where the bias is missing."""
     index = tl.program_id(1)
     entry = table + index * 5
     weight, bias = tl.load(entry).to(tl.pointer_type(DTYPE)), tl.load(entry + 1).to(tl.pointer_type(DTYPE))
@@ -40,7 +46,13 @@ def gather_kernel(table, out, m, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def blend_kernel(factor, total, keep, gain, accept, size, BLOCK: tl.constexpr):
+def blend_kernel(
+    factor, total,  # float32 (B, n, n), contiguous
+    keep, gain,  # float (B,)
+    accept,  # uint8 (B,)
+    size,  # n * n
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """A share of one matrix of a stack: factor <- keep factor + gain total where accepted; not even read where not."""
     matrix = tl.program_id(1)
     if tl.load(accept + matrix) == 0:

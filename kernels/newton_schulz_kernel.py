@@ -84,7 +84,11 @@ def _symmetric_product(left, right, PRECISION: tl.constexpr, SIDE: tl.constexpr)
 
 @triton.jit
 def fused_kernel(
-    factor, factor_batch, factor_stride, dampings, inverse, inverse_batch, inverse_stride, residual, n, max_steps,
+    factor, factor_batch, factor_stride,  # float32 (B, n, n), elements between matrices and between rows; columns side by side
+    dampings,  # float32 (B,)
+    inverse, inverse_batch, inverse_stride,  # float32 (B, n, n), strides as for factor
+    residual,  # float32 (B,)
+    n, max_steps,
     TOLERANCE: tl.constexpr, EDGE: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, ROUNDING: tl.constexpr,
     SIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -116,7 +120,14 @@ def fused_kernel(
 
 
 @triton.jit
-def norm_kernel(factor, factor_batch, factor_stride, dampings, squares, tiles, count, n, BLOCK: tl.constexpr):
+def norm_kernel(
+    factor, factor_batch, factor_stride,  # float32 (B, n, n), elements between matrices and between rows; columns side by side
+    dampings,  # float32 (B,)
+    squares,  # float64 (B, count)
+    tiles,  # int32 (count, 2): (i, j) of the tiles on and below the diagonal
+    count, n,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Square sum of one tile of A + damping I; a tile below the diagonal stands for its mirror image too."""
     program = tl.program_id(0)
     tile, matrix = program % count, (program // count).to(tl.int64)
@@ -129,7 +140,10 @@ def norm_kernel(factor, factor_batch, factor_stride, dampings, squares, tiles, c
 
 @triton.jit
 def schedule_kernel(
-    squares, dampings, uppers, schedule, batch, count, max_steps,
+    squares,  # float64 (B, count)
+    dampings, uppers,  # float32 (B,)
+    schedule,  # float32 (max_steps + 1, B, ROW)
+    batch, count, max_steps,
     TOLERANCE: tl.constexpr, EDGE: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Upper bound and schedule of one matrix. Rows after the first with nothing remaining are not written nor read."""
@@ -162,7 +176,13 @@ def schedule_kernel(
 
 @triton.jit
 def prepare_kernel(
-    factor, factor_batch, factor_stride, dampings, uppers, schedule, work, tiles, batch, count, n, side,
+    factor, factor_batch, factor_stride,  # float32 (B, n, n), elements between matrices and between rows; columns side by side
+    dampings,  # float32 (B,)
+    uppers,  # float32 (B,)
+    schedule,  # float32 (max_steps + 1, B, ROW), of which the first row is read
+    work,  # float32 (2 buffers, X and M, B, side, side)
+    tiles,  # int32 (count, 2)
+    batch, count, n, side,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One tile of M_0 = B / upper and of X_1 = (h0 I + h1 M_0) / upper, or of X_0 = I / upper where no step is taken."""
@@ -185,7 +205,11 @@ def prepare_kernel(
 
 @triton.jit
 def step_kernel(
-    work, schedule, tiles, batch, count, side, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr
+    work,  # float32 (2 buffers, X and M, B, side, side)
+    schedule,  # float32 (B, ROW): the row of this step
+    tiles,  # int32 (count, 2)
+    batch, count, side,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of X <- h0 X + h1 X M (product 0) or of M <- h0 M + h1 M M (product 1)."""
     program = tl.program_id(0)
@@ -214,8 +238,14 @@ def step_kernel(
 
 @triton.jit
 def residual_kernel(
-    factor, factor_batch, factor_stride, dampings, work, inverse, inverse_batch, inverse_stride, partials, tiles,
-    batch, count, n, side, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    factor, factor_batch, factor_stride,  # float32 (B, n, n), elements between matrices and between rows; columns side by side
+    dampings,  # float32 (B,)
+    work,  # float32 (2 buffers, X and M, B, side, side), of which X of buffer 0 is read
+    inverse, inverse_batch, inverse_stride,  # float32 (B, n, n), strides as for factor
+    partials,  # float32 (2, B, count): shares of tr(R R), then of sum_k B_kk |X_kk|
+    tiles,  # int32 (count, 2)
+    batch, count, n, side,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of the inverse, and its shares of tr(R R), R = I - B X, and of sum_k B_kk |X_kk|.
 
@@ -245,7 +275,12 @@ def residual_kernel(
 
 
 @triton.jit
-def certificate_kernel(partials, residual, batch, count, ROUNDING: tl.constexpr, CHUNK: tl.constexpr):
+def certificate_kernel(
+    partials,  # float32 (2, B, count), as `residual_kernel` leaves them
+    residual,  # float32 (B,)
+    batch, count,
+    ROUNDING: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """Certificate of one matrix from the shares of its tiles, in a fixed order."""
     matrix = tl.program_id(0).to(tl.int64)
     traces, sizes = partials + matrix * count, partials + (batch + matrix) * count

@@ -20,8 +20,13 @@ def _load_tile(matrix, stride, rows, columns, height, width):
 
 @triton.jit
 def product_kernel(
-    left, right, out, gradient, partials, m, n, inner,
-    left_batch, left_stride, right_batch, right_stride, out_batch, out_stride, gradient_batch, gradient_stride,
+    left,  # L: float32 (B, m, inner), with LEFT_TRANSPOSED (B, inner, m); columns of every stack lie side by side
+    right,  # R: float32 (B, n, inner)
+    out,  # C: float32 (B, m, n)
+    gradient,  # W: float32 (B, m, n), read with REDUCE only
+    partials,  # float32 (B, tiles of C), written with REDUCE only
+    m, n, inner,
+    left_batch, left_stride, right_batch, right_stride, out_batch, out_stride, gradient_batch, gradient_stride,  # in elements
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     LEFT_TRANSPOSED: tl.constexpr, TRIANGULAR: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
