@@ -24,6 +24,7 @@ from .partition import Partition
 from .settings import Settings
 from .statistics import Gate, Statistics
 from .step_size import kl_clip_scale
+from .validation import require_module
 from .warning import warn
 
 LearningRate = Callable[[nn.Parameter], float | Tensor]
@@ -45,8 +46,7 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, settings: Settings, parameters: Iterable[nn.Parameter] | None = None) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
+        require_module(model)
         self.settings = settings
         parameters = None if parameters is None else list(parameters)
         self.layers, self.skipped = choose_layers(model, settings, parameters)

@@ -21,6 +21,7 @@ from .settings import Schedule, Settings
 from .state import check_layers, export_layers, rebuilt, restore_layers
 from .tail import OPTIONS
 from .transaction import transaction
+from .validation import require_module
 
 
 class KFAC(EngineFace, Optimizer):
@@ -161,8 +162,7 @@ class KFAC(EngineFace, Optimizer):
         if is_auto:
             settings = auto_settings(lr, settings, maximize=maximize, capturable=capturable)
             lr = 1.0  # of the groups, where schedulers expect a number; it does not matter
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
+        require_module(model)
         params = [p for p in model.parameters() if p.requires_grad] if params is None else params
         defaults = {"lr": lr, **{name: arguments[name] for name in OPTIONS}}
         self._betas = betas

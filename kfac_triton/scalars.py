@@ -27,8 +27,17 @@ def scalars(diagnostics: Mapping[str, Any]) -> dict[str, float]:
         Name -> value, such as "layers/encoder.0/trace_A". A list becomes its length, and so does a dict of texts alone, which
         tells for "skipped" and "without_statistics" how many there are; other texts are left out. Values that are not finite
         stay. The model itself, when it is a layer, is called "root".
+
+    Raises:
+        TypeError: if diagnostics is no dict.
     """
+    _require_dict(diagnostics)
     return dict(_flat(diagnostics, ()))
+
+
+def _require_dict(diagnostics: object) -> None:
+    if not isinstance(diagnostics, Mapping):
+        raise TypeError(f"diagnostics must be a dict, but is {type(diagnostics).__name__}; pass optimizer.diagnostics()")
 
 
 def _flat(node: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, float]]:
@@ -73,9 +82,10 @@ def append_log(path: str | os.PathLike[str], diagnostics: Mapping[str, Any], /, 
 
     Raises:
         FileNotFoundError: if the folder of the file does not exist.
-        TypeError: if a value is not plain: numbers, texts, lists and dicts.
+        TypeError: if diagnostics is no dict, or a value is not plain: numbers, texts, lists and dicts.
         ValueError: if an extra value has the name of one of the diagnostics.
     """
+    _require_dict(diagnostics)
     taken = sorted(name for name in extra if name in diagnostics or name == NON_FINITE)
     if taken:
         raise ValueError(f"extra: {', '.join(map(repr, taken))} would replace a value of the diagnostics; choose another name")

@@ -7,6 +7,21 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+from torch import nn
+
+
+def require_module(value: Any) -> None:
+    """The model itself, because hooks in its layers collect the statistics; other optimizers take its parameters here.
+
+    Raises:
+        TypeError: if value is not a module.
+    """
+    if not isinstance(value, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, but is {type(value).__name__}; pass the model itself, as in KFAC(model, ...), "
+            "not its parameters"
+        )
+
 
 def real(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, open_low: bool = False) -> float:
     """A finite real number in [low, high), or (low, high) with open_low.

@@ -132,7 +132,7 @@ def test_models_without_a_layer_are_refused_with_the_reason() -> None:
     frozen = nn.Sequential(nn.Linear(3, 2).requires_grad_(False))
     with pytest.raises(ValueError, match="0: its weight is frozen"):
         Engine(frozen, Settings())
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, but is list"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, but is list; pass the model itself"):
         Engine([1], Settings())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="run one forward pass"):
         Engine(nn.LazyLinear(3), Settings())

@@ -6,7 +6,9 @@ import json
 import math
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +123,16 @@ def test_what_cannot_be_logged_leaves_the_log_alone(tmp_path: Path, extra: dict,
     with pytest.raises(error, match=message):
         append_log(path, {"steps": 1}, **extra)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("function", [scalars, lambda given: append_log("run.jsonl", given)])
+def test_the_optimizer_in_place_of_its_diagnostics_is_named(
+    function: Callable[[Any], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TypeError, match=r"diagnostics must be a dict, but is KFAC; pass optimizer.diagnostics\(\)"):
+        function(KFAC(mlp()))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_folder_is_said(tmp_path: Path) -> None:

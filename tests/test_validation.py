@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -19,6 +20,16 @@ from kfac_triton.settings import Settings
 
 def model() -> nn.Linear:
     return nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize("optimizer", [KFAC, KFACPreconditioner])
+def test_parameters_in_place_of_the_model_are_named(optimizer: Callable[..., Any]) -> None:
+    """What every other optimizer takes."""
+    message = (
+        "model must be a torch.nn.Module, but is generator; pass the model itself, as in KFAC(model, ...), not its parameters"
+    )
+    with pytest.raises(TypeError, match=re.escape(message)):
+        optimizer(model().parameters(), lr=0.1)
 
 
 NOT_NUMBERS = ["0.1", None, True, False, [0.1], (1,), 1j, torch.tensor([0.1, 0.2])]
