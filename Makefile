@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# Another pair of PyTorch and Triton: make test VENV=build/newest CONSTRAINTS=other.txt
+CONSTRAINTS ?= constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo race test test-all check docs bench gpu codegen clean
@@ -13,7 +15,7 @@ help:  ## list the targets
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP_INSTALL) --editable ".[$*]"
 	@touch $@
 
@@ -35,9 +37,9 @@ test: check  ## the checks, then every test that is not slow
 # other tests brings may be of another build than PyTorch.
 TRAINERS := tests/integrations "tests/test_docs.py::test_blocks_run[docs/trainers.md]"
 
-.venv-trainers/.installed: pyproject.toml constraints.txt
+.venv-trainers/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv-trainers
-	.venv-trainers/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[trainers]" pytest pytest-benchmark
+	.venv-trainers/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[trainers]" pytest pytest-benchmark
 	@touch $@
 
 test-all: check .venv-trainers/.installed  ## the checks, then every test, those of the trainers in an environment of their own
@@ -56,8 +58,9 @@ bench: $(VENV)/.installed-bench  ## the cost model, then kernel benchmarks on th
 gpu:  ## on a GPU machine: kernels checked against float64, then timed; results in benchmarks/results/
 	PYTHONPATH=. $(PYTHON) benchmarks/run.py --device cuda $(GPU)
 
-# Every Triton that kernels may meet has its golden table: 3.6.0 comes with PyTorch 2.11, 3.7.1 with 2.13, 3.9.0 is the newest.
-CODEGEN := $(patsubst %,codegen-%,3.6.0 3.7.1 3.9.0)
+# Every Triton that kernels may meet has its golden table: 3.6.0 comes with PyTorch 2.11, 3.7.1 with 2.13, 3.8.0 with 2.14, and
+# 3.9.0 is the newest.
+CODEGEN := $(patsubst %,codegen-%,3.6.0 3.7.1 3.8.0 3.9.0)
 
 .venv-codegen-%/.installed: constraints.txt
 	$(PYTHON) -m venv .venv-codegen-$*
@@ -69,7 +72,7 @@ $(CODEGEN): codegen-%: .venv-codegen-%/.installed
 	PYTHONPATH=tests:. .venv-codegen-$*/bin/python -m codegen $(UPDATE)
 
 .PHONY: $(CODEGEN)
-codegen: $(CODEGEN)  ## compile every kernel for four GPUs under three Tritons and read the assembly (UPDATE=--update)
+codegen: $(CODEGEN)  ## compile every kernel for four GPUs under four Tritons and read the assembly (UPDATE=--update)
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) .venv-codegen-* .venv-trainers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks demo.png convergence.json race.png

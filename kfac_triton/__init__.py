@@ -7,6 +7,6 @@ from .likelihood import Likelihood
 from .optimizer import KFAC
 from .preconditioner import KFACPreconditioner
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"  # the one place: pyproject.toml reads it from here without importing the package
 
 __all__ = ["KFAC", "KFACPreconditioner", "Likelihood", "__version__"]

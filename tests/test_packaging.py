@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -61,10 +62,42 @@ def test_the_wheel_is_the_tree_byte_for_byte(wheel: zipfile.ZipFile) -> None:
 
 
 def test_the_wheel_says_the_same_version(wheel: zipfile.ZipFile) -> None:
-    """Its version comes from pyproject.toml."""
+    """It is written once, in the package: a machine that only has the sources on its path knows it too."""
     assert re.search(r"^Version: (.+)$", metadata(wheel, "METADATA"), re.MULTILINE).group(1) == kfac_triton.__version__
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert re.search(r'^version = "(.+)"$', text, re.MULTILINE).group(1) == kfac_triton.__version__
+    assert re.search(r"^version\b.*\d", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE) is None
+
+
+def test_the_version_is_read_without_torch() -> None:
+    """A literal: the build would otherwise import the package, and with it PyTorch."""
+    tree = ast.parse((ROOT / "kfac_triton" / "__init__.py").read_text(encoding="utf-8"))
+    (value,) = (
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__"
+    )
+    assert ast.literal_eval(value) == kfac_triton.__version__
+
+
+def test_the_changelog_has_the_version() -> None:
+    """Its newest release is the one of the package."""
+    text = (ROOT / "docs" / "changelog.md").read_text(encoding="utf-8")
+    released = re.findall(r"^## \[?(\d+\.\d+\.\d+)\]? - \d{4}-\d{2}-\d{2}$", text, re.MULTILINE)
+    assert released[0] == kfac_triton.__version__
+    assert released == sorted(released, key=lambda x: tuple(map(int, x.split("."))), reverse=True)
+
+
+def test_releases_of_the_workflow_are_known() -> None:
+    """Its first pair is that of constraints.txt, and every Triton has a golden table, which `make codegen` checks."""
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    pairs = re.findall(r"\{ torch: ([\d.]+), triton: ([\d.]+) \}", workflow)
+    pins = re.findall(r"^\w+==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(pairs) == 2
+    assert list(pairs[0]) == pins
+    tables = {path.stem.removeprefix("triton-") for path in (ROOT / "tests" / "codegen" / "golden").glob("*.json")}
+    assert {triton for _, triton in pairs} <= tables
+    listed = re.search(
+        r"^CODEGEN := \$\(patsubst %,codegen-%,(.*)\)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert listed is not None
+    assert set(listed[1].split()) == tables
 
 
 def test_the_wheel_is_pure_and_brings_the_command(wheel: zipfile.ZipFile) -> None:
