@@ -25,9 +25,13 @@ demo: $(VENV)/.installed-demo  ## train the MNIST autoencoder with K-FAC, Adam a
 race: $(VENV)/.installed-demo  ## K-FAC against tuned AdamW on three problems: twenty minutes, goes on where it stopped; table and picture
 	PYTHONPATH=benchmarks $(BIN)/python -m convergence $(RACE)
 
+# The site clips code beyond some 80 characters.
+PAGES := README.md docs/*.md
+
 check: $(VENV)/.installed-test $(VENV)/.installed-demo  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check --isolated --line-length 78 $(PAGES)
 	$(BIN)/mypy
 
 test: check  ## the checks, then every test that is not slow

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import kfac_triton
 from kfac_triton import KFAC, KFACPreconditioner, cli
 from kfac_triton.kernels import ops
 from kfac_triton.layers import LAYER_TYPES
@@ -80,6 +81,25 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for value in (given["optimizer"], names.get("optimizer"), names.get("preconditioner")):
             if isinstance(value, KFAC | KFACPreconditioner):
                 value.close()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_code_fits_the_page_and_columns_have_names(page: Path) -> None:
+    """The site clips lines of code beyond some 80 characters."""
+    fence, wide, unnamed = "", [], []
+    for line in page.read_text().splitlines():
+        if line.startswith("```"):
+            fence = "" if fence else line
+        elif fence and len(line) > 78:
+            wide.append(line)
+        elif not fence and re.match(r"\|\s*\|.*\|$", line):
+            unnamed.append(line)
+    assert wide == []
+    assert unnamed == []
+
+
+def test_the_citation_has_the_version() -> None:
+    assert f"version = {{{kfac_triton.__version__}}}" in (ROOT / "README.md").read_text()
 
 
 def test_pages_have_blocks() -> None:
