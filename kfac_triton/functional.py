@@ -71,7 +71,7 @@ class _Watch(TorchFunctionMode):
 def _columns(layer: Layer, used: Tensor) -> slice | None:
     """Columns of `F.linear`'s output that are the layer's, if its rows of its weight are among the used ones."""
     weight = layer.weight
-    first = 0
+    first: int | torch.SymInt = 0  # as PyTorch types strides from 2.14 on
     if used is not weight:
         # A slice is told by what it is a view of: addresses repeat once memory is freed.
         if used._base is None or used._base is not (weight if weight._base is None else weight._base):
