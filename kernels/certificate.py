@@ -57,11 +57,15 @@ def inverse_residual(damped_factor: Tensor, inverse: Tensor, safety: float = COM
     return truncation + rounding_error(damped_factor, inverse.diagonal(dim1=-2, dim2=-1), inverse.dtype, safety)
 
 
+def root_energy(damped_factor: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """For X = T^T T: M = T B T^T (mirrored) and the rounding error, each per matrix."""
+    return mirror(root @ damped_factor @ root.mT), rounding_error(damped_factor, root.square().sum(-2), root.dtype)
+
+
 def root_residual(damped_factor: Tensor, root: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For X = T^T T: M = T B T^T (mirrored), its distance ||I - M||_F and the rounding error, each per matrix."""
-    energy = mirror(root @ damped_factor @ root.mT)
+    energy, rounding = root_energy(damped_factor, root)
     distance = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device) - energy
-    rounding = rounding_error(damped_factor, root.square().sum(-2), root.dtype)
     return energy, frobenius_norm(distance), rounding
 
 

@@ -1,9 +1,11 @@
 """Warm refresh of the inverse Cholesky factor, batched: T lower triangular with T^T T close to (A + damping I)^-1.
 
-    M = T (A + damping I) T^T,   R = I - M,   T <- (I + Phi(R)) T,   Phi = strictly lower part + half the diagonal.
+    M = T (A + damping I) T^T,   R = I - c M,   T <- sqrt(c) (I + Phi(R)) T,   Phi = strictly lower part + half the diagonal.
 
 Quadratic, self-correcting, matrix products only, and T^T T is positive semidefinite whatever is rounded. After one step
-||R'||_F <= 1.5 ||R||_F^2 + 0.5 ||R||_F^3: the residual of the factor that came in bounds the one that goes out.
+||R'||_F <= 1.5 ||R||_F^2 + 0.5 ||R||_F^3: the residual of the scaled factor that came in bounds the one that goes out.
+The scale c = tr M / ||M||_F^2 minimises that residual, and needs sums alone. Where even so it is large, a few eigenvalues
+of M may be so far above the rest that the step would not contract: there c is 2 / (lower + upper) of the spectrum.
 (Niklasson, PRB 70, 193102 (2004) refines an inverse factor in this way; Rubensson et al., JCP 128, 104105 (2008).)
 """
 
@@ -15,9 +17,10 @@ import math
 import torch
 from torch import Tensor
 
-from .certificate import damped, root_residual
+from .certificate import damped, root_energy
 
-SCALE_ABOVE = 0.5  # the unscaled step contracts below this norm; above it the spectrum is centred on 1 first
+# Below 1, all eigenvalues of c M are below 2 and the step contracts. Above this ||I - c M||_F, the power iteration makes sure.
+ITERATE_ABOVE = 0.8
 _PROBES, _POWER_STEPS = 16, 3  # a tensor core multiplies 16 vectors at a time
 
 
@@ -26,6 +29,13 @@ def fixed_probes(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Random vectors (16, n), always the same: a refresh is a function of its inputs."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(_PROBES, n, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def _nearest_scale(matrix: Tensor) -> Tensor:
+    """The c (B,) that minimises ||I - c M||_F: tr M / ||M||_F^2."""
+    unit = matrix.abs().amax((-2, -1))  # squares may be beyond the dtype
+    matrix = matrix / unit[:, None, None]
+    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1) / matrix.square().sum((-2, -1)) / unit
 
 
 def _spectral_bounds(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,11 +68,16 @@ def factored_newton_refresh_reference(
     bound = torch.full_like(residual, math.inf)
     running = torch.ones_like(bound, dtype=torch.bool)
     for _ in range(max_steps):
-        energy, distance, rounding = root_residual(target, current)
-        lower, upper = _spectral_bounds(energy)
-        scale = torch.where(distance > SCALE_ABOVE, 2 / (lower + upper), torch.ones_like(distance))
+        energy, rounding = root_energy(target, current)
+        scale = _nearest_scale(energy)
         gap = identity - scale[:, None, None] * energy
         distance = torch.linalg.matrix_norm(gap)
+        far = running & (distance > ITERATE_ABOVE)
+        if factor.is_cuda or bool(far.any()):
+            lower, upper = _spectral_bounds(energy)
+            scale = torch.where(far, 2 / (lower + upper), scale)
+            gap = identity - scale[:, None, None] * energy
+            distance = torch.linalg.matrix_norm(gap)
         rounding = rounding * scale  # of the scaled root
         phi = gap.tril(-1) + torch.diag_embed(0.5 * gap.diagonal(dim1=-2, dim2=-1))
         step = (scale.sqrt()[:, None, None] * (current + phi @ current)).tril()

@@ -2,8 +2,9 @@
 
     prepare    T rounded for the tensor cores, and U = T^T beside it
     factor     Y = T (A + damping I)
-    energy     M = Y T^T
-    plan       c, the bound on the error after the step, and whether to take it: one program a matrix
+    energy     M = Y T^T, and its diagonal by itself
+    plan       c, the bound on the error after the step, and whether to take it: one program a matrix, which reads M itself only
+               where the scale that comes from sums leaves it far from I
     update     T and U of the next step
 
 A TF32 tensor core cuts operands to 11 bits. T is rounded to TF32 first, and multiplied exactly from then on; A and Y are split
@@ -104,10 +105,10 @@ def factor_kernel(
 
 @triton.jit
 def energy_kernel(
-    product, root, energy, partials, flags, tiles, n, root_batch, root_stride, side,
+    product, root, energy, diagonal, partials, flags, tiles, n, root_batch, root_stride, side,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of M = Y T^T and its mirror image, and its share of the off-diagonal norm.
+    """One tile of M = Y T^T and its mirror image, what it has of the diagonal, and its share of the off-diagonal norm.
 
     The share is the largest entry and the sum of squares in units of it, because squares may be beyond float32.
     """
@@ -124,6 +125,9 @@ def energy_kernel(
         y = _load_tile(product, side, rows, inner, n)
         sums = _multiply(y, _load_tile(root, root_stride, columns, inner, n), sums, SPLIT, PRECISION)
     store_mirrored(energy + batch * n * side, side, rows, columns, sums, n)
+    if i == j:
+        own = tl.sum(tl.where(rows[:, None] == columns[None, :], sums, 0.0), 1)
+        tl.store(diagonal + batch * side + rows, own, mask=rows < n)
     below = tl.where(rows[:, None] > columns[None, :], sums, 0.0)  # rows beyond the matrix were loaded as zeros
     largest = tl.max(tl.abs(below))
     shares = below / tl.maximum(largest, 1.2e-38)
@@ -176,32 +180,31 @@ def _largest_growth(
 
 
 @triton.jit
-def _diagonal_gap(energy, side, n, scale, BLOCK: tl.constexpr):
-    """The sum of (1 - c M_ii)^2."""
-    total = tl.zeros((BLOCK,), tl.float64)
-    for first in range(0, n, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        gap = 1.0 - scale * tl.load(energy + at * (side + 1), mask=at < n, other=0.0).to(tl.float64)
-        total += tl.where(at < n, gap * gap, 0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _largest_entry(energy, side, n, BLOCK: tl.constexpr):
-    """Of a positive semidefinite matrix: it is on the diagonal."""
-    largest = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, n, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, tl.load(energy + at * (side + 1), mask=at < n, other=0.0))
-    return tl.max(largest, 0)
+def _diagonal_sums(diagonal, n, scale, CHUNK: tl.constexpr):
+    """The sums of M_ii, of M_ii^2 and of (1 - c M_ii)^2, and the largest M_ii."""
+    traces, squares, gaps = tl.zeros((CHUNK,), tl.float64), tl.zeros((CHUNK,), tl.float64), tl.zeros((CHUNK,), tl.float64)
+    largest = tl.zeros((CHUNK,), tl.float32)
+    for first in range(0, n, CHUNK):
+        at = first + tl.arange(0, CHUNK)
+        values = tl.load(diagonal + at, mask=at < n, other=0.0)
+        largest = tl.maximum(largest, values)
+        values = values.to(tl.float64)
+        traces += values
+        squares += values * values
+        gap = 1.0 - scale * values
+        gaps += tl.where(at < n, gap * gap, 0.0)
+    return tl.sum(traces, 0), tl.sum(squares, 0), tl.sum(gaps, 0), tl.max(largest, 0)
 
 
 @triton.jit
 def plan_kernel(
-    energy, partials, flags, scales, residual, probes, blocks, n, side, count, tolerance, noise, scale_above,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    energy, diagonal, partials, flags, scales, residual, probes, blocks, n, side, count, tolerance, noise, iterate_above,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one matrix does next: c, whether it takes the step, whether it goes on after it, and the residual it then has.
+
+    c = tr M / ||M||_F^2 minimises ||I - c M||_F and comes from sums over tiles. Where a few eigenvalues are far above the
+    rest, it leaves those above 2 and the step would diverge: there the power iteration finds the middle of the spectrum.
 
     A step whose bound is not finite is not taken, and all that follow would be the same. noise: what the rounding estimate is
     to be multiplied by. Scalars in float64: squares of what float32 holds are beyond float32.
@@ -211,26 +214,29 @@ def plan_kernel(
         tl.store(flags + batch * 2 + 1, 0)
         return
     energy += batch * n * side
+    diagonal += batch * side
     partials += batch * count * 4
-    off_diagonal, rounding = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
-    for first in range(0, count, BLOCK):
-        at = first + tl.arange(0, BLOCK)
+    off_diagonal, rounding = tl.zeros((CHUNK,), tl.float64), tl.zeros((CHUNK,), tl.float64)
+    for first in range(0, count, CHUNK):
+        at = first + tl.arange(0, CHUNK)
         largest = tl.load(partials + at * 4 + 1, mask=at < count, other=0.0).to(tl.float64)
         squares = tl.load(partials + at * 4 + 2, mask=at < count, other=0.0).to(tl.float64)
         off_diagonal += 2.0 * largest * largest * squares
         rounding += tl.load(partials + at * 4, mask=at < count, other=0.0).to(tl.float64)
     apart = tl.sum(off_diagonal, 0)
-    distance = tl.sqrt(apart + _diagonal_gap(energy, side, n, 1.0, BLOCK))
-    scale = tl.full((), 1.0, tl.float32)
-    if distance > scale_above:
-        unit = _largest_entry(energy, side, n, BLOCK)
-        own = blocks + batch * (2 * 16) * side
-        upper = 1.05 * _largest_growth(energy, unit, 0.0, probes, own, n, side, BLOCK, BLOCK_K, PRECISION)
-        below = 1.05 * _largest_growth(energy, unit, upper, probes, own, n, side, BLOCK, BLOCK_K, PRECISION)
+    trace, own, _, unit = _diagonal_sums(diagonal, n, 1.0, CHUNK)
+    scale = (trace / (apart + own)).to(tl.float32)
+    exact = scale.to(tl.float64)
+    # Not from trace and squares: they would cancel where the distance is small.
+    distance = tl.sqrt(exact * exact * apart + _diagonal_sums(diagonal, n, exact, CHUNK)[2])
+    if distance > iterate_above:
+        own_blocks = blocks + batch * (2 * 16) * side
+        upper = 1.05 * _largest_growth(energy, unit, 0.0, probes, own_blocks, n, side, BLOCK, BLOCK_K, PRECISION)
+        below = 1.05 * _largest_growth(energy, unit, upper, probes, own_blocks, n, side, BLOCK, BLOCK_K, PRECISION)
         lower = tl.maximum(upper - below, 1e-3 * upper)
         scale = (2.0 / ((lower + upper).to(tl.float64) * unit.to(tl.float64))).to(tl.float32)
         exact = scale.to(tl.float64)
-        distance = tl.sqrt(exact * exact * apart + _diagonal_gap(energy, side, n, exact, BLOCK))
+        distance = tl.sqrt(exact * exact * apart + _diagonal_sums(diagonal, n, exact, CHUNK)[2])
     error = tl.sum(rounding, 0) * noise * scale
     after = (1.5 * distance * distance + 0.5 * distance * distance * distance + error).to(tl.float32)
     # A scale below the normal numbers may count as zero where it is used.

@@ -11,11 +11,12 @@ from torch import Tensor
 from . import factored_newton_kernel as kernel
 from . import precision, runtime, tuning
 from .certificate import COMPUTED
-from .factored_newton import SCALE_ABOVE, fixed_probes
+from .factored_newton import ITERATE_ABOVE, fixed_probes
 from .tiles import count, lower_tiles
 
 _ALIGNMENT = 16  # rows of scratch start 64 bytes apart or a multiple
 _MOST_MATRICES = 65535  # the second dimension of a launch
+_CHUNK = 512  # sums over tiles and over the diagonal
 
 
 def can_use(factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tolerance: float, max_steps: int) -> str | None:
@@ -58,6 +59,7 @@ def launch(factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tole
     damping = damping.contiguous()
     transposed, product, energy = scratch(n, side), scratch(n, side), scratch(n, side)
     rounded = scratch(n, side) if rounds else root
+    diagonal = scratch(side)
     partials, scales = scratch(len(tiles), kernel.PARTIALS), scratch()
     flags = torch.empty(batch, kernel.FLAGS, dtype=torch.int32, device=device)
     probes = fixed_probes(n, torch.float32, device)
@@ -75,12 +77,12 @@ def launch(factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tole
             factor.stride(0), factor.stride(1), rounded.stride(0), rounded.stride(1), side, SPLIT=rounds, **tile,
         )  # fmt: skip
         kernel.energy_kernel[grid](
-            product, rounded, energy, partials, flags, tiles, n, rounded.stride(0), rounded.stride(1), side,
+            product, rounded, energy, diagonal, partials, flags, tiles, n, rounded.stride(0), rounded.stride(1), side,
             SPLIT=rounds, **tile,
         )  # fmt: skip
         kernel.plan_kernel[(batch,)](
-            energy, partials, flags, scales, residual, probes, blocks, n, side, len(tiles), tolerance, noise, SCALE_ABOVE,
-            PRECISION=mode, enable_fp_fusion=True, **plan_config,
+            energy, diagonal, partials, flags, scales, residual, probes, blocks, n, side, len(tiles), tolerance, noise,
+            ITERATE_ABOVE, CHUNK=_CHUNK, PRECISION=mode, enable_fp_fusion=True, **plan_config,
         )  # fmt: skip
         kernel.update_kernel[grid](
             energy, root, rounded, transposed, product, flags, scales, tiles, n,

@@ -14,6 +14,7 @@ from kfac_triton.kernels import (
     covariance_kernel,
     covariance_launch,
     factored_newton_kernel,
+    factored_newton_launch,
     lists_kernel,
     newton_schulz,
     newton_schulz_kernel,
@@ -158,7 +159,7 @@ def _factored_newton(arch: str) -> Iterator[Case]:
                 {"SPLIT": split},
                 f"*fp32 *fp32 *fp32 *fp32 *fp32 *i32 *i32 i32:16 {strides} {strides} i32:16",
             ),
-            (kernel.energy_kernel, {"SPLIT": split}, f"*fp32 *fp32 *fp32 *fp32 *i32 *i32 i32:16 {strides} i32:16"),
+            (kernel.energy_kernel, {"SPLIT": split}, f"*fp32 *fp32 *fp32 *fp32 *fp32 *i32 *i32 i32:16 {strides} i32:16"),
             (
                 kernel.update_kernel,
                 {"ROUND": split},
@@ -170,7 +171,8 @@ def _factored_newton(arch: str) -> Iterator[Case]:
     for name, _, config in _entries(arch, "factored_newton_plan"):
         rows = config.pop("BLOCK")
         constants = {"BLOCK": rows, "BLOCK_K": config.pop("BLOCK_K"), "PRECISION": mode}
-        types = "*fp32 *fp32 *i32 *fp32 *fp32 *fp32 *fp32 i32:16 i32:16 i32 fp32 fp32 fp32"
+        constants["CHUNK"] = factored_newton_launch._CHUNK
+        types = "*fp32 *fp32 *fp32 *i32 *fp32 *fp32 *fp32 *fp32 i32:16 i32:16 i32 fp32 fp32 fp32"
         yield Case(f"{name}/plan_kernel/-", kernel.plan_kernel, types, constants, config, rows=rows)
 
 
