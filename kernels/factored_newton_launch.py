@@ -1,4 +1,4 @@
-"""Launches the warm refresh: one kernel before, four a step, whatever the number and the size of the matrices.
+"""Launches the warm refresh: one kernel before, four a step (thirteen for large matrices), whatever the number of matrices.
 
 Which matrices go on is decided, and stays, on the device: a matrix that is done costs programs that return at once.
 """
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import factored_newton_kernel as kernel
+from . import factored_newton_plan_kernel as planning
 from . import precision, runtime, tuning
 from .certificate import COMPUTED
 from .factored_newton import ITERATE_ABOVE, fixed_probes
@@ -17,6 +18,9 @@ from .tiles import count, lower_tiles
 _ALIGNMENT = 16  # rows of scratch start 64 bytes apart or a multiple
 _MOST_MATRICES = 65535  # the second dimension of a launch
 _CHUNK = 512  # sums over tiles and over the diagonal
+# Above this side, the power iteration is spread over the grid: one program would read the matrix eight times for milliseconds.
+# Up to it, nine more launches a step would cost the host more than they save.
+_SPREAD_ABOVE = 1024
 
 
 def can_use(factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tolerance: float, max_steps: int) -> str | None:
@@ -64,6 +68,9 @@ def launch(factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tole
     flags = torch.empty(batch, kernel.FLAGS, dtype=torch.int32, device=device)
     probes = fixed_probes(n, torch.float32, device)
     blocks = scratch(2, len(probes), side)
+    spread = n > _SPREAD_ABOVE
+    blocks_of_rows = count(n, plan_config["BLOCK"])
+    growth = scratch(planning.PRODUCTS, blocks_of_rows, len(probes)) if spread else None
 
     tile = {"BLOCK": block, "BLOCK_K": block_k, "PRECISION": mode, "enable_fp_fusion": True, **config}
     noise = COMPUTED * torch.finfo(torch.float32).eps / 2
@@ -80,10 +87,20 @@ def launch(factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tole
             product, rounded, energy, diagonal, partials, flags, tiles, n, rounded.stride(0), rounded.stride(1), side,
             SPLIT=rounds, **tile,
         )  # fmt: skip
-        kernel.plan_kernel[(batch,)](
+        planning.plan_kernel[(batch,)](
             energy, diagonal, partials, flags, scales, residual, probes, blocks, n, side, len(tiles), tolerance, noise,
-            ITERATE_ABOVE, CHUNK=_CHUNK, PRECISION=mode, enable_fp_fusion=True, **plan_config,
+            ITERATE_ABOVE, CHUNK=_CHUNK, SPREAD=spread, PRECISION=mode, enable_fp_fusion=True, **plan_config,
         )  # fmt: skip
+        for step in range(planning.PRODUCTS if spread else 0):
+            planning.grow_kernel[(blocks_of_rows, batch)](
+                energy, scales, flags, probes, blocks, growth, step, n, side,
+                PRECISION=mode, enable_fp_fusion=True, **plan_config,
+            )  # fmt: skip
+        if spread:
+            planning.conclude_kernel[(batch,)](
+                diagonal, partials, flags, scales, residual, growth, n, side, len(tiles), blocks_of_rows, tolerance, noise,
+                CHUNK=_CHUNK, enable_fp_fusion=True,
+            )  # fmt: skip
         kernel.update_kernel[grid](
             energy, root, rounded, transposed, product, flags, scales, tiles, n,
             root.stride(0), root.stride(1), rounded.stride(0), rounded.stride(1), side, ROUND=rounds, **tile,

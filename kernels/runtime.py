@@ -16,6 +16,12 @@ from typing import Any
 
 import torch
 
+
+def _unchanged(function: Any = None, **options: Any) -> Any:
+    """Stands in for `triton.jit`, with options or without."""
+    return functools.partial(_unchanged, **options) if function is None else function
+
+
 try:
     triton: Any = importlib.import_module("triton")
     tl: Any = importlib.import_module("triton.language")
@@ -23,7 +29,7 @@ try:
 except ImportError as error:
     # Triton itself, or something that it needs: its interpreter cannot do without NumPy.
     WHY_UNAVAILABLE = "Triton is not installed" if error.name == "triton" else f"Triton cannot be imported: {error}"
-    triton, tl = SimpleNamespace(jit=lambda function: function, __version__="none"), None
+    triton, tl = SimpleNamespace(jit=_unchanged, __version__="none"), None
 
 AVAILABLE: bool = tl is not None
 # Decided when the kernels are decorated: TRITON_INTERPRET=1 must be set before this package is imported.

@@ -48,3 +48,27 @@ def round_tf32(values):
     bits = values.to(tl.int32, bitcast=True)
     bits = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF
     return tl.where(values == values, bits.to(tl.float32, bitcast=True), values)
+
+
+@triton.jit
+def load_tile(matrix, stride, rows, columns, n):
+    """Zero outside of the matrix."""
+    inside = (rows < n)[:, None] & (columns < n)[None, :]
+    return tl.load(matrix + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(matrix, stride, rows, columns, values, n):
+    """The part that is inside of the matrix."""
+    inside = (rows < n)[:, None] & (columns < n)[None, :]
+    tl.store(matrix + rows[:, None] * stride + columns[None, :], values, mask=inside)
+
+
+@triton.jit
+def multiply(left, right, sums, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums + left right^T, left in two parts where the tensor core would cut it; right is a TF32 number then."""
+    if SPLIT:
+        high = round_tf32(left)
+        sums = tl.dot(high, tl.trans(right), sums, input_precision=PRECISION)
+        left = left - high
+    return tl.dot(left, tl.trans(right), sums, input_precision=PRECISION)

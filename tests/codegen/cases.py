@@ -15,6 +15,7 @@ from kfac_triton.kernels import (
     covariance_launch,
     factored_newton_kernel,
     factored_newton_launch,
+    factored_newton_plan_kernel,
     lists_kernel,
     newton_schulz,
     newton_schulz_kernel,
@@ -169,11 +170,18 @@ def _factored_newton(arch: str) -> Iterator[Case]:
             label = f"{name}/{function.__name__}/-"
             yield Case(label, function, types, tile | extra, config, rows=block, wide=True)
     for name, _, config in _entries(arch, "factored_newton_plan"):
-        rows = config.pop("BLOCK")
-        constants = {"BLOCK": rows, "BLOCK_K": config.pop("BLOCK_K"), "PRECISION": mode}
-        constants["CHUNK"] = factored_newton_launch._CHUNK
+        planning, rows, chunk = factored_newton_plan_kernel, config["BLOCK"], {"CHUNK": factored_newton_launch._CHUNK}
+        constants = {"BLOCK": config.pop("BLOCK"), "BLOCK_K": config.pop("BLOCK_K"), "PRECISION": mode}
         types = "*fp32 *fp32 *fp32 *i32 *fp32 *fp32 *fp32 *fp32 i32:16 i32:16 i32 fp32 fp32 fp32"
-        yield Case(f"{name}/plan_kernel/-", kernel.plan_kernel, types, constants, config, rows=rows)
+        for kind, spread in (("-", False), ("spread", True)):
+            yield Case(
+                f"{name}/plan_kernel/{kind}", planning.plan_kernel, types, constants | chunk | {"SPREAD": spread}, config,
+                rows=0 if spread else rows,
+            )  # fmt: skip
+        types = "*fp32 *fp32 *i32 *fp32 *fp32 *fp32 i32 i32:16 i32:16"
+        yield Case(f"{name}/grow_kernel/-", planning.grow_kernel, types, constants, config, rows=rows)
+        types = "*fp32 *fp32 *i32 *fp32 *fp32 *fp32 i32:16 i32:16 i32 i32 fp32 fp32"
+        yield Case(f"{name}/conclude_kernel/-", planning.conclude_kernel, types, chunk, {})
 
 
 def _precondition(arch: str) -> Iterator[Case]:

@@ -288,13 +288,32 @@ def test_parts_of_wider_stacks(mode: str) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 5])
-@pytest.mark.parametrize(("batch", "n"), [(1, 1), (3, 20), (2, 50), (9, 300)])
-def test_launches_depend_on_the_steps_alone(batch: int, n: int, steps: int) -> None:
+@pytest.mark.parametrize(("batch", "n"), [(1, 1), (3, 20), (2, 50), (9, 300), (1, 1100), (3, 1200)])
+def test_launches_depend_on_the_steps_and_on_whether_matrices_are_large(batch: int, n: int, steps: int) -> None:
     stack, vector = torch.zeros(batch, n, n), torch.ones(batch)
     with counted_launches() as counts:
         refresh(stack, vector, stack, max_steps=steps, backend="triton")
     each = ("factor_kernel", "energy_kernel", "plan_kernel", "update_kernel")
-    assert counts == {"prepare_kernel": 1} | dict.fromkeys(each, steps)
+    expected = {"prepare_kernel": 1} | dict.fromkeys(each, steps)
+    if n > 1024:
+        expected |= {"grow_kernel": 8 * steps, "conclude_kernel": steps}
+    assert counts == expected
+
+
+@both_modes
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(problem=problems(60, batch=3), steps=st.integers(1, 2))
+def test_the_power_iteration_spread_over_the_grid_is_the_same(
+    mode: str, problem: tuple[Tensor, Tensor, Tensor], steps: int
+) -> None:
+    """Vectors are the same up to how their squares are summed, and whoever does not wait is not touched."""
+    together = kernel(*problem, max_steps=steps, mode=mode)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factored_newton_launch, "_SPREAD_ABOVE", 0)
+        spread = kernel(*problem, max_steps=steps, mode=mode)
+    for one, other in zip(together, spread, strict=True):
+        unit = one.abs().amax(tuple(range(1, one.ndim)), keepdim=True) if one.ndim > 1 else one
+        torch.testing.assert_close(other / unit, one / unit, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 def test_the_default_type_of_torch_does_not_matter() -> None:
