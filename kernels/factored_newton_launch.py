@@ -17,7 +17,7 @@ from .tiles import count, lower_tiles
 
 _ALIGNMENT = 16  # rows of scratch start 64 bytes apart or a multiple
 _MOST_MATRICES = 65535  # the second dimension of a launch
-_CHUNK = 512  # sums over tiles and over the diagonal
+_CHUNK = 128  # sums over tiles and over the diagonal; from 256 on, the plan spills registers on sm_100
 # Above this side, the power iteration is spread over the grid: one program would read the matrix eight times for milliseconds.
 # Up to it, nine more launches a step would cost the host more than they save.
 _SPREAD_ABOVE = 1024
