@@ -136,7 +136,7 @@ def cold_steps(condition: float = CONDITION, tolerance: float = COLD_TOLERANCE) 
     """
     import torch
 
-    from kfac_triton.kernels.newton_schulz import chebyshev_step
+    from kfac_triton.kernels.newton_schulz.reference import chebyshev_step
 
     lower, steps = torch.tensor([1 / condition], dtype=torch.float64), 0
     while 1 - lower.item() > tolerance:

@@ -12,8 +12,8 @@ from torch import Tensor
 from . import fisher
 from .factors import FactorBank, factor_dtype
 from .kernels import ops
-from .kernels.addresses import device_table
-from .kernels.lists import is_dense
+from .kernels.device_tables import device_table
+from .kernels.multi_tensor.launch import is_dense
 from .layers import Layer, Rows
 from .layers.tied import TiedLayer
 from .moments import Moments

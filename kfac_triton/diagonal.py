@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .kernels.covariance import WINDOW, patch_matrix
+from .kernels.covariance.reference import WINDOW, patch_matrix
 
 
 class DiagonalStore:

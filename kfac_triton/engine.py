@@ -19,7 +19,7 @@ from .fisher_pass import FisherPass
 from .functional import attach_functional
 from .gradients import add_updates, assemble
 from .inverse import InverseStack
-from .kernels import addresses
+from .kernels import device_tables, runtime
 from .partition import Partition
 from .settings import Settings
 from .statistics import Gate, Statistics
@@ -198,7 +198,7 @@ class Engine:
             ValueError: if a setting is not the same for all steps, or makes the host wait.
             RuntimeError: if steps have to be taken outside of a graph first.
         """
-        if not addresses.is_recording():
+        if not runtime.is_recording():
             return
         self.settings.require_constant()
         methods = {x.method for x in self.curvature.inverses if isinstance(x, InverseStack)}
@@ -228,7 +228,7 @@ class Engine:
         self.curvature.blend_moments(outcome, self.settings.ema_decay)
         self.dropped_statistics += outcome.fresh & ~outcome.accept
         may_have_news = self.host_looks or any(known[i] for i in self.without_statistics) or not any(known)
-        if self.without_statistics and may_have_news and not addresses.is_recording():
+        if self.without_statistics and may_have_news and not runtime.is_recording():
             self._notice_missing(outcome.accept.tolist(), outcome.fresh.tolist())
         self.is_stale = True
 
@@ -344,4 +344,4 @@ def _vector(rates: list[float | Tensor], like: Tensor) -> Tensor:
         numbers = [rate if isinstance(rate, Tensor) else like.new_full((), rate) for rate in rates]
         return torch.stack([number.to(like, non_blocking=True).reshape(()) for number in numbers])
     values = tuple((float(rate),) for rate in rates)
-    return addresses.device_table(values, like.device, like.dtype).flatten()
+    return device_tables.device_table(values, like.device, like.dtype).flatten()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels import addresses
+from .kernels import runtime
 
 
 class LateFlags:
@@ -27,14 +27,14 @@ class LateFlags:
     def send(self, flags: Tensor) -> None:
         """Starts a copy to the host; it overwrites what came before."""
         self._host.copy_(flags, non_blocking=True)
-        self._is_recorded = addresses.is_recording()
+        self._is_recorded = runtime.is_recording()
         if self._arrival is not None and not self._is_recorded:
             self._arrival.record()
         self._sent = True
 
     def receive(self) -> list[int]:
         """Indices of the flags that are set, each answer once; empty while none has arrived, and in a CUDA graph."""
-        if not self._sent or addresses.is_recording():
+        if not self._sent or runtime.is_recording():
             return []
         # Of replays no event tells; flags of any of them are as good.
         if self._arrival is not None and not self._is_recorded and not self._arrival.query():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels.covariance import patch_matrix
+from .kernels.covariance.reference import patch_matrix
 from .layers import Rows
 from .partition import Partition
 

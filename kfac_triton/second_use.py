@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .kernels.addresses import device_table
+from .kernels.device_tables import device_table
 from .layers.tied import TiedLayer
 from .statistics import Entry, Gate, Shared, Statistics
 

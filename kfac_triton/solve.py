@@ -12,7 +12,7 @@ from .eigen import EigenStack
 from .factors import SideGroup, TileGroup
 from .inverse import InverseStack
 from .kernels import ops
-from .kernels.addresses import device_table
+from .kernels.device_tables import device_table
 
 
 def _select(stack: Tensor, side: SideGroup) -> Tensor:

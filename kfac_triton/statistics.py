@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .diagonal import squared_rows
-from .kernels import addresses, ops
+from .kernels import ops, runtime
 from .layers import Layer, Rows
 from .moments import Moments
 from .partition import Part
@@ -52,7 +52,7 @@ class Gate:
 
     def notice(self) -> None:
         """Takes note of an eager backward pass."""
-        self.is_unrecorded |= not addresses.is_recording()
+        self.is_unrecorded |= not runtime.is_recording()
         self.saw_loss |= self.empirical or not self.listening
         if self.scaler is not None and self.scale is None:
             scale = self.scaler._get_scale_async()

@@ -13,7 +13,7 @@ from torch.optim.sgd import sgd
 
 from . import validation
 from .capture import local
-from .kernels import addresses
+from .kernels import runtime
 
 TAILS = ("sgd", "adamw")
 OPTIONS = ("momentum", "nesterov", "weight_decay", "tail", "betas", "eps", "foreach", "maximize", "capturable")  # of a group
@@ -131,7 +131,7 @@ def require_recordable(groups: list[dict[str, Any]], states: dict[Any, dict[str,
     Raises:
         RuntimeError: if a group is not capturable, or its rate or counters are on the host.
     """
-    if not addresses.is_recording():
+    if not runtime.is_recording():
         return
     for number, group in enumerate(groups):
         if not group["capturable"]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kfac_triton.kernels.library import OPERATORS
+from kfac_triton.kernels.operators import OPERATORS
 from kfac_triton.kernels.runtime import triton
 from kfac_triton.late import LateFlags
 

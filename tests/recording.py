@@ -21,14 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from kfac_triton import KFAC
-from kfac_triton.kernels import addresses
-from kfac_triton.kernels.library import OPERATORS
+from kfac_triton.kernels import device_tables, runtime
+from kfac_triton.kernels.operators import OPERATORS
 from kfac_triton.kernels.runtime import triton
 
 WARM, REPLAYS = 2, 2  # steps before a recording, and replays after it
 LOSS = nn.CrossEntropyLoss()
 ORIGINALS = {name: getattr(Tensor, name) for name in READING}
-PACKAGE = inspect.getmodule(addresses).__name__.partition(".")[0]  # type: ignore[union-attr]
+PACKAGE = inspect.getmodule(device_tables).__name__.partition(".")[0]  # type: ignore[union-attr]
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -118,7 +118,7 @@ LAUNCH = KERNEL.run
 def recorded() -> Iterator[Tape]:
     """Records what happens inside, which takes place as well; whatever would make the host wait raises AssertionError."""
     tape = Tape()
-    make = addresses._copies.__wrapped__
+    make = device_tables._copies.__wrapped__
 
     def refuse(name: str) -> Any:
         def read(self: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -135,8 +135,8 @@ def recorded() -> Iterator[Tape]:
             tape.may_send = False
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(addresses, "is_recording", lambda: True)
-        patch.setattr(addresses._copies, "__wrapped__", table)
+        patch.setattr(runtime, "is_recording", lambda: True)
+        patch.setattr(device_tables._copies, "__wrapped__", table)
         patch.setattr(KERNEL, "run", lambda self, *args, **kwargs: tape.launch(self, args, kwargs))
         for name in READING:
             patch.setattr(Tensor, name, refuse(name))

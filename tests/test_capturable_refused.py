@@ -11,7 +11,7 @@ from helpers import mlp
 from recording import WARM, Case, Run, recorded
 from torch import Tensor, nn
 
-from kfac_triton.kernels import addresses
+from kfac_triton.kernels import device_tables, runtime
 from kfac_triton.late import LateFlags
 
 
@@ -109,19 +109,19 @@ def test_a_replay_runs_no_code_of_the_host() -> None:
 def test_without_a_gpu_in_use_nothing_is_asked(has_context: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: has_context)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert addresses.is_recording() == has_context
+    assert runtime.is_recording() == has_context
 
 
 def test_tables_of_a_graph_are_its_own_and_are_kept() -> None:
     rows, cpu = ((1, 2), (3, 4)), torch.device("cpu")
-    shared, kept = addresses.device_table(rows, cpu), len(addresses._RECORDED)
-    assert addresses.device_table(rows, cpu) is shared
+    shared, kept = device_tables.device_table(rows, cpu), len(device_tables._RECORDED)
+    assert device_tables.device_table(rows, cpu) is shared
     with recorded():
-        own = addresses.device_table(rows, cpu)
+        own = device_tables.device_table(rows, cpu)
     assert own is not shared
     assert torch.equal(own, shared)
-    assert addresses.device_table(rows, cpu) is shared
-    ((device, _),) = addresses._RECORDED[kept:]
+    assert device_tables.device_table(rows, cpu) is shared
+    ((device, _),) = device_tables._RECORDED[kept:]
     assert device is own
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kfac_triton.diagonal import DiagonalStore, squared_rows
 from kfac_triton.kernels import ops
-from kfac_triton.kernels.covariance import patch_matrix
+from kfac_triton.kernels.covariance.reference import patch_matrix
 
 CPU = torch.device("cpu")
 

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.profiler import profile
 
 from kfac_triton import KFAC, KFACPreconditioner
-from kfac_triton.kernels import addresses
+from kfac_triton.kernels import device_tables
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -64,7 +64,7 @@ def test_the_meter_sees_what_autograd_saves_and_what_a_hook_keeps() -> None:
 @pytest.mark.parametrize("make", [lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9), KFAC], ids=["SGD", "KFAC"])
 def test_the_meter_agrees_with_the_allocator(make: Callable[[nn.Module], Optimizer]) -> None:
     """PyTorch's profiler writes down every allocation, also the small ones that an operation makes for itself."""
-    addresses._copies.cache_clear()  # full after many tests: a table that comes in sends another one out
+    device_tables._copies.cache_clear()  # full after many tests: a table that comes in sends another one out
     model = nn.Sequential(nn.Linear(20, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 10))
     x, y = torch.randn(64, 20), torch.randint(10, (64,))
     optimizer = make(model)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from kfac_triton import KFAC
-from kfac_triton.kernels import addresses
+from kfac_triton.kernels import runtime
 from kfac_triton.statistics import Gate
 
 
 def test_a_pass_outside_of_a_graph_is_noted_until_the_step_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate()
     for recording in (True, False, True):
-        monkeypatch.setattr(addresses, "is_recording", lambda recording=recording: recording)
+        monkeypatch.setattr(runtime, "is_recording", lambda recording=recording: recording)
         gate.notice()
         if recording and not gate.is_unrecorded:
             continue

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import library, ops, runtime
+from ..kernels import operators, ops, runtime
 
 EMA_DECAY = 0.95
 DAMPING = 1e-3  # over the Frobenius norm of a factor: a condition number of about a thousand
@@ -69,7 +69,7 @@ class Problem(ABC):
 
 def kernel_obstacle(problem: Problem, backend: str = "triton") -> str | None:
     """Why no Triton kernel serves a problem, or under "auto" why none should; None if one does."""
-    operator = library.OPERATORS[problem.operation]
+    operator = operators.OPERATORS[problem.operation]
     reasons = (operator.why_not(*arguments, backend=backend) for arguments in problem.calls())
     return runtime.obstacle(problem.device) or next(filter(None, reasons), None)
 

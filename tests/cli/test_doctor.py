@@ -10,7 +10,8 @@ from kfac_triton import __version__
 from kfac_triton.cli import doctor, main
 from kfac_triton.cli.covariance_problem import Covariance, Rows
 from kfac_triton.cli.problems import ColdInverses, Preconditioning, WarmInverses, kernel_obstacle, worst
-from kfac_triton.kernels import covariance_launch, ops, runtime
+from kfac_triton.kernels import ops, runtime
+from kfac_triton.kernels.covariance import launch as covariance_launch
 
 CPU = torch.device("cpu")
 OPERATIONS = ("covariance_ema", "newton_schulz_inverse", "factored_newton_refresh", "precondition")

@@ -11,7 +11,7 @@ from refreshes import assert_honest, exact_root, refresh, with_condition
 
 from kfac_triton.inverse import ACCEPT
 from kfac_triton.kernels.certificate import damped, mirror, root_residual
-from kfac_triton.kernels.factored_newton import _spectral_bounds
+from kfac_triton.kernels.factored_newton.reference import _spectral_bounds
 
 
 @settings(max_examples=80, deadline=None)

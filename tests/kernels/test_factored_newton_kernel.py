@@ -18,8 +18,9 @@ from launches import counted_launches
 from refreshes import assert_honest, exact_root, refresh, with_condition
 from torch import Tensor
 
-from kfac_triton.kernels import factored_newton_launch, ops, precision
+from kfac_triton.kernels import ops, precision
 from kfac_triton.kernels.certificate import damped, mirror, root_residual, rounding_error
+from kfac_triton.kernels.factored_newton import launch as factored_newton_launch
 
 MODES = ["ieee", "tf32"]
 # The interpreter computes with numpy, which remarks on numbers that overflow; a GPU does not.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kfac_triton.kernels import ops
 from kfac_triton.kernels.certificate import mirror
-from kfac_triton.kernels.newton_schulz import chebyshev_step
+from kfac_triton.kernels.newton_schulz.reference import chebyshev_step
 
 
 def with_condition(n: int, condition: float, damping: float = 1.0) -> Tensor:

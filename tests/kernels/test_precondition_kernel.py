@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from launches import counted_launches
 from torch import Tensor
 
-from kfac_triton.kernels import library, ops, precondition_launch
+from kfac_triton.kernels import operators, ops
 from kfac_triton.kernels.certificate import mirror
+from kfac_triton.kernels.precondition import launch as precondition_launch
 
 # Either side of the tile sizes, and far from any.
 SIZES = [(1, 1), (1, 70), (17, 16), (33, 48), (49, 5), (64, 65), (20, 200), (199, 130)]
@@ -205,7 +206,7 @@ def test_large_products_are_the_librarys_unless_the_kernel_is_asked_for(side: in
     """The preference counts under "auto" alone."""
     arguments = usable(m=1, n=side)
     values = tuple(arguments.values())
-    operator = library.OPERATORS["precondition"]
+    operator = operators.OPERATORS["precondition"]
     assert (operator.why_not(*values, backend="auto") is None) == (side == 512)
     assert operator.why_not(*values, backend="triton") is None
     with counted_launches() as counts:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kfac_triton.kernels import ops
-from kfac_triton.kernels.covariance import patch_matrix
+from kfac_triton.kernels.covariance.reference import patch_matrix
 from kfac_triton.layers import Layer, find_layers
 
 SIZES = (4, 3, 2)

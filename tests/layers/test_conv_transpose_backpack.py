@@ -12,7 +12,7 @@ from backpack.extensions import KFLR
 from helpers import relative_error
 from torch import Tensor, nn
 
-from kfac_triton.kernels.covariance import patch_matrix
+from kfac_triton.kernels.covariance.reference import patch_matrix
 from kfac_triton.layers import find_layers
 
 

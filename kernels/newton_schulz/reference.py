@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .certificate import MULTIPLIED, damped, frobenius_norm, inverse_residual, mirror
+from ..certificate import MULTIPLIED, damped, frobenius_norm, inverse_residual, mirror
 
 # No eigenvalue is ever sent below this share of the top: pure Chebyshev steps send large ones near zero and lose digits.
 _FLOOR = 0.35

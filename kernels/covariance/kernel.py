@@ -7,7 +7,7 @@ shape races: the mirrored store of one tile would feed the read of another.
 
 from __future__ import annotations
 
-from .runtime import tl, triton
+from ..runtime import tl, triton
 
 # Columns of the host's tables. LAYER_*: int64, one row a layer. TILE_*: int32, one row a program.
 ROWS, COLUMNS, ROW_STRIDE, COLUMN_STRIDE, FACTOR_STRIDE, POSITIONS = range(6)

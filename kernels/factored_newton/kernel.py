@@ -15,8 +15,8 @@ of Y are needed: row i of T ends at its diagonal, so tile (i, j) of M, j <= i, r
 
 from __future__ import annotations
 
-from .runtime import tl, triton
-from .tiles import round_tf32, store_mirrored
+from ..runtime import tl, triton
+from ..tiles import round_tf32, store_mirrored
 
 # Partial sums, one row a tile: the rounding estimate, the largest off-diagonal entry, the off-diagonal squares in units of it.
 PARTIALS = 4

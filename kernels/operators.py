@@ -13,22 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import covariance_launch, factored_newton_launch, newton_schulz_launch, precondition_launch, runtime
-from .covariance import covariance_ema_reference
-from .factored_newton import factored_newton_refresh_reference
-from .lists import (
-    blend_reference,
-    can_use_blend,
-    can_use_gather,
-    can_use_squares,
-    gather_reference,
-    launch_blend,
-    launch_gather,
-    launch_squares,
-    squares_reference,
-)
-from .newton_schulz import newton_schulz_inverse_reference
-from .precondition import precondition_reference
+from . import runtime
+from .covariance import launch as covariance_launch
+from .covariance.reference import covariance_ema_reference
+from .factored_newton import launch as factored_newton_launch
+from .factored_newton.reference import factored_newton_refresh_reference
+from .multi_tensor.launch import can_use_blend, can_use_gather, can_use_squares, launch_blend, launch_gather, launch_squares
+from .multi_tensor.reference import blend_reference, gather_reference, squares_reference
+from .newton_schulz import launch as newton_schulz_launch
+from .newton_schulz.reference import newton_schulz_inverse_reference
+from .precondition import launch as precondition_launch
+from .precondition.reference import precondition_reference
 
 # The registrations live as long as this object does.
 LIBRARY = torch.library.Library("kfac_triton", "DEF")

@@ -11,8 +11,8 @@ steps to go with this one, and which product (0: X, 1: M, -1: neither) the prepa
 
 from __future__ import annotations
 
-from .runtime import tl, triton
-from .tiles import store_mirrored
+from ..runtime import tl, triton
+from ..tiles import store_mirrored
 
 ROW = 4  # numbers in a row of the schedule
 

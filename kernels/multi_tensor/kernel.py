@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .runtime import tl, triton
+from ..runtime import tl, triton
 
 
 @triton.jit

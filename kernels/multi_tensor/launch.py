@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import lists_kernel as kernel
-from . import runtime
-from .addresses import device_table
-from .runtime import tl
+from .. import runtime
+from ..device_tables import device_table
+from ..runtime import tl
+from . import kernel
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -23,12 +23,6 @@ def is_dense(tensor: Tensor) -> bool:
 
 def _triton_type(dtype: torch.dtype) -> object:
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
-
-
-def squares_reference(inputs: list[Tensor], out: Tensor) -> None:
-    """Plain-torch twin of the kernel. See `kfac_triton.kernels.ops.squares`."""
-    for i, source in enumerate(inputs):
-        out[i] = source.to(out.dtype).square().sum()
 
 
 def can_use_squares(inputs: list[Tensor], out: Tensor) -> str | None:
@@ -49,18 +43,6 @@ def launch_squares(inputs: list[Tensor], out: Tensor) -> None:
         kernel.squares_kernel[(len(members),)](
             table, out, DTYPE=_triton_type(dtype), BLOCK=1024 if runtime.INTERPRETED else 8192, num_warps=8
         )
-
-
-def gather_reference(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> None:
-    """Plain-torch twin of the kernel. See `kfac_triton.kernels.ops.gather`."""
-    for block, weight, bias in zip(out, weights, biases, strict=True):
-        if weight.numel() == 0:
-            block.zero_()
-            continue
-        rows, columns = weight.shape[0], weight[0].numel()
-        block[:rows, :columns].copy_(weight.reshape(rows, columns))
-        if columns < block.shape[1]:
-            block[:rows, columns].copy_(bias) if bias.numel() else block[:rows, columns].zero_()
 
 
 def can_use_gather(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> str | None:
@@ -94,18 +76,6 @@ def launch_gather(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> N
         BLOCK=block,
         num_warps=4,
     )
-
-
-def blend_reference(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Tensor) -> None:
-    """Plain-torch twin of the kernel. See `kfac_triton.kernels.ops.blend`."""
-    if factor.device.type == "cpu":
-        for i, (old, new, accepted) in enumerate(zip(keep.tolist(), gain.tolist(), accept.tolist(), strict=True)):
-            if accepted:
-                factor[i].mul_(old).add_(total[i], alpha=new)
-        return
-    # Without a host read: a sum that is not accepted may be NaN, so it is selected away, not weighted with zero.
-    keep, gain, accept = (vector[:, None, None] for vector in (keep.to(factor), gain.to(factor), accept))
-    factor.copy_(torch.where(accept, keep * factor + gain * total, factor))
 
 
 def can_use_blend(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Tensor) -> str | None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import factored_newton_kernel as kernel
-from . import precision, runtime, tuning
-from .certificate import COMPUTED
-from .factored_newton import SCALE_ABOVE, fixed_probes
-from .tiles import count, lower_tiles
+from .. import precision, runtime, tuning
+from ..certificate import COMPUTED
+from ..tiles import count, lower_tiles
+from . import kernel
+from .reference import SCALE_ABOVE, fixed_probes
 
 _ALIGNMENT = 16  # rows of scratch start 64 bytes apart or a multiple
 _MOST_MATRICES = 65535  # the second dimension of a launch

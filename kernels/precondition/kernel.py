@@ -9,7 +9,7 @@ shared memory, in small copies. The chains below turn none of the inverses, whic
 
 from __future__ import annotations
 
-from .runtime import tl, triton
+from ..runtime import tl, triton
 
 
 @triton.jit

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import newton_schulz_kernel as kernel
-from . import precision, runtime, tuning
-from .certificate import MULTIPLIED
-from .newton_schulz import EDGE, LEAST, MOST
-from .tiles import count, lower_tiles
+from .. import precision, runtime, tuning
+from ..certificate import MULTIPLIED
+from ..tiles import count, lower_tiles
+from . import kernel
+from .reference import EDGE, LEAST, MOST
 
 _ALIGNMENT = 16
 _TILE = 32  # of kernels without products

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from .certificate import damped, root_residual
+from ..certificate import damped, root_residual
 
 SCALE_ABOVE = 0.5  # the unscaled step contracts below this norm; above it the spectrum is centred on 1 first
 _PROBES, _POWER_STEPS = 16, 3  # a tensor core multiplies 16 vectors at a time

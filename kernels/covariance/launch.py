@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import covariance_kernel as kernel
-from . import precision, runtime, tuning
-from .addresses import device_table
-from .covariance import WINDOW
-from .runtime import tl
-from .tiles import count
+from .. import precision, runtime, tuning
+from ..device_tables import device_table
+from ..runtime import tl
+from ..tiles import count
+from . import kernel
+from .reference import WINDOW
 
 _PROGRAMS_PER_PROCESSOR = 2  # rows are split until a launch has this many
 _LEAST_CHUNKS = 4  # loop iterations of a share of the rows

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import precision, runtime, tuning
-from .precondition_kernel import product_kernel
-from .tiles import count
+from .. import precision, runtime, tuning
+from ..tiles import count
+from .kernel import product_kernel
 
 # Above this side the library's batched products are taken, which are said to be fast there. Not measured: no GPU has run both.
 LARGEST_PREFERRED = 512

@@ -7,13 +7,10 @@ import functools
 import torch
 from torch import Tensor
 
+from . import runtime
+
 _KEPT = 256  # tables remembered; a training loop repeats a handful
 _RECORDED: list[tuple[Tensor, Tensor]] = []  # those that CUDA graphs read, with their pinned copies
-
-
-def is_recording() -> bool:
-    """Whether a CUDA graph records what the host launches now."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 @functools.lru_cache(maxsize=_KEPT)
@@ -30,7 +27,7 @@ def device_table(rows: tuple[tuple[float, ...], ...], device: torch.device, dtyp
     A CUDA graph copies it at every replay: a table made while one is recorded is kept with its pinned copy for good, and is
     given to nobody else, who might read it before the first replay has filled it.
     """
-    if not is_recording():
+    if not runtime.is_recording():
         return _copies(rows, device, dtype)[0]
     _RECORDED.append(_copies.__wrapped__(rows, device, dtype))
     return _RECORDED[-1][0]
