@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from convergence import __main__ as command
-from convergence import contest, problems, race, table
-from convergence.contest import ADAMW, CONTEST, KFAC_NAME, Entry
-from convergence.log import Log, LogError
-from convergence.race import Outcome
-from convergence.training import Run, schedule, train
+
+from benchmarks.convergence import __main__ as command
+from benchmarks.convergence import contest, problems, race, table
+from benchmarks.convergence.contest import ADAMW, CONTEST, KFAC_NAME, Entry
+from benchmarks.convergence.log import Log, LogError
+from benchmarks.convergence.race import Outcome
+from benchmarks.convergence.training import Run, schedule, train
 
 QUICK_TEXT = problems.QUICK[0]
 MINIATURE = ["--quick", "--quiet", "--output", "none"]

@@ -9,8 +9,9 @@ from itertools import islice
 import pytest
 import torch
 import torch.nn.functional as F
-from convergence import images, problems, text
-from convergence.models import Attention, TextTransformer
+
+from benchmarks.convergence import images, problems, text
+from benchmarks.convergence.models import Attention, TextTransformer
 
 BY_NAME = {problem.name: problem for problem in problems.FULL}
 

@@ -1,15 +1,15 @@
-"""Counts of benchmarks/cost_model.py against numbers worked out by hand, loops that count, and launches that happen."""
+"""Counts of benchmarks/kernels/cost_model.py against numbers worked out by hand, loops that count, and launches that happen."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import cost_model
 import pytest
 import torch
-from kernel_contestants import make_problem
-from models import FULL, QUICK, Layer, Model
 
+from benchmarks.kernels import cost_model
+from benchmarks.kernels.contestants import make_problem
+from benchmarks.kernels.shapes import FULL, QUICK, Layer, Model
 from kfac_triton.kernels import runtime
 
 TINY = Model("tiny", "", (Layer(rows=4, inputs=3, outputs=2, count=2),), itemsize=4)

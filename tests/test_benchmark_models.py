@@ -1,11 +1,12 @@
-"""Layer sets of benchmarks/models.py against the published sizes of the models, and the shapes of PyTorch's convolutions."""
+"""The layers of benchmarks/kernels/shapes.py against the published sizes of the models, and against PyTorch's convolutions."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from models import BY_NAME, FULL, QUICK, Images, Layer, Model, convolution, padded
 from torch import nn
+
+from benchmarks.kernels.shapes import BY_NAME, FULL, QUICK, Images, Layer, Model, convolution, padded
 
 
 def parameters(model: Model) -> int:

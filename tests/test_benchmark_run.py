@@ -6,17 +6,16 @@ import importlib.util
 import json
 from pathlib import Path
 
-import kernel_contestants
-import kernel_race
-import optimizer_race
 import pytest
-import report
-import run
 import torch
-from cost_model import DEVICES, OPERATIONS
-from kernel_contestants import Contestant, contestants, make_problem
-from models import QUICK, Model
 
+from benchmarks import report, run
+from benchmarks.kernels import contestants as kernel_contestants
+from benchmarks.kernels import timing as kernel_timing
+from benchmarks.kernels.contestants import Contestant, contestants, make_problem
+from benchmarks.kernels.cost_model import DEVICES, OPERATIONS
+from benchmarks.kernels.shapes import QUICK, Model
+from benchmarks.steps import timing as step_timing
 from kfac_triton.cli.problems import Problem
 
 CPU = torch.device("cpu")
@@ -90,12 +89,12 @@ def test_all_contestants_are_right_on_every_layer_set() -> None:
             assert len(names) >= 3
 
 
-def race_of(monkeypatch: pytest.MonkeyPatch, *others: Contestant) -> dict[str, kernel_race.Row]:
+def race_of(monkeypatch: pytest.MonkeyPatch, *others: Contestant) -> dict[str, kernel_timing.Row]:
     def with_others(problem: Problem) -> list[Contestant]:
         return [*kernel_contestants.contestants(problem), *others]
 
-    monkeypatch.setattr(kernel_race, "contestants", with_others)
-    rows = kernel_race.race("precondition", QUICK[0], CPU, RATES, seconds=0.01)
+    monkeypatch.setattr(kernel_timing, "contestants", with_others)
+    rows = kernel_timing.race("precondition", QUICK[0], CPU, RATES, seconds=0.01)
     return {row["contestant"]: row for row in rows}
 
 
@@ -129,11 +128,11 @@ def test_a_start_is_set_back_before_every_run_that_changes_it(monkeypatch: pytes
 
 
 def test_a_loss_that_is_not_finite_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    def diverge(task: optimizer_race.Task) -> optimizer_race.Step:
+    def diverge(task: step_timing.Task) -> step_timing.Step:
         return lambda: torch.tensor(float("nan"))
 
-    monkeypatch.setattr(optimizer_race, "CONTESTANTS", {"AdamW": optimizer_race._adamw, "wild": diverge, "broken": fail})
-    rows = optimizer_race.race(optimizer_race.autoencoder(CPU, quick=True), seconds=0.01)
+    monkeypatch.setattr(step_timing, "CONTESTANTS", {"AdamW": step_timing._adamw, "wild": diverge, "broken": fail})
+    rows = step_timing.race(step_timing.autoencoder(CPU, quick=True), seconds=0.01)
     assert rows[0]["over_baseline"] == 1.0
     assert rows[1]["not_timed"] == "its loss is not finite" and "step_seconds" not in rows[1]
     assert rows[2]["not_timed"].startswith("TypeError")
@@ -168,7 +167,7 @@ def test_full_sizes_are_not_started_on_a_cpu(capsys: pytest.CaptureFixture[str])
 
 
 def test_measured_rates_fit_every_cost() -> None:
-    rates = kernel_race.measured_rates(CPU, side=64, repeats=2)
+    rates = kernel_timing.measured_rates(CPU, side=64, repeats=2)
     toy = Model("toy", "", QUICK[1].layers, itemsize=2)
     assert all(0 < rates.seconds(count(toy)) < float("inf") for count in OPERATIONS.values())
     assert "measured in this run" in rates.source

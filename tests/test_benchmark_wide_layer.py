@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import wide_layer
+
+from benchmarks.steps import wide_layer
 
 
 def test_memory_falls_with_the_blocks() -> None:

@@ -6,7 +6,6 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
-import memory
 import pytest
 import torch
 from contenders import batch, loss_of, net, train
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.profiler import profile
 
+from benchmarks.steps import memory
 from kfac_triton import KFAC, KFACPreconditioner
 from kfac_triton.kernels import device_tables
 

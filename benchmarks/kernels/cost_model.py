@@ -5,7 +5,7 @@ and a symmetric one is written whole. Operations are those of the algorithm that
 two), products of symmetric results counted as triangles. So a kernel of this algorithm can be slower than its floor and never
 faster, and another algorithm may need less.
 
-    python benchmarks/cost_model.py --device H100
+    python -m benchmarks.kernels.cost_model --device H100
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from models import FULL, Images, Model
+from .shapes import FULL, Images, Model
 
 FLOAT = 4  # bytes of a float32 number, which factors, inverses and gradients are kept in
 TENSOR_CORES_BY_ITEMSIZE = {4: "tf32", 2: "bf16"}

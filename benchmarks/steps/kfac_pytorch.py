@@ -3,7 +3,7 @@
 A cycle is ten consecutive steps, the first with inverses. Contestants take turns cycle by cycle in rotating order, and ratios
 are taken within a cycle, so that a drift of the machine's speed cancels.
 
-    python benchmarks/step_versus_kfac_pytorch.py --peer ~/kfac-pytorch --json step.json
+    python -m benchmarks.steps.kfac_pytorch --peer ~/kfac-pytorch --json step.json
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import INVERSE_EVERY, NAMES, PEER_NAMES, WORKLOADS, Workload, find_peer, floor, make_step
+
+from .contestants import INVERSE_EVERY, NAMES, PEER_NAMES, WORKLOADS, Workload, find_peer, floor, make_step
 
 OURS = "kfac_triton"
 BASELINE = "SGD"

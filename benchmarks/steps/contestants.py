@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import flops
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfac_triton import KFAC
+
+from . import flops
 
 STATISTICS_EVERY = 1
 INVERSE_EVERY = 10

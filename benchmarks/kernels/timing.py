@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from cost_model import OPERATIONS, Rates, passes
-from kernel_contestants import OURS, REFERENCE, Contestant, contestants, make_problem
-from models import Model
 
 from kfac_triton.cli.problems import Problem
 from kfac_triton.cli.stopwatch import Stopwatch, captured
+
+from .contestants import OURS, REFERENCE, Contestant, contestants, make_problem
+from .cost_model import OPERATIONS, Rates, passes
+from .shapes import Model
 
 Row = dict[str, Any]
 _MOST_ROUNDS, _LEAST_ROUNDS = 15, 3

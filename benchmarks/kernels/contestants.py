@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from models import Layer, Model
 from torch import Tensor
 
 from kfac_triton.cli.covariance_problem import Covariance, Rows
@@ -21,6 +20,8 @@ from kfac_triton.cli.problems import (
     kernel_obstacle,
 )
 from kfac_triton.kernels import ops, runtime
+
+from .shapes import Layer, Model
 
 OURS = "kernel"
 REFERENCE = "torch reference"

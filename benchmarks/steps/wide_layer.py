@@ -1,6 +1,6 @@
 """What a Linear layer of 16k inputs costs K-FAC in each form of its factors: memory, and seconds of a step's parts.
 
-    python benchmarks/wide_layer.py
+    python -m benchmarks.steps.wide_layer
 
 Each form runs in a process of its own, so that its peak memory is its own. Times are of this machine; compare the rows.
 """

@@ -1,6 +1,6 @@
 """What a training step of a transformer takes in memory, with and without K-FAC, as counted on a CPU.
 
-    PYTHONPATH=tests python benchmarks/memory.py
+    PYTHONPATH=tests python -m benchmarks.steps.memory
 
 Every tensor that is alive counts once, what autograd saves for the backward pass included; what a library asks for inside one
 operation does not. The figures are exact, and need no quiet machine.
