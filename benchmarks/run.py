@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from kfac_triton.cli.doctor import examine, problems
-from kfac_triton.cli.problems import kernel_obstacle
+from kfac_triton.cli.tuning.checks import kernel_obstacle
+from kfac_triton.cli.tuning.doctor import examine, problems
 
 from . import report as reports
 from .kernels import cost_model

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_triton.controller import Controller
-from kfac_triton.losses import likelihood_of
+from kfac_triton.fisher.losses import likelihood_of
+from kfac_triton.steps.controller import Controller
 
 Gradients = list[Tensor | None]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kfac_triton.curvature.async_flags import LateFlags
 from kfac_triton.kernels.operators import OPERATORS
 from kfac_triton.kernels.runtime import triton
-from kfac_triton.late import LateFlags
 
 # Operators whose result, or whose shape, the host must know before it goes on.
 WAITING = ("_local_scalar_dense", "nonzero", "item", "equal", "masked_select", "unique", "is_nonzero")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfac_triton.likelihood import Likelihood
-from kfac_triton.losses import likelihood_of
+from kfac_triton.fisher.likelihood import Likelihood
+from kfac_triton.fisher.losses import likelihood_of
 
 TOLERANCE = 1e-12
 DRAWS = 200_000

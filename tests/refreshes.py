@@ -8,7 +8,7 @@ import torch
 from helpers import energy_error
 from torch import Tensor
 
-from kfac_triton.inverse import ACCEPT
+from kfac_triton.curvature.inverse import ACCEPT
 from kfac_triton.kernels import ops
 from kfac_triton.kernels.certificate import mirror
 

@@ -10,9 +10,10 @@ from helpers import energy_error
 from torch import Tensor, nn
 
 from kfac_triton import KFAC
-from kfac_triton.diagonal import DiagonalStore
-from kfac_triton.eigen import EigenStack
-from kfac_triton.inverse import ACCEPT, METHODS
+from kfac_triton.curvature.diagonal import DiagonalStore
+from kfac_triton.curvature.eigenbasis import EigenStack
+from kfac_triton.curvature.inverse import ACCEPT
+from kfac_triton.settings import METHODS
 
 FORMS = {method: {"inverse": method} for method in METHODS if method != "auto"} | {
     "ekfac": {"curvature": "ekfac"},

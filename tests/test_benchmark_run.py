@@ -16,7 +16,7 @@ from benchmarks.kernels.contestants import Contestant, contestants, make_problem
 from benchmarks.kernels.cost_model import DEVICES, OPERATIONS
 from benchmarks.kernels.shapes import QUICK, Model
 from benchmarks.steps import timing as step_timing
-from kfac_triton.cli.problems import Problem
+from kfac_triton.cli.tuning.checks import Problem
 
 CPU = torch.device("cpu")
 RATES = DEVICES["H100"]

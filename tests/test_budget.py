@@ -8,7 +8,7 @@ from helpers import TokenModel, conv_net, mlp, relative_error
 from torch import Tensor, nn
 
 from kfac_triton import KFAC, KFACPreconditioner
-from kfac_triton.rounding import Rounding
+from kfac_triton.curvature.rounding import Rounding
 
 
 def _tokens(model: nn.Module, n: int = 6) -> None:

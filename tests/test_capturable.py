@@ -12,7 +12,7 @@ from recording import LOSS, REPLAYS, WARM, Case, Run, Tape, equal, recorded, row
 from torch import Tensor, nn
 
 from kfac_triton import KFACPreconditioner
-from kfac_triton.inverse import ACCEPT
+from kfac_triton.curvature.inverse import ACCEPT
 
 
 class Transformer(nn.Module):

@@ -11,8 +11,8 @@ from helpers import mlp
 from recording import WARM, Case, Run, recorded
 from torch import Tensor, nn
 
+from kfac_triton.curvature.async_flags import LateFlags
 from kfac_triton.kernels import device_tables, runtime
-from kfac_triton.late import LateFlags
 
 
 def _set_lr(run: Run) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kfac_triton import KFAC, KFACPreconditioner
-from kfac_triton.capture import CaptureHook
+from kfac_triton.capture.hooks import CaptureHook
 from kfac_triton.layers import Layer, find_layers
 
 TOLERANCE = 1e-12

@@ -16,8 +16,8 @@ from controllers import (
 from helpers import batch_for_mlp, mlp, relative_error
 from torch import Tensor, nn
 
-from kfac_triton.controller import REJECTION_FACTOR
-from kfac_triton.quadratic import jacobian_products
+from kfac_triton.steps.controller import REJECTION_FACTOR
+from kfac_triton.steps.forward_mode import jacobian_products
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

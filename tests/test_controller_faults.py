@@ -20,7 +20,7 @@ from controllers import (
 from helpers import batch_for_mlp, mlp
 from torch import Tensor, nn
 
-from kfac_triton.controller import REJECTION_FACTOR
+from kfac_triton.steps.controller import REJECTION_FACTOR
 
 
 @pytest.mark.parametrize("value", [1e3, math.nan, math.inf])

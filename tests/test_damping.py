@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kfac_triton.damping import pi_split
+from kfac_triton.curvature.damping import pi_split
 
 TYPES = [torch.float32, torch.float64]
 positive = st.floats(1e-6, 1e6)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kfac_triton.diagonal import DiagonalStore, squared_rows
+from kfac_triton.capture.diagonal_sums import squared_rows
+from kfac_triton.curvature.diagonal import DiagonalStore
 from kfac_triton.kernels import ops
 from kfac_triton.kernels.covariance.reference import patch_matrix
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kfac_triton import KFAC, KFACPreconditioner
-from kfac_triton.eigen import EigenStack, off_diagonal
-from kfac_triton.inverse import ACCEPT
+from kfac_triton.curvature.eigenbasis import EigenStack, off_diagonal
+from kfac_triton.curvature.inverse import ACCEPT
 
 
 def _spd(n: int, side: int, condition: float, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kfac_triton.factors import ALIGNMENT, FactorBank, FactorSpec, padded
+from kfac_triton.curvature.factor_bank import FactorBank
+from kfac_triton.curvature.factor_stack import ALIGNMENT, padded
+from kfac_triton.layers.partition import FactorSpec
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,8 @@ from helpers import backward_of_mlp, mlp, relative_error
 from launches import nobody_waits
 from torch import Tensor, nn
 
-from kfac_triton import KFAC, tail
+from kfac_triton import KFAC
+from kfac_triton.steps import first_order, param_groups
 
 GROUP: dict[str, Any] = {
     "lr": 0.1,
@@ -39,15 +40,15 @@ def _move(group: dict[str, Any], kinds: list[torch.dtype], together: bool = True
     """Parameters of these types after some steps of a group, in one call or each in its own."""
     torch.manual_seed(0)
     params = [torch.randn(3, 2, dtype=torch.float64).to(kind) for kind in kinds for _ in range(2)]
-    states = [tail.initial_state(nn.Parameter(p), group) for p in params]
+    states = [param_groups.initial_state(nn.Parameter(p), group) for p in params]
     with torch.no_grad():
         for _ in range(steps):
             gradients = [torch.randn(3, 2, dtype=torch.float64).to(p.dtype) for p in params]
             if together:
-                tail.apply(group, params, gradients, states)
+                first_order.apply(group, params, gradients, states)
             else:
                 for p, gradient, state in zip(params, gradients, states, strict=True):
-                    tail.apply(group, [p], [gradient], [state])
+                    first_order.apply(group, [p], [gradient], [state])
     assert all(state["step"] == steps for state in states)
     return params
 
@@ -96,10 +97,10 @@ def _exact(group: dict[str, Any], kind: torch.dtype) -> list[Tensor]:
     """In float64 on the numbers that were rounded to `kind`."""
     torch.manual_seed(0)
     params = [torch.randn(3, 2, dtype=torch.float64).to(kind).double() for _ in range(2)]
-    states = [tail.initial_state(nn.Parameter(p), group) for p in params]
+    states = [param_groups.initial_state(nn.Parameter(p), group) for p in params]
     with torch.no_grad():
         for _ in range(4):
-            tail.apply(group, params, [torch.randn(3, 2, dtype=torch.float64).to(kind).double() for _ in params], states)
+            first_order.apply(group, params, [torch.randn(3, 2, dtype=torch.float64).to(kind).double() for _ in params], states)
     return params
 
 
@@ -108,10 +109,10 @@ def _exact(group: dict[str, Any], kind: torch.dtype) -> list[Tensor]:
 def test_nothing_is_read_from_the_device(options: dict[str, Any], foreach: bool | None) -> None:
     group = {**GROUP, **options, "lr": torch.tensor(0.1), "foreach": foreach, "capturable": True}
     params, gradients = ([torch.randn(3, 2, dtype=kind) for kind in (torch.float32, torch.float64)] for _ in range(2))
-    states = [tail.initial_state(nn.Parameter(p), group) for p in params]
+    states = [param_groups.initial_state(nn.Parameter(p), group) for p in params]
     before = [p.clone() for p in params]
     with torch.no_grad(), nobody_waits():
-        tail.apply(group, params, gradients, states)
+        first_order.apply(group, params, gradients, states)
     assert not any(torch.equal(*pair) for pair in zip(before, params, strict=True))
 
 
@@ -130,7 +131,7 @@ def test_whole_steps_agree(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("foreach", [None, False, True])
-@pytest.mark.parametrize("kind", tail.TAILS)
+@pytest.mark.parametrize("kind", param_groups.TAILS)
 def test_groups_without_parameters_or_gradients(kind: str, foreach: bool | None) -> None:
     model = mlp()
     first, *_, last = list(model.parameters())

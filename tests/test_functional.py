@@ -14,9 +14,9 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from kfac_triton import KFACPreconditioner
-from kfac_triton.functional import AttentionHook, _columns
+from kfac_triton.capture.attention import AttentionHook, _columns
+from kfac_triton.capture.statistics import Statistics
 from kfac_triton.layers import find_layers
-from kfac_triton.statistics import Statistics
 
 EMBED, HEADS = 6, 2
 

@@ -7,9 +7,10 @@ import torch
 from helpers import energy_error
 from torch import Tensor
 
-from kfac_triton import inverse as inverse_module
-from kfac_triton.inverse import ACCEPT, METHODS, InverseStack, resolve
+from kfac_triton.curvature import inverse as inverse_module
+from kfac_triton.curvature.inverse import ACCEPT, InverseStack, resolve
 from kfac_triton.kernels.certificate import mirror
+from kfac_triton.settings import METHODS
 
 NAMED_METHODS = [m for m in METHODS if m != "auto"]
 SIZE = 96

@@ -11,8 +11,9 @@ import torch
 from hard_matrices import KINDS, HardStack, drifted, hard_stack, uniform
 from torch import Generator, Tensor
 
-from kfac_triton.eigen import EigenStack
-from kfac_triton.inverse import ACCEPT, METHODS, InverseStack
+from kfac_triton.curvature.eigenbasis import EigenStack
+from kfac_triton.curvature.inverse import ACCEPT, InverseStack
+from kfac_triton.settings import METHODS
 
 STACKS = [m for m in METHODS if m != "auto"] + ["eigenbasis"]
 FLOOR = 2e-6  # below it a certificate says no more than that float32 was used

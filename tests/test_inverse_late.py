@@ -7,8 +7,9 @@ import torch
 from helpers import energy_error
 from torch import Tensor
 
-from kfac_triton.inverse import ACCEPT, METHODS, InverseStack
-from kfac_triton.late import LateFlags
+from kfac_triton.curvature.async_flags import LateFlags
+from kfac_triton.curvature.inverse import ACCEPT, InverseStack
+from kfac_triton.settings import METHODS
 
 NAMED_METHODS = [method for method in METHODS if method != "auto"]
 

@@ -8,7 +8,7 @@ from singd.optim.optimizer import SINGD
 from torch import nn
 
 from kfac_triton import KFACPreconditioner
-from kfac_triton.inverse import InverseStack
+from kfac_triton.curvature.inverse import InverseStack
 
 DAMPING = 0.1
 

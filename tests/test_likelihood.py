@@ -24,9 +24,9 @@ from loss_cases import (
 )
 from torch import Generator, Tensor, nn
 
-from kfac_triton.distributions import Bernoulli, Categorical, Gaussian
-from kfac_triton.likelihood import Likelihood
-from kfac_triton.losses import likelihood_of
+from kfac_triton.fisher.distributions import Bernoulli, Categorical, Gaussian
+from kfac_triton.fisher.likelihood import Likelihood
+from kfac_triton.fisher.losses import likelihood_of
 
 
 @every_case

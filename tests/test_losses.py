@@ -13,9 +13,9 @@ from helpers import relative_error
 from loss_cases import BCE, CASES, CE, DRAWS, MSE, TOLERANCE, WEIGHTS, Case, Poisson, every_case, hessian, moment_errors
 from torch import Generator, Tensor, nn
 
-from kfac_triton.distributions import Bernoulli, Categorical, Gaussian
-from kfac_triton.likelihood import Likelihood
-from kfac_triton.losses import likelihood_of
+from kfac_triton.fisher.distributions import Bernoulli, Categorical, Gaussian
+from kfac_triton.fisher.likelihood import Likelihood
+from kfac_triton.fisher.losses import likelihood_of
 
 # curvlinops
 

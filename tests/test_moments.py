@@ -7,10 +7,10 @@ import torch
 from helpers import relative_error
 from torch import Tensor, nn
 
+from kfac_triton.capture.ekfac_moments import Moments, MomentTile
 from kfac_triton.layers import find_layers
 from kfac_triton.layers.base import Layer
-from kfac_triton.moments import Moments, MomentTile
-from kfac_triton.partition import Partition
+from kfac_triton.layers.partition import Partition
 
 DTYPE = torch.float64
 
@@ -32,7 +32,7 @@ def _run(model: nn.Module, x: Tensor, weight_sharing: str = "expand") -> tuple[l
 @pytest.mark.parametrize("kind", ["rows", "tokens", "images", "channel groups"])
 def test_moments_are_squares_of_rotated_gradients(kind: str, bias: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two backward passes add up; the gradient of an example is summed over its positions before it is squared."""
-    monkeypatch.setattr("kfac_triton.moments._CHUNK", chunk)
+    monkeypatch.setattr("kfac_triton.capture.ekfac_moments._CHUNK", chunk)
     if kind in ("rows", "tokens"):
         model: nn.Module = nn.Linear(4, 3, bias=bias).double()
         x = torch.randn(5, 4, dtype=DTYPE) if kind == "rows" else torch.randn(5, 6, 4, dtype=DTYPE)

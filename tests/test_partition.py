@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kfac_triton import KFAC, KFACPreconditioner
 from kfac_triton.layers import find_layers
-from kfac_triton.partition import Partition
+from kfac_triton.layers.partition import Partition
 
 DAMPING = 1e-2
 

@@ -13,8 +13,9 @@ from helpers import batch_for_mlp, mlp, relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kfac_triton.distributions import Categorical, Gaussian
-from kfac_triton.quadratic import QuadraticModel, jacobian_products, outputs_and_targets, require_agreement
+from kfac_triton.fisher.distributions import Categorical, Gaussian
+from kfac_triton.steps.forward_mode import jacobian_products, outputs_and_targets, require_agreement
+from kfac_triton.steps.quadratic import QuadraticModel
 
 
 class Attention(nn.Module):

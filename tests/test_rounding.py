@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kfac_triton.factors import FactorStack
+from kfac_triton.curvature.factor_stack import FactorStack
 
 LAST_DIGIT = 2.0**-7  # of bfloat16 between 1 and 2
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kfac_triton import KFAC
+from kfac_triton.capture.gate import Gate
 from kfac_triton.kernels import runtime
-from kfac_triton.statistics import Gate
 
 
 def test_a_pass_outside_of_a_graph_is_noted_until_the_step_is_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kfac_triton.step_size import kl_clip_scale
+from kfac_triton.curvature.preconditioning import kl_clip_scale
 
 TYPES = [torch.float32, torch.float64]
 layers_of_a_model = st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 10)), min_size=1, max_size=6)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfac_triton import KFAC, tail
+from kfac_triton import KFAC
+from kfac_triton.steps import first_order, param_groups
 
 STEPS = 5
 
@@ -177,10 +178,10 @@ def test_a_rate_in_a_tensor_of_one_element_is_that_rate(shape: tuple[int, ...], 
 
 
 def run(group: dict[str, Any], parameter: Tensor, gradients: list[Tensor]) -> dict[str, Tensor]:
-    state = tail.initial_state(nn.Parameter(parameter), group)
+    state = param_groups.initial_state(nn.Parameter(parameter), group)
     with torch.no_grad():
         for gradient in gradients:
-            tail.apply(group, [parameter], [gradient], [state])
+            first_order.apply(group, [parameter], [gradient], [state])
     return state
 
 
@@ -198,7 +199,7 @@ GROUP: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", tail.TAILS)
+@pytest.mark.parametrize("kind", param_groups.TAILS)
 def test_apply_counts_steps_and_leaves_gradients_alone(kind: str) -> None:
     gradients = [torch.randn(3, 2) for _ in range(4)]
     before = [g.clone() for g in gradients]
@@ -207,10 +208,10 @@ def test_apply_counts_steps_and_leaves_gradients_alone(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(gradients, before, strict=True))
 
 
-@pytest.mark.parametrize("kind", tail.TAILS)
+@pytest.mark.parametrize("kind", param_groups.TAILS)
 def test_initial_state_has_the_layout_of_the_parameter(kind: str) -> None:
     parameter = nn.Parameter(torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last))
-    state = tail.initial_state(parameter, {**GROUP, "tail": kind})
+    state = param_groups.initial_state(parameter, {**GROUP, "tail": kind})
     buffers = {"sgd": {"momentum_buffer"}, "adamw": {"exp_avg", "exp_avg_sq"}}[kind]
     assert state.keys() == buffers | {"step"}
     assert state["step"] == 0
@@ -238,9 +239,9 @@ def test_momentum_off_touches_no_buffer() -> None:
     ],
 )
 def test_groups_are_checked(change: dict[str, Any], error: str) -> None:
-    tail.validate_group(GROUP)
+    param_groups.validate_group(GROUP)
     with pytest.raises(ValueError, match=error):
-        tail.validate_group({**GROUP, **change})
+        param_groups.validate_group({**GROUP, **change})
 
 
 @pytest.mark.parametrize(
@@ -257,25 +258,25 @@ def test_groups_are_checked(change: dict[str, Any], error: str) -> None:
 )
 def test_types_of_a_groups_options(change: dict[str, Any], error: str) -> None:
     with pytest.raises(TypeError, match=error):
-        tail.validate_group({**GROUP, **change})
+        param_groups.validate_group({**GROUP, **change})
 
 
 def test_foreach_and_a_rate_in_a_tensor() -> None:
     """PyTorch's foreach AdamW reads the tensor unless it is capturable; SGD is given a number."""
     options = {**GROUP, "foreach": True, "lr": torch.tensor(0.1)}
-    tail.validate_group(options)
-    tail.validate_group({**options, "tail": "adamw", "capturable": True})
-    tail.validate_group({**options, "tail": "adamw", "foreach": None})
+    param_groups.validate_group(options)
+    param_groups.validate_group({**options, "tail": "adamw", "capturable": True})
+    param_groups.validate_group({**options, "tail": "adamw", "foreach": None})
     with pytest.raises(ValueError, match="foreach is True and lr a tensor"):
-        tail.validate_group({**options, "tail": "adamw"})
+        param_groups.validate_group({**options, "tail": "adamw"})
     with pytest.raises(RuntimeError, match="no fused tail"):
-        tail.validate_group({**GROUP, "fused": True})
+        param_groups.validate_group({**GROUP, "fused": True})
 
 
 @pytest.mark.parametrize("capturable", [False, True])
 def test_a_step_counter_is_on_the_device_if_a_graph_is_to_count(capturable: bool) -> None:
     parameter = nn.Parameter(torch.empty(2, device="meta"))
-    state = tail.initial_state(parameter, {**GROUP, "capturable": capturable})
+    state = param_groups.initial_state(parameter, {**GROUP, "capturable": capturable})
     assert state["step"].device.type == ("meta" if capturable else "cpu")
     assert state["momentum_buffer"].device.type == "meta"
 
@@ -285,7 +286,7 @@ def test_what_moves_is_what_has_a_gradient_and_goes_along_its_update_in_its_own_
     for p in (updated, plain, stopped):
         p.grad = torch.full_like(p, 3.0)
     states = {p: {"step": torch.tensor(float(i))} for i, p in enumerate(params)}
-    found, along, its = tail.prepare({**GROUP, "params": params}, {updated: torch.ones(2), stopped: None}, states)
+    found, along, its = first_order.prepare({**GROUP, "params": params}, {updated: torch.ones(2), stopped: None}, states)
     assert [id(p) for p in found] == [id(updated), id(plain)]
     assert [x.tolist() for x in along] == [[1.0, 1.0], [3.0, 3.0]]
     assert {x.dtype for x in along} == {torch.bfloat16}

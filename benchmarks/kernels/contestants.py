@@ -9,16 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_triton.cli.covariance_problem import Covariance, Rows
-from kfac_triton.cli.problems import (
-    ColdInverses,
-    Inverses,
-    Preconditioning,
-    Problem,
-    WarmInverses,
-    damp,
-    kernel_obstacle,
-)
+from kfac_triton.cli.tuning.checks import ColdInverses, Inverses, Preconditioning, Problem, WarmInverses, damp, kernel_obstacle
+from kfac_triton.cli.tuning.covariance_check import Covariance, Rows
 from kfac_triton.kernels import ops, runtime
 
 from .shapes import Layer, Model

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from kfac_triton.cli.problems import Problem
-from kfac_triton.cli.stopwatch import Stopwatch, captured
+from kfac_triton.cli.tuning.checks import Problem
+from kfac_triton.cli.tuning.stopwatch import Stopwatch, captured
 
 from .contestants import OURS, REFERENCE, Contestant, contestants, make_problem
 from .cost_model import OPERATIONS, Rates, passes

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from kfac_triton import __version__
-from kfac_triton.cli import doctor, main
-from kfac_triton.cli.covariance_problem import Covariance, Rows
-from kfac_triton.cli.problems import ColdInverses, Preconditioning, WarmInverses, kernel_obstacle, worst
+from kfac_triton.cli import main
+from kfac_triton.cli.tuning import doctor
+from kfac_triton.cli.tuning.checks import ColdInverses, Preconditioning, WarmInverses, kernel_obstacle, worst
+from kfac_triton.cli.tuning.covariance_check import Covariance, Rows
 from kfac_triton.kernels import ops, runtime
 from kfac_triton.kernels.covariance import launch as covariance_launch
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from kfac_triton.cli import race
-from kfac_triton.cli.race import TrainingRun, shuffled_batches, steps_to, tune
+from kfac_triton.cli.demo import training
+from kfac_triton.cli.demo.training import TrainingRun, shuffled_batches, steps_to, tune
 
 IMAGES = torch.rand(12, 4, generator=torch.Generator().manual_seed(0))
 TOO_LARGE = 1e25  # one step makes weights whose product float32 cannot hold
@@ -62,7 +62,7 @@ def test_reported_loss_is_the_mean_over_the_last_epoch():
 
 def test_seconds_count_training_steps_alone(monkeypatch):
     clock = iter([10.0, 11.0, 50.0, 52.0, 90.0, 94.0])  # start and end of three steps, with long breaks between
-    monkeypatch.setattr(race.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
     run = linear_run(0.1)
     run.advance(3)
     assert run.seconds == [1.0, 3.0, 7.0]
@@ -132,14 +132,14 @@ def test_steps_to_target(target, expected):
 
 
 def test_all_contestants_start_alike(monkeypatch):
-    monkeypatch.setattr(race, "build_autoencoder", lambda seed: build_tiny(seed))
-    contest = race.Race(race.Images(IMAGES, IMAGES), batch=3, seed=0)
-    results = [contest.run_kfac(race.KFACSettings(), 4, lambda loss: None)]
-    results += [contest.run_first_order(name, 8, lambda loss: None) for name in race.FIRST_ORDER]
+    monkeypatch.setattr(training, "build_autoencoder", lambda seed: build_tiny(seed))
+    contest = training.Race(training.Images(IMAGES, IMAGES), batch=3, seed=0)
+    results = [contest.run_kfac(training.KFACSettings(), 4, lambda loss: None)]
+    results += [contest.run_first_order(name, 8, lambda loss: None) for name in training.FIRST_ORDER]
     assert len({result.run.batch_losses[0] for result in results}) == 1
     assert [len(result.run.batch_losses) for result in results] == [4, 8, 8]
     for result in results:
-        expected = race.full_loss(result.run.model, IMAGES)
+        expected = training.full_loss(result.run.model, IMAGES)
         assert result.train_loss == result.held_out_loss == pytest.approx(expected)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kfac_triton.inverse import ACCEPT, cholesky, eigh
+from kfac_triton.curvature.inverse import ACCEPT, cholesky, eigh
 from kfac_triton.kernels import ops
 from kfac_triton.kernels.certificate import (
     COMPUTED,

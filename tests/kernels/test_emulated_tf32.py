@@ -17,7 +17,7 @@ from helpers import energy_error
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kfac_triton.inverse import ACCEPT, cholesky
+from kfac_triton.curvature.inverse import ACCEPT, cholesky
 from kfac_triton.kernels import ops, runtime, tuning
 
 interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton brings the interpreter")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refreshes import assert_honest, exact_root, refresh, with_condition
 
-from kfac_triton.inverse import ACCEPT
+from kfac_triton.curvature.inverse import ACCEPT
 from kfac_triton.kernels.certificate import damped, mirror, root_residual
 from kfac_triton.kernels.factored_newton.reference import _spectral_bounds
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kfac_triton.kernels import triangular
-from kfac_triton.kernels.triangular import symmetric_product, triangular_inverse
+from kfac_triton.curvature import triangular
+from kfac_triton.curvature.triangular import symmetric_product, triangular_inverse
 
 FLOATS = [torch.float32, torch.float64]
 # Either side of the leaf size and of the first two levels of halving.

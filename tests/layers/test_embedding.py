@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kfac_triton import KFACPreconditioner
-from kfac_triton.diagonal import squared_rows
+from kfac_triton.capture.diagonal_sums import squared_rows
 from kfac_triton.kernels import ops
 from kfac_triton.layers import Layer, Rows, find_layers
 
