@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import backward_of_mlp, mlp
+from support.helpers import backward_of_mlp, mlp
 from torch import nn
 
 import kfac_triton.scalars

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from memory_meter import MemoryMeter
+from support.memory_meter import MemoryMeter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

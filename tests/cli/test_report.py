@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import batch_for_mlp, mlp
+from support.helpers import batch_for_mlp, mlp
 from torch import nn
 
 from kfac_triton import KFAC

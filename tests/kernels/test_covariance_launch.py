@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launches import counted_launches
+from support.launches import counted_launches
 
 from kfac_triton.kernels import ops
 from kfac_triton.kernels.covariance import kernel

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import energy_error
 from numpy.typing import NDArray
+from support.helpers import energy_error
 from torch import Tensor
 
 from kfac_triton.curvature.inverse import ACCEPT, cholesky

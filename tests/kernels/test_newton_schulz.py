@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from helpers import energy_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.helpers import energy_error
 from torch import Tensor
 
 from kfac_triton.kernels import ops

@@ -13,9 +13,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from helpers import energy_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.helpers import energy_error
 from torch import Tensor
 
 from kfac_triton.kernels import ops, tuning

@@ -6,31 +6,23 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launches import counted_launches
+from support.launches import counted_launches
 from torch import Tensor
 
 from kfac_triton.kernels import operators, ops
 from kfac_triton.kernels.certificate import mirror
 from kfac_triton.kernels.precondition import launch as precondition_launch
 
+pytestmark = pytest.mark.usefixtures("scratch_is_nan")
+
 # Either side of the tile sizes, and far from any.
 SIZES = [(1, 1), (1, 70), (17, 16), (33, 48), (49, 5), (64, 65), (20, 200), (199, 130)]
-
-
-@pytest.fixture(autouse=True)
-def _scratch_is_nan() -> Iterator[None]:
-    """What torch.empty hands out is NaN, so that a read of what was never written shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def run(gradient: Tensor, left: Tensor, right: Tensor, factored: bool, backend: str = "triton") -> tuple[Tensor, Tensor]:

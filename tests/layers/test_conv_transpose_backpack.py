@@ -9,7 +9,7 @@ import pytest
 import torch
 from backpack import backpack, extend
 from backpack.extensions import KFLR
-from helpers import relative_error
+from support.helpers import relative_error
 from torch import Tensor, nn
 
 from kfac_triton.kernels.covariance.reference import patch_matrix

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from adapters import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.adapters import (
     DAMPING,
     Losses,
     assert_an_idle_expert_stays,
@@ -16,8 +18,6 @@ from adapters import (
     kronecker_solve,
     preconditioned,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kfac_triton import KFACPreconditioner
