@@ -203,3 +203,11 @@ def test_a_model_that_moved_leaves_no_statistics_in_the_old_place() -> None:
         statistics.device = torch.device("meta")
     backward(model, 0)
     assert all(s.counts.tolist() == [0, 0] for s in preconditioner.engine.statistics)
+
+
+@pytest.mark.parametrize("name", ["CaptureHook", "CastHook"])
+def test_a_pickle_names_hooks_by_their_chapter(name: str) -> None:
+    """As those do that were written when the chapter was one file."""
+    hook = pickle.loads(f"ckfac_triton.capture\n{name}\n(tR.".encode())
+    assert type(hook).__name__ == name
+    assert hook.statistics is None
