@@ -23,7 +23,7 @@ demo: $(VENV)/.installed-demo  ## train the MNIST autoencoder with K-FAC, Adam a
 	$(BIN)/kfac-triton demo --output demo.png $(DEMO)
 
 race: $(VENV)/.installed-demo  ## K-FAC against tuned AdamW on three problems: twenty minutes, goes on where it stopped; table and picture
-	PYTHONPATH=benchmarks $(BIN)/python -m convergence $(RACE)
+	$(BIN)/python -m benchmarks.convergence $(RACE)
 
 # The site clips code beyond some 80 characters.
 PAGES := README.md docs/*.md
@@ -55,12 +55,12 @@ docs: $(VENV)/.installed-docs  ## pages and API reference into build/site; a war
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f .mkdocs.yml
 
 bench: $(VENV)/.installed-bench  ## the cost model, then kernel benchmarks on this machine
-	$(BIN)/python benchmarks/cost_model.py
+	$(BIN)/python -m benchmarks.kernels.cost_model
 	$(BIN)/python -m pytest benchmarks --benchmark-enable -m "slow or not slow" $(PYTEST)
 
 # For a GPU machine without network: the PyTorch and Triton that it has, nothing installed.
 gpu:  ## on a GPU machine: kernels checked against float64, then timed; results in benchmarks/results/
-	PYTHONPATH=. $(PYTHON) benchmarks/run.py --device cuda $(GPU)
+	$(PYTHON) -m benchmarks.run --device cuda $(GPU)
 
 # Every Triton that kernels may meet has its golden table: 3.6.0 comes with PyTorch 2.11, 3.7.1 with 2.13, 3.8.0 with 2.14, and
 # 3.9.0 is the newest.

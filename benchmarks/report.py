@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cost_model import Rates
 
 from kfac_triton import __version__
 from kfac_triton.kernels import runtime
+
+from .kernels.cost_model import Rates
 
 Row = dict[str, Any]
 
@@ -76,7 +77,7 @@ def markdown(report: dict[str, Any], rates: Rates) -> str:
         f"# {report['machine']['device']}, {report['date']}",
         "",
         f"Measured on this {report['machine']['kind']} ({facts}).",
-        f"Floors: {rates.bandwidth / 1e12:.3f} TB/s, {units} ({rates.source}); `cost_model.py` counts them.",
+        f"Floors: {rates.bandwidth / 1e12:.3f} TB/s, {units} ({rates.source}); `benchmarks/kernels/cost_model.py` counts them.",
         "A result that is wrong by more than what is allowed, against float64, gets no time. Times are medians.",
         "",
         "## Checks",

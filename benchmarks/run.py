@@ -2,8 +2,8 @@
 
 Needs PyTorch and Triton alone. Ends in time: what no longer fits into `--budget` is left out, and the report says so.
 
-    PYTHONPATH=. python3 benchmarks/run.py --device cuda
-    PYTHONPATH=. python3 benchmarks/run.py --device cpu --quick
+    python3 -m benchmarks.run --device cuda
+    python3 -m benchmarks.run --device cpu --quick
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import cost_model
-import kernel_race
-import optimizer_race
-import report as reports
 import torch
-from contestants import find_peer
-from models import BY_NAME, FULL, QUICK
 
-from kfac_triton.cli.doctor import examine, problems
-from kfac_triton.cli.problems import kernel_obstacle
+from kfac_triton.cli.tuning.checks import kernel_obstacle
+from kfac_triton.cli.tuning.doctor import examine, problems
+
+from . import report as reports
+from .kernels import cost_model
+from .kernels import timing as kernel_timing
+from .kernels.shapes import BY_NAME, FULL, QUICK
+from .steps import timing as step_timing
+from .steps.contestants import find_peer
 
 RESULTS = Path(__file__).parent / "results"
 _MORE_SIDES = (7, 33, 129, 1000)  # to check on a GPU, beside those of `kfac-triton doctor`
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     device, seconds = options.device, _QUICK_SECONDS if options.quick else _SECONDS
     machine = reports.machine(device)
-    rates = cost_model.rates_of(machine["device"]) or kernel_race.measured_rates(
+    rates = cost_model.rates_of(machine["device"]) or kernel_timing.measured_rates(
         device, **({"side": 128, "repeats": 3} if options.quick else {})
     )
     report: dict[str, Any] = {
@@ -75,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     wrong = _check(device, report)
     models = [BY_NAME[name] for name in options.models] if options.models else list(QUICK if options.quick else FULL)
     small = options.quick or device.type == "cpu"
-    tasks = [task(device, small) for task in (optimizer_race.autoencoder, optimizer_race.gpt2)]
+    tasks = [task(device, small) for task in (step_timing.autoencoder, step_timing.gpt2)]
     if (problem := find_peer(options.peer)) is not None:
         report["left_out"].append(problem)
 
@@ -87,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     for task in tasks:  # first, for a step is what a user waits for
         if not late(f"training step of {task.name}"):
-            rows = optimizer_race.race(task, seconds["steps"])
+            rows = step_timing.race(task, seconds["steps"])
             report["steps"].append({"task": task.name, "description": task.description, "rows": rows})
             print(f"\n**{task.description}**\n\n{reports.step_table(rows)}", flush=True)
     tasks.clear()
@@ -95,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         for operation in options.operations:
             if late(f"{operation} on {model.name}"):
                 continue
-            rows = kernel_race.race(operation, model, device, rates, seconds["race"])
+            rows = kernel_timing.race(operation, model, device, rates, seconds["race"])
             report["kernels"].append(
                 {"operation": operation, "model": model.name, "description": model.description, "rows": rows}
             )

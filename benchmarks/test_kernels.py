@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kfac_triton.curvature.triangular import symmetric_product, triangular_inverse
 from kfac_triton.kernels import ops
-from kfac_triton.kernels.triangular import symmetric_product, triangular_inverse
 
 SIZES = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 LAYERS = tuple(pairwise(SIZES))

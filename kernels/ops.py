@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import library as _library  # noqa: F401  (registers the operators)
-from .covariance import ROWS, WINDOW, window
+from . import operators as _operators  # noqa: F401  (registers the operators)
+from .covariance.reference import ROWS, WINDOW, window
 
 __all__ = [
     "ROWS",

@@ -78,6 +78,11 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def is_recording() -> bool:
+    """Whether a CUDA graph records what the host launches now."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def obstacle(device: torch.device) -> str | None:
     """Why no Triton kernel can run on this device; None if one can."""
     if not AVAILABLE:

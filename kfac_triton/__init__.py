@@ -3,7 +3,7 @@
 `KFAC` is an optimizer; `KFACPreconditioner` is the same engine in front of any other optimizer.
 """
 
-from .likelihood import Likelihood
+from .fisher.likelihood import Likelihood
 from .optimizer import KFAC
 from .preconditioner import KFACPreconditioner
 

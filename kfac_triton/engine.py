@@ -11,21 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import attach
-from .collect import Collector
-from .covering import choose_layers, frozen_weights, refuse_sharded, require_backend
-from .curvature import Curvature
-from .fisher_pass import FisherPass
-from .functional import attach_functional
-from .gradients import add_updates, assemble
-from .inverse import InverseStack
-from .kernels import addresses
-from .partition import Partition
+from .capture.attention import attach_functional
+from .capture.fisher_pass import FisherPass
+from .capture.gate import Gate
+from .capture.hooks import attach
+from .capture.statistics import Statistics
+from .cuda_graphs import require_recordable_settings
+from .curvature.curvature import Curvature
+from .curvature.factor_update import Collector
+from .curvature.preconditioning import kl_clip_scale, rate_vector, updates_of_layers
+from .fisher.losses import likelihood_of
+from .kernels import runtime
+from .layers.partition import Partition
+from .layers.select import choose_layers, frozen_weights, refuse_sharded, require_backend
 from .settings import Settings
-from .statistics import Gate, Statistics
-from .step_size import kl_clip_scale
 from .validation import require_module
-from .warning import warn
+from .warning import warn_of_missing_statistics
 
 LearningRate = Callable[[nn.Parameter], float | Tensor]
 # Why nothing of a step is traced: counters and intervals on the host would be compiled in, and launches cost less than guards.
@@ -41,13 +42,14 @@ class Engine:
         parameters: cover only layers whose weight is among these; None covers all.
 
     Raises:
-        TypeError: if model is not a module.
-        ValueError: if K-FAC covers no layer of the model.
+        TypeError: if model is not a module, or the loss none that is known.
+        ValueError: if K-FAC covers no layer of the model, or the loss's options do not fit.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, parameters: Iterable[nn.Parameter] | None = None) -> None:
         require_module(model)
         self.settings = settings
+        likelihood = None if settings.loss is None else likelihood_of(settings.loss)
         parameters = None if parameters is None else list(parameters)
         self.layers, self.skipped = choose_layers(model, settings, parameters)
         self._asleep = frozen_weights(model, parameters)
@@ -67,8 +69,8 @@ class Engine:
         may_wait = kernels_serve and not self.host_looks and goes_straight
         self.collector = Collector(self.partition, self.bank, self.gate, settings.backend, may_wait, self.curvature.moments)
         self._fisher_pass: FisherPass | None = None
-        if settings.likelihood is not None and settings.fisher != "empirical":
-            self._fisher_pass = FisherPass(settings.likelihood, settings.fisher, settings.fisher_samples, self.gate)
+        if likelihood is not None and settings.fisher != "empirical":
+            self._fisher_pass = FisherPass(likelihood, settings.fisher, settings.fisher_samples, self.gate)
         self.steps = 0
         self.nu = torch.ones((), device=self.bank.home)
         self.dropped_statistics = torch.zeros(len(self.layers), dtype=torch.long, device=self.bank.home)
@@ -116,8 +118,8 @@ class Engine:
     def accumulate_fisher(self, outputs: Tensor, targets: Tensor | None) -> None:
         """Statistics of the model's own distribution; see `EngineFace.accumulate_fisher`."""
         self.require_open()
-        likelihood = self.settings.likelihood
-        if likelihood is None:
+        loss = self.settings.loss
+        if loss is None:
             raise RuntimeError(
                 "accumulate_fisher needs to know the loss: pass loss=nn.CrossEntropyLoss(), say, when making this"
             )
@@ -126,7 +128,7 @@ class Engine:
                 f"outputs must be a tensor, what the loss takes, but is {type(outputs).__name__}; of a Hugging Face model pass "
                 "its .logits"
             )
-        likelihood.check(outputs, targets)
+        likelihood_of(loss).check(outputs, targets)
         if self._fisher_pass is not None and self.gate.open:
             self._fisher_pass.run(outputs, targets, self.settings.current_loss_scale())
 
@@ -198,14 +200,9 @@ class Engine:
             ValueError: if a setting is not the same for all steps, or makes the host wait.
             RuntimeError: if steps have to be taken outside of a graph first.
         """
-        if not addresses.is_recording():
+        if not runtime.is_recording():
             return
-        self.settings.require_constant()
-        methods = {x.method for x in self.curvature.inverses if isinstance(x, InverseStack)}
-        if not methods <= {"factored", "newton_schulz"}:
-            raise ValueError(f"a CUDA graph records matrix products alone: inverse must be 'factored', but is {min(methods)!r}")
-        if self.host_looks or self.settings.backend == "torch" or any(s.sums.dtype != torch.float32 for s in self.bank.stacks):
-            raise ValueError("a CUDA graph records Triton kernels alone: a GPU, float32 factors and backend='auto' are needed")
+        require_recordable_settings(self.settings, self.curvature.inverses, self.bank.stacks, self.host_looks)
         if self.gate.is_unrecorded:
             raise RuntimeError("a CUDA graph records this step, but not its backward pass: record forward, backward and step")
         new = [repr(self.layers[i].name) for i in sorted(self.without_statistics) if self.layers[i].weight.grad is not None]
@@ -228,7 +225,7 @@ class Engine:
         self.curvature.blend_moments(outcome, self.settings.ema_decay)
         self.dropped_statistics += outcome.fresh & ~outcome.accept
         may_have_news = self.host_looks or any(known[i] for i in self.without_statistics) or not any(known)
-        if self.without_statistics and may_have_news and not addresses.is_recording():
+        if self.without_statistics and may_have_news and not runtime.is_recording():
             self._notice_missing(outcome.accept.tolist(), outcome.fresh.tolist())
         self.is_stale = True
 
@@ -243,20 +240,7 @@ class Engine:
         if not missing:
             return
         self._warned.update(missing)
-        names = ", ".join(repr(self.layers[i].name) for i in missing)
-        reason = (
-            "Either the module's forward never ran (something else reads its weight), or the model was compiled and run before "
-            "the optimizer was made (make it first, or call torch.compiler.reset()), or the forward pass ran inside paused()."
-        )
-        if self.settings.fisher != "empirical" and not any(fresh):
-            reason = (
-                f"fisher is {self.settings.fisher!r}: call accumulate_fisher(outputs, targets) between the forward pass and "
-                "backward()."
-            )
-        warn(
-            f"no statistics came from layers {names}, although their weights have gradients, which are used as they are. "
-            + reason
-        )
+        warn_of_missing_statistics([self.layers[i].name for i in missing], self.settings.fisher, any(fresh))
 
     def _refresh_inverses(self) -> None:
         if not self.is_stale:
@@ -272,7 +256,9 @@ class Engine:
         blocks, stacks = self.partition.blocks, self.curvature.gradients
         products = self.curvature.precondition([usable[block.layer_number] for block in blocks], self.damping)
         order = [number for stack in stacks for number in stack.tiles]
-        rates = _vector([learning_rate(blocks[self.partition.tiles[number].block].layer.weight) for number in order], products)
+        rates = rate_vector(
+            [learning_rate(blocks[self.partition.tiles[number].block].layer.weight) for number in order], products
+        )
         self.nu = kl_clip_scale(products, rates, self.settings.kl_clip)
         updates: dict[int, Tensor] = {}
         broken: set[int] = set()
@@ -283,14 +269,7 @@ class Engine:
             if self.host_looks and bool(flags.any()):
                 tiles = [self.partition.tiles[stack.tiles[i]] for i in flags.nonzero().flatten().tolist()]
                 broken |= {blocks[tile.block].layer_number for tile in tiles}
-        result: dict[nn.Parameter, Tensor | None] = {}
-        first = 0
-        for number, (layer, is_usable) in enumerate(zip(self.layers, usable, strict=True)):
-            if is_usable:
-                blocks_of_layer = [assemble(self.partition, first + g, updates) for g in range(layer.groups)]
-                add_updates(result, layer, layer.read_update(blocks_of_layer), is_broken=number in broken)
-            first += layer.groups
-        return result
+        return updates_of_layers(self.partition, self.layers, usable, updates, broken)
 
     def restore_step(self, steps: int) -> None:
         """Goes on from a step, for the schedules and intervals."""
@@ -336,12 +315,3 @@ def _detach(handles: list[Any], gate: Gate) -> None:
     gate.open = False
     for handle in handles:
         handle.remove()
-
-
-def _vector(rates: list[float | Tensor], like: Tensor) -> Tensor:
-    """Learning rates as a vector; numbers go to the device without a wait, tensors are not read."""
-    if any(isinstance(rate, Tensor) for rate in rates):
-        numbers = [rate if isinstance(rate, Tensor) else like.new_full((), rate) for rate in rates]
-        return torch.stack([number.to(like, non_blocking=True).reshape(()) for number in numbers])
-    values = tuple((float(rate),) for rate in rates)
-    return addresses.device_table(values, like.device, like.dtype).flatten()

@@ -11,16 +11,18 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from . import checkpoint, tail
-from .auto import AutoStep, auto_settings
+from . import cuda_graphs
+from .base import EngineFace, WrittenThrough
 from .engine import EAGER, Engine
-from .face import EngineFace, WrittenThrough
+from .fisher.likelihood import Likelihood
 from .layers import Choice
-from .likelihood import Likelihood
 from .settings import Schedule, Settings
-from .state import check_layers, export_layers, rebuilt, restore_layers
-from .tail import OPTIONS
-from .transaction import transaction
+from .state import state_dict as checkpoint
+from .state.layer_state import check_layers, export_layers, rebuilt, restore_layers
+from .state.transaction import transaction
+from .steps import first_order, param_groups
+from .steps.auto import AutoStep, auto_settings
+from .steps.param_groups import OPTIONS
 from .validation import require_module
 
 
@@ -182,19 +184,19 @@ class KFAC(EngineFace, Optimizer):
         return self._auto is not None
 
     def _parameters(self) -> list[nn.Parameter]:
-        return tail.parameters_of(self)
+        return param_groups.parameters_of(self)
 
     def _decays(self) -> list[float]:
         return [group["weight_decay"] for group in self.param_groups for _ in group["params"]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; layers whose weights it brings are covered from then on, the others keep their factors."""
-        tail.validate_group({"betas": self._betas, **self.defaults, **param_group})
+        param_groups.validate_group({"betas": self._betas, **self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault("betas", self._betas)
         for parameter in group["params"]:
-            self.state[parameter].update(tail.initial_state(parameter, group))
+            self.state[parameter].update(param_groups.initial_state(parameter, group))
         self._known = self._parameters()
         if hasattr(self, "engine"):  # not while the base class builds its first groups
             self._cover_anew()
@@ -202,11 +204,11 @@ class KFAC(EngineFace, Optimizer):
     def _keep_up(self) -> None:
         """Follows parameters that others have taken the place of, or that have moved to another device."""
         if len(self._parameters()) != len(self._known):  # groups were assigned: Lightning's finetuning callback resumes so
-            self._known = tail.complete(self, self._betas)
+            self._known = param_groups.complete(self, self._betas)
             self._cover_anew()
-        self._known = checkpoint.follow_swaps(self, self._known)
+        self._known = param_groups.follow_swaps(self, self._known)
         if self.engine.has_moved():
-            checkpoint.follow_moves(self)
+            param_groups.follow_moves(self)
             self._cover_anew()
 
     def _cover_anew(self) -> None:
@@ -266,16 +268,16 @@ class KFAC(EngineFace, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        tail.refuse_gradients(self._parameters())
-        tail.require_recordable(self.param_groups, self.state)
+        first_order.refuse_gradients(self._parameters())
+        cuda_graphs.require_recordable_groups(self.param_groups, self.state)
         learning_rates = {p: group["lr"] for group in self.param_groups for p in group["params"]}
         with transaction(self.engine):
             updates = self.engine.precondition(lambda p: learning_rates.get(p, 0.0))
-            self._dropped += tail.drop_bad_gradients(self._parameters(), updates, self.engine.host_looks)
+            self._dropped += first_order.drop_bad_gradients(self._parameters(), updates, self.engine.host_looks)
             # All that needs memory comes before the first parameter moves.
-            work = [tail.prepare(group, updates, self.state) for group in self.param_groups]
+            work = [first_order.prepare(group, updates, self.state) for group in self.param_groups]
             for group, (params, gradients, states) in zip(self.param_groups, work, strict=True):
-                tail.apply(group, params, gradients, states)
+                first_order.apply(group, params, gradients, states)
         return loss
 
     def diagnostics(self) -> dict[str, Any]:
@@ -310,7 +312,7 @@ class KFAC(EngineFace, Optimizer):
         self._keep_up()
         plain, by_parameter, extra = checkpoint.without_layers(state_dict)
         layers = checkpoint.by_layer(self, by_parameter)
-        checkpoint.check_tail(self, plain)
+        param_groups.check_tail(self, plain)
         check_layers(self.engine, layers)
         if self._auto is not None:
             self._auto.restore([extra.get(i, {}) for i in range(len(self._parameters()))])
@@ -339,7 +341,7 @@ class KFAC(EngineFace, Optimizer):
         super().__setstate__(base)
         if "betas" in state:
             self._betas = state["betas"]
-        self._known = tail.complete(self, self._betas)
+        self._known = param_groups.complete(self, self._betas)
         if "model" in state:
             self._model, self._dropped = state["model"], state["dropped"]
             self.engine = Engine(self._model, state["settings"], self._parameters())

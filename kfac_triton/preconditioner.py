@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from . import validation
-from .checkpoint import FORMAT, require_readable
+from .base import EngineFace
 from .engine import EAGER, Engine
-from .face import EngineFace
 from .settings import Settings
-from .state import check_layers, export_layers, rebuilt, restore_layers
-from .transaction import transaction
+from .state.layer_state import check_layers, export_layers, rebuilt, restore_layers
+from .state.state_dict import FORMAT, require_readable
+from .state.transaction import transaction
 
 
 class KFACPreconditioner(EngineFace):

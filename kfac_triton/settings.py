@@ -10,17 +10,17 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from . import validation
-from .fisher import FISHERS, LOSS_REDUCTIONS, LOSS_TERMS
-from .inverse import METHODS
 from .kernels.runtime import BACKENDS
-from .likelihood import Likelihood
-from .losses import likelihood_of
-from .partition import OVERSIZE
 
 WEIGHT_SHARING = ("expand", "reduce")
 CURVATURES = ("kfac", "ekfac")
 FACTOR_DTYPES = ("float32", "bfloat16")
 NORMS = ("diagonal", "full", "skip")
+FISHERS = ("empirical", "mc", "ggn")
+LOSS_REDUCTIONS = ("mean", "sum")
+LOSS_TERMS = ("examples", "tokens")
+METHODS = ("auto", "newton_schulz", "factored", "cholesky", "eigh")
+OVERSIZE = ("diagonal", "block")
 
 # What an engine reads anew in every step; it is built for the others.
 CHANGEABLE = (
@@ -87,9 +87,7 @@ class Settings:
         validation.whole("warmup", self.warmup, low=0)
         validation.choice("fisher", self.fisher, FISHERS)
         validation.whole("fisher_samples", self.fisher_samples)
-        if self.loss is not None:
-            likelihood_of(self.loss)
-        elif self.fisher != "empirical":
+        if self.loss is None and self.fisher != "empirical":
             raise ValueError(
                 f"fisher is {self.fisher!r}, which needs the distribution that the model's outputs (logits) parametrize: pass "
                 "loss=nn.CrossEntropyLoss() or the loss that you train with, and call accumulate_fisher(outputs, targets) "
@@ -122,11 +120,6 @@ class Settings:
             self.require_constant()
         if not callable(self.loss_scale) and not isinstance(self.loss_scale, GradScaler):
             validation.real("loss_scale", self.loss_scale, open_low=True)
-
-    @property
-    def likelihood(self) -> Likelihood | None:
-        """What the loss says about the outputs."""
-        return None if self.loss is None else likelihood_of(self.loss)
 
     def damping_at(self, step: int) -> float:
         """Damping in a step."""

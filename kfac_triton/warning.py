@@ -17,3 +17,23 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def warn_of_missing_statistics(names: list[str], fisher: str, any_came: bool) -> None:
+    """Warns of layers whose weights have gradients, but that no statistics came from.
+
+    Args:
+        names: of the layers.
+        fisher: the setting.
+        any_came: whether statistics came from other layers.
+    """
+    reason = (
+        "Either the module's forward never ran (something else reads its weight), or the model was compiled and run before "
+        "the optimizer was made (make it first, or call torch.compiler.reset()), or the forward pass ran inside paused()."
+    )
+    if fisher != "empirical" and not any_came:
+        reason = f"fisher is {fisher!r}: call accumulate_fisher(outputs, targets) between the forward pass and backward()."
+    warn(
+        f"no statistics came from layers {', '.join(map(repr, names))}, although their weights have gradients, which are used "
+        f"as they are. {reason}"
+    )

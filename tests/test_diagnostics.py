@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from helpers import mlp
+from support.helpers import mlp
 from torch import nn
 
 from kfac_triton import KFAC

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import backward, batch, net, train, vector
+from support.runs import backward, batch, net, train, vector
 from torch import Tensor, nn
 
 from kfac_triton import KFAC

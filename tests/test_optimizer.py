@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import mlp
+from support.helpers import mlp
 from torch import Tensor, nn
 
 import kfac_triton.optimizer

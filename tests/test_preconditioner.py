@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import mlp
+from support.helpers import mlp
 from torch import Tensor, nn
 
 from kfac_triton import KFAC, KFACPreconditioner

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import backward_of_mlp, mlp
+from support.helpers import backward_of_mlp, mlp
 from torch import nn
 
 import kfac_triton.scalars

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import relative_error
+from support.helpers import relative_error
 from torch import nn
 
 from kfac_triton import KFACPreconditioner

@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from kfac_triton import KFAC, KFACPreconditioner, validation
-from kfac_triton.inverse import METHODS
-from kfac_triton.settings import Settings
+from kfac_triton.settings import METHODS, Settings
 
 
 def model() -> nn.Linear:

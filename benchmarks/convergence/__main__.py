@@ -16,8 +16,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from kfac_triton.cli import NO_FILE, at_least, usable_device, writable_file
-from kfac_triton.cli.digits import MissingDataError
+from kfac_triton.cli.arguments import NO_FILE, at_least, usable_device, writable_file
+from kfac_triton.cli.demo.digits import MissingDataError
 
 from . import images
 from .contest import ADAMW, CONTEST, KFAC_NAME, Config, Entry

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_triton.cli.digits import HELD_OUT, SIDE, MissingDataError
+from kfac_triton.cli.demo.digits import HELD_OUT, SIDE, MissingDataError
 
 LARGEST_SHIFT = 2  # pixels, in both directions
 

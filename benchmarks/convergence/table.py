@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from kfac_triton.cli.race import steps_to
+from kfac_triton.cli.demo.training import steps_to
 
 from .contest import ADAMW, KFAC_NAME, Config
 from .problems import Problem

@@ -1,19 +1,17 @@
-"""The command line, `kfac-triton` and `python -m kfac_triton`, and the argument types that its commands share.
+"""The command line, `kfac-triton` and `python -m kfac_triton`.
 
 A new command is a module with `add_parser(subparsers)`, listed in `main`; its parser names the function to run with
 `set_defaults(run=...)`.
 """
 
 import argparse
-import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
-
-import torch
+from collections.abc import Sequence
 
 from .. import __version__
-
-NO_FILE = "none"
+from .demo.command import add_parser as add_demo
+from .report.command import add_parser as add_report
+from .tuning.doctor import add_parser as add_doctor
+from .tuning.tune import add_parser as add_tune
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,59 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments after the program name; those of the process if None.
     """
-    from . import demo, doctor, report, tune  # here, because the commands import the argument types below
-
     parser = argparse.ArgumentParser(prog="kfac-triton", description="K-FAC optimizer for PyTorch.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True)
-    for command in (demo, report, tune, doctor):
-        command.add_parser(subparsers)
+    for add_parser in (add_demo, add_report, add_tune, add_doctor):
+        add_parser(subparsers)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
     return status
-
-
-def at_least(minimum: int) -> Callable[[str], int]:
-    """Argument type: a whole number of at least `minimum`."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}; give one")
-        return value
-
-    return parse
-
-
-def usable_device(text: str) -> torch.device:
-    """Argument type: a device that this machine can compute on."""
-    try:
-        device = torch.device(text)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({reason}); try --device cpu") from error
-    return device
-
-
-def writable_file(suffix: str) -> Callable[[str], Path | None]:
-    """Argument type: a file name with this suffix, in a folder that can be written to; None for `none`."""
-
-    def parse(text: str) -> Path | None:
-        path = Path(text)
-        if text == NO_FILE:
-            return None
-        if path.suffix.lower() != suffix:
-            raise argparse.ArgumentTypeError(f"{text!r} does not end in {suffix}; give a name that does")
-        if path.is_dir():
-            raise argparse.ArgumentTypeError(f"{text!r} is a folder; give a file name")
-        if not path.parent.is_dir():
-            raise argparse.ArgumentTypeError(f"the folder of {text!r} does not exist; create it first")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise argparse.ArgumentTypeError(f"{text!r} cannot be written; choose another place")
-        return path
-
-    return parse

@@ -23,7 +23,7 @@ class TiedLayer(LinearLayer):
         u = sqrt(tr R_e tr C_d / (tr R_d tr C_e)),
 
     which is how Martens and Grosse (2015, section 6.3) choose pi. What the two uses have in common is dropped, as between any
-    two layers. The uses are summed apart, and joined at the step (see `kfac_triton.second_use`).
+    two layers. The uses are summed apart, and joined at the step (see `kfac_triton.capture.tied`).
 
     The bias is the decoder's, if it has one and is the only one.
     """

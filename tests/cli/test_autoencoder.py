@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from kfac_triton.cli.autoencoder import WIDTHS, build_autoencoder, full_loss, reconstruction_loss
+from kfac_triton.cli.demo.autoencoder import WIDTHS, build_autoencoder, full_loss, reconstruction_loss
 
 
 def test_layers_are_those_of_the_paper():

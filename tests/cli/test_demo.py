@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from kfac_triton import __version__
-from kfac_triton.cli import demo, main
-from kfac_triton.cli.demo import choose_targets, closing_sentences, render, round_numbers_between
-from kfac_triton.cli.race import Result
+from kfac_triton.cli import main
+from kfac_triton.cli.demo import command as demo
+from kfac_triton.cli.demo.command import choose_targets, closing_sentences, render, round_numbers_between
+from kfac_triton.cli.demo.training import Result
 
 TINY = ("demo", "--data", "curves", "--steps", "8", "--train", "64", "--batch", "16", "--output", "none")
 

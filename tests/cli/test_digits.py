@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from kfac_triton.cli.digits import HELD_OUT, MissingDataError, curve_images, load_images, mnist_images
+from kfac_triton.cli.demo.digits import HELD_OUT, MissingDataError, curve_images, load_images, mnist_images
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def digits():
 @pytest.fixture
 def mnist(digits, monkeypatch):
     """Both sets, and every further `load_images` without reading the file again."""
-    monkeypatch.setattr("kfac_triton.cli.digits.mnist_images", lambda: digits)
+    monkeypatch.setattr("kfac_triton.cli.demo.digits.mnist_images", lambda: digits)
     return load_images("mnist", train=4000, seed=0)
 
 

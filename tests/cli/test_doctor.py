@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from kfac_triton import __version__
-from kfac_triton.cli import doctor, main
-from kfac_triton.cli.covariance_problem import Covariance, Rows
-from kfac_triton.cli.problems import ColdInverses, Preconditioning, WarmInverses, kernel_obstacle, worst
-from kfac_triton.kernels import covariance_launch, library, ops, runtime
+from kfac_triton.cli import main
+from kfac_triton.cli.tuning import doctor
+from kfac_triton.cli.tuning.checks import ColdInverses, Preconditioning, WarmInverses, kernel_obstacle, worst
+from kfac_triton.cli.tuning.covariance_check import Covariance, Rows
+from kfac_triton.kernels import operators, ops, runtime
+from kfac_triton.kernels.covariance import launch as covariance_launch
 
 CPU = torch.device("cpu")
 OPERATIONS = ("covariance_ema", "newton_schulz_inverse", "factored_newton_refresh", "precondition")
@@ -105,8 +107,8 @@ def test_what_a_kernel_cannot_serve_is_said():
 
 
 def test_where_the_library_is_preferred_that_is_said_and_checked(monkeypatch, capsys):
-    preferred = dataclasses.replace(library.OPERATORS["precondition"], prefers_library=lambda device: True)
-    monkeypatch.setitem(library.OPERATORS, "precondition", preferred)
+    preferred = dataclasses.replace(operators.OPERATORS["precondition"], prefers_library=lambda device: True)
+    monkeypatch.setitem(operators.OPERATORS, "precondition", preferred)
     problem = Preconditioning("wide", {(16, 528): 1}, CPU)
     assert kernel_obstacle(problem) is None, "the kernel could serve"
     assert doctor.choice(problem)[0] == "library"

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import batch_for_mlp, mlp
+from support.helpers import batch_for_mlp, mlp
 from torch import nn
 
 from kfac_triton import KFAC
-from kfac_triton.cli import main, report
-from kfac_triton.cli.report import choose_layers, columns_of, render, signs
-from kfac_triton.cli.report_picture import NOT_FINITE, as_size, figure_of, panels_of, steps_of
+from kfac_triton.cli import main
+from kfac_triton.cli.report import command as report
+from kfac_triton.cli.report.command import choose_layers, columns_of, render, signs
+from kfac_triton.cli.report.picture import NOT_FINITE, as_size, figure_of, panels_of, steps_of
 from kfac_triton.scalars import append_log, read_log
 
 HEALTHY = {

@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 
-from kfac_triton.cli import main, stopwatch, tune
-from kfac_triton.cli.search import (
+from kfac_triton.cli import main
+from kfac_triton.cli.tuning import stopwatch, tune
+from kfac_triton.cli.tuning.search import (
     SPACE,
     Outcome,
     Slot,

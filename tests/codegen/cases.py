@@ -10,20 +10,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kfac_triton.kernels import (
-    covariance_kernel,
-    covariance_launch,
-    factored_newton_kernel,
-    factored_newton_launch,
-    factored_newton_plan_kernel,
-    lists_kernel,
-    newton_schulz,
-    newton_schulz_kernel,
-    newton_schulz_launch,
-    precision,
-    precondition_kernel,
-    tuning,
-)
+from kfac_triton.kernels import precision, tuning
+from kfac_triton.kernels.covariance import kernel as covariance_kernel
+from kfac_triton.kernels.covariance import launch as covariance_launch
+from kfac_triton.kernels.factored_newton import kernel as factored_newton_kernel
+from kfac_triton.kernels.factored_newton import launch as factored_newton_launch
+from kfac_triton.kernels.factored_newton import plan_kernel as factored_newton_plan_kernel
+from kfac_triton.kernels.multi_tensor import kernel as multi_tensor_kernel
+from kfac_triton.kernels.newton_schulz import kernel as newton_schulz_kernel
+from kfac_triton.kernels.newton_schulz import launch as newton_schulz_launch
+from kfac_triton.kernels.newton_schulz import reference as newton_schulz
+from kfac_triton.kernels.precondition import kernel as precondition_kernel
 from kfac_triton.kernels.runtime import Target, tl
 
 from .audit import ARCHITECTURES
@@ -202,7 +199,7 @@ def _precondition(arch: str) -> Iterator[Case]:
 
 def _lists(arch: str) -> Iterator[Case]:
     del arch  # a kernel that only adds is the same everywhere
-    kernel = lists_kernel
+    kernel = multi_tensor_kernel
     for dtype, type_ in (("bf16", tl.bfloat16), ("fp32", tl.float32)):
         constants = {"DTYPE": type_, "BLOCK": 8192}
         yield Case(f"-/-/squares_kernel/{dtype}", kernel.squares_kernel, "*i64 *fp32", constants, {"num_warps": 8})

@@ -25,9 +25,9 @@ def run(arch: str, which: str, first: int) -> None:
     architecture = audit.ARCHITECTURES[arch]
     chosen = cases.shipped(arch) if which == "shipped" else rejected.cases()
     for case in chosen[first:]:
-        module = case.kernel.__module__.rpartition(".")[2]
+        folder = case.kernel.__module__.split(".")[-2]
         facts = {
-            "name": case.name, "kernel": f"{module}.{case.kernel.__name__}", "rows": case.rows, "wide": case.wide,
+            "name": case.name, "kernel": f"{folder}.{case.kernel.__name__}", "rows": case.rows, "wide": case.wide,
             "warps": case.options.get("num_warps", 4),
         }  # fmt: skip
         _say(facts)

@@ -38,7 +38,7 @@ class Outcome:
 
     Attributes:
         name: of the case.
-        kernel: "module.function".
+        kernel: "folder.function".
         rows: of the tile of its products, 0 for a kernel without any.
         wide: whether it must copy 16 bytes at a time.
         warps: that it is launched with.

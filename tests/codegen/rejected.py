@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kfac_triton.kernels import covariance_kernel
+from kfac_triton.kernels.covariance import kernel as covariance_kernel
 from kfac_triton.kernels.runtime import tl, triton
 
 from .cases import Case

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from integrations import hf_runs, lightning_runs
+from integrations import hf_runs, lightning_runs, small_net
 from torch import Tensor, nn
 
 from kfac_triton import KFAC
@@ -57,7 +57,7 @@ def module_of() -> Callable[..., Any]:
     class Automatic(lightning.LightningModule):
         def __init__(self, options: dict[str, Any]) -> None:
             super().__init__()
-            self.net = lightning_runs.net()
+            self.net = small_net.net()
             self.options = options
             self.losses: list[float] = []
 
@@ -105,7 +105,7 @@ def module_of() -> Callable[..., Any]:
     kinds: dict[str, type[Automatic]] = {"automatic": Automatic, "manual": Manual, "auto": Auto, "drawing": Drawing}
 
     def make(kind: str = "automatic", seed: int | None = None, **options: Any) -> Any:
-        module = kinds[kind]({**lightning_runs.OPTIONS, **options})
+        module = kinds[kind]({**small_net.OPTIONS, **options})
         if seed is not None:
             torch.manual_seed(seed)
             for p in module.parameters():

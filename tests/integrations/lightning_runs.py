@@ -1,4 +1,4 @@
-"""A net, data and the plain PyTorch loop for Lightning to be compared with."""
+"""The plain PyTorch loop for Lightning to be compared with."""
 
 from __future__ import annotations
 
@@ -7,26 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from integrations.small_net import OPTIONS, batches, loss_of, net
 from torch import nn
-from torch.utils.data import DataLoader
 
 from kfac_triton import KFAC
-
-STEPS, BATCH = 50, 16
-OPTIONS: dict[str, Any] = {"lr": 0.3, "damping": 0.03, "kl_clip": 1e-2, "weight_decay": 1e-3}
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(12, 24), nn.LayerNorm(24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 4))
-
-
-def batches(count: int) -> DataLoader:
-    """In order; the label is the largest of four projections."""
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(2 * STEPS * BATCH, 12, generator=generator)
-    y = (x @ torch.randn(12, 4, generator=generator)).argmax(1)
-    return DataLoader(list(zip(x, y, strict=True))[: count * BATCH], batch_size=BATCH)
 
 
 def decay(step: int) -> float:
@@ -49,7 +33,7 @@ def plain(
     losses = []
     for number, (x, y) in enumerate(list(batches(count)) * epochs, 1):
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            loss = nn.functional.cross_entropy(model(x).float(), y)
+            loss = loss_of(model(x), y)
         (loss / accumulate).backward()
         losses.append(loss.item())
         if number % accumulate == 0:

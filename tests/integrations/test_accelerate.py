@@ -9,15 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from integrations.small_net import OPTIONS, STEPS, batches, loss_of, net
+from torch import nn
 
 from kfac_triton import KFAC
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error:no statistics came:UserWarning")]
-
-STEPS, BATCH = 50, 16
-OPTIONS: dict[str, Any] = {"lr": 0.3, "damping": 0.03, "kl_clip": 1e-2, "weight_decay": 1e-3}
 
 
 @pytest.fixture
@@ -34,23 +31,6 @@ def accelerator_of() -> Iterator[Callable[..., Any]]:
     yield make
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(12, 24), nn.LayerNorm(24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 4))
-
-
-def batches(count: int) -> DataLoader:
-    """In order; the label is the largest of four projections."""
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(2 * STEPS * BATCH, 12, generator=generator)
-    y = (x @ torch.randn(12, 4, generator=generator)).argmax(1)
-    return DataLoader(list(zip(x, y, strict=True))[: count * BATCH], batch_size=BATCH)
-
-
-def loss_of(logits: Tensor, y: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits.float(), y)
 
 
 def plain(count: int, accumulate: int = 1, clip: float | None = None, bfloat16: bool = False, **options: Any) -> Any:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 from integrations.hf_runs import (
     OPTIONS,
@@ -26,6 +25,7 @@ from integrations.hf_runs import (
     vectors,
     warm_and_linear,
 )
+from support import runs
 from torch import Tensor, nn
 
 from kfac_triton import KFAC

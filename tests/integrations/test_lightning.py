@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.lightning_runs import OPTIONS, STEPS, batches, decay, net, plain, require_same, trainer
+from integrations.lightning_runs import decay, plain, require_same, trainer
+from integrations.small_net import OPTIONS, STEPS, batches, net
 from torch import nn
 from torch.utils.data import DataLoader
 

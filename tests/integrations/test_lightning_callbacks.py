@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
-from integrations.lightning_runs import BATCH, OPTIONS, STEPS, batches, net, plain, require_same, trainer
+from integrations.lightning_runs import plain, require_same, trainer
+from integrations.small_net import BATCH, OPTIONS, STEPS, batches, net
+from support import runs
 from torch import Tensor, nn
 
 from kfac_triton import KFAC

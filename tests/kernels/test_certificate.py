@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import energy_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.helpers import energy_error
 from torch import Tensor
 
-from kfac_triton.inverse import ACCEPT, cholesky, eigh
+from kfac_triton.curvature.inverse import ACCEPT, cholesky, eigh
 from kfac_triton.kernels import ops
 from kfac_triton.kernels.certificate import (
     COMPUTED,

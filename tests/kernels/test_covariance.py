@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kfac_triton.kernels import covariance, ops
+from kfac_triton.kernels import ops
+from kfac_triton.kernels.covariance import reference as covariance
 
 FLOATS = [torch.float32, torch.float64]
 INPUT_TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

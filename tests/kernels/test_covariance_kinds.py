@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kfac_triton.kernels import covariance_launch, ops
+from kfac_triton.kernels import ops
+from kfac_triton.kernels.covariance import launch as covariance_launch
 
 ANY = (torch.ones(1), torch.ones(1), [False])
 

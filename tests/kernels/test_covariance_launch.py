@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launches import counted_launches
+from support.launches import counted_launches
 
-from kfac_triton.kernels import covariance_kernel as kernel
-from kfac_triton.kernels import covariance_launch, ops
+from kfac_triton.kernels import ops
+from kfac_triton.kernels.covariance import kernel
+from kfac_triton.kernels.covariance import launch as covariance_launch
 
 
 def geometry(rows: int, n: int) -> tuple[int, ...]:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import energy_error
 from numpy.typing import NDArray
+from support.helpers import energy_error
 from torch import Tensor
 
-from kfac_triton.inverse import ACCEPT, cholesky
+from kfac_triton.curvature.inverse import ACCEPT, cholesky
 from kfac_triton.kernels import ops, runtime, tuning
 
 interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton brings the interpreter")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import energy_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refreshes import assert_honest, exact_root, refresh, with_condition
+from support.helpers import energy_error
+from support.refreshes import assert_honest, exact_root, refresh, with_condition
 
-from kfac_triton.inverse import ACCEPT
+from kfac_triton.curvature.inverse import ACCEPT
 from kfac_triton.kernels.certificate import damped, mirror, root_residual
-from kfac_triton.kernels.factored_newton import _spectral_bounds
+from kfac_triton.kernels.factored_newton.reference import _spectral_bounds
 
 
 @settings(max_examples=80, deadline=None)

@@ -6,34 +6,28 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from helpers import energy_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launches import counted_launches
-from refreshes import assert_honest, exact_root, refresh, with_condition
+from support.helpers import energy_error
+from support.launches import counted_launches
+from support.refreshes import assert_honest, exact_root, refresh, with_condition
 from torch import Tensor
 
-from kfac_triton.kernels import factored_newton_launch, ops, precision
+from kfac_triton.kernels import ops, precision
 from kfac_triton.kernels.certificate import damped, mirror, root_residual, rounding_error
+from kfac_triton.kernels.factored_newton import launch as factored_newton_launch
 
 MODES = ["ieee", "tf32"]
 # The interpreter computes with numpy, which remarks on numbers that overflow; a GPU does not.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow|invalid value|All-NaN:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("scratch_is_nan"),
+    pytest.mark.filterwarnings("ignore:overflow|invalid value|All-NaN:RuntimeWarning"),
+]
 both_modes = pytest.mark.parametrize("mode", MODES)
-
-
-@pytest.fixture(autouse=True)
-def _scratch_is_nan() -> Iterator[None]:
-    """What torch.empty hands out is NaN, so that a read of what was never written shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def kernel(

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refreshes import assert_honest, exact_root, refresh, with_condition
+from support.refreshes import assert_honest, exact_root, refresh, with_condition
 from torch import Tensor
 
 from kfac_triton.kernels.certificate import damped, mirror, root_residual
-from kfac_triton.kernels.factored_newton import ITERATE_ABOVE, _nearest_scale, _spectral_bounds
+from kfac_triton.kernels.factored_newton.reference import ITERATE_ABOVE, _nearest_scale, _spectral_bounds
 
 TOLERANCE = 0.05
 

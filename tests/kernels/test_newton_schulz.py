@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from helpers import energy_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.helpers import energy_error
 from torch import Tensor
 
 from kfac_triton.kernels import ops
 from kfac_triton.kernels.certificate import mirror
-from kfac_triton.kernels.newton_schulz import chebyshev_step
+from kfac_triton.kernels.newton_schulz.reference import chebyshev_step
 
 
 def with_condition(n: int, condition: float, damping: float = 1.0) -> Tensor:

@@ -13,14 +13,16 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from helpers import energy_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.helpers import energy_error
 from torch import Tensor
 
-from kfac_triton.kernels import newton_schulz_kernel, newton_schulz_launch, ops, tuning
+from kfac_triton.kernels import ops, tuning
 from kfac_triton.kernels.certificate import MULTIPLIED, damped, mirror, rounding_error
-from kfac_triton.kernels.newton_schulz import EDGE, LEAST, MOST, chebyshev_step, newton_schulz_inverse_reference
+from kfac_triton.kernels.newton_schulz import kernel as newton_schulz_kernel
+from kfac_triton.kernels.newton_schulz import launch as newton_schulz_launch
+from kfac_triton.kernels.newton_schulz.reference import EDGE, LEAST, MOST, chebyshev_step, newton_schulz_inverse_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of infinities
 

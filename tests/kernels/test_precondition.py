@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kfac_triton.kernels import ops, precondition
+from kfac_triton.kernels import ops
+from kfac_triton.kernels.precondition import reference as precondition
 
 FLOATS = [torch.float32, torch.float64]
 

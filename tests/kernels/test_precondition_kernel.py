@@ -7,30 +7,23 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launches import counted_launches
+from support.launches import counted_launches
 from torch import Tensor
 
-from kfac_triton.kernels import library, ops, precondition_launch
+from kfac_triton.kernels import operators, ops
 from kfac_triton.kernels.certificate import mirror
+from kfac_triton.kernels.precondition import launch as precondition_launch
+
+pytestmark = pytest.mark.usefixtures("scratch_is_nan")
 
 # Either side of the tile sizes, and far from any.
 SIZES = [(1, 1), (1, 70), (17, 16), (33, 48), (49, 5), (64, 65), (20, 200), (199, 130)]
-
-
-@pytest.fixture(autouse=True)
-def _scratch_is_nan() -> Iterator[None]:
-    """What torch.empty hands out is NaN, so that a read of what was never written shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def run(gradient: Tensor, left: Tensor, right: Tensor, factored: bool, backend: str = "triton") -> tuple[Tensor, Tensor]:
@@ -216,7 +209,7 @@ def test_where_tf32_is_fastest_the_librarys_products_serve(monkeypatch: pytest.M
 
     monkeypatch.setattr(torch, "bmm", spy)
     before = torch.backends.cuda.matmul.fp32_precision
-    operator = dataclasses.replace(library.OPERATORS["precondition"], prefers_library=lambda device: True)
+    operator = dataclasses.replace(operators.OPERATORS["precondition"], prefers_library=lambda device: True)
     for backend, precision in (("auto", "tf32"), ("torch", before)):
         operator.run("precondition", *arguments.values(), backend=backend)
         assert set(seen) == {precision}, backend
@@ -224,7 +217,7 @@ def test_where_tf32_is_fastest_the_librarys_products_serve(monkeypatch: pytest.M
         seen.clear()
     assert torch.equal(arguments["out"], expected["out"])
     assert torch.equal(arguments["product"], expected["product"])
-    assert not library.OPERATORS["precondition"].prefers_library(torch.device("cpu"))
+    assert not operators.OPERATORS["precondition"].prefers_library(torch.device("cpu"))
     with counted_launches() as counts:
         operator.run("precondition", *arguments.values(), backend="triton")
     assert counts

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from curvlinops import FisherType, KFACLinearOperator, KFACType
-from helpers import relative_error
+from support.helpers import relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

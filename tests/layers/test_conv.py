@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kfac_triton.kernels import ops
-from kfac_triton.kernels.covariance import patch_matrix
+from kfac_triton.kernels.covariance.reference import patch_matrix
 from kfac_triton.layers import Layer, Rows
 from kfac_triton.layers.conv import Conv1dLayer, Conv2dLayer, Conv3dLayer, padding_amounts
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from backpack import backpack, extend
 from backpack.extensions import KFLR
-from helpers import relative_error
+from support.helpers import relative_error
 from torch import Tensor, nn
 
 from kfac_triton.kernels import ops

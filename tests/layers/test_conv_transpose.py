@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from adapters import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.adapters import (
     DAMPING,
     assert_an_idle_expert_stays,
     assert_checkpoint_keeps_the_run,
@@ -15,12 +17,10 @@ from adapters import (
     kronecker_solve,
     preconditioned,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kfac_triton.kernels import ops
-from kfac_triton.kernels.covariance import patch_matrix
+from kfac_triton.kernels.covariance.reference import patch_matrix
 from kfac_triton.layers import Layer, find_layers
 
 SIZES = (4, 3, 2)

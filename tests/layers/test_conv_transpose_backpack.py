@@ -9,10 +9,10 @@ import pytest
 import torch
 from backpack import backpack, extend
 from backpack.extensions import KFLR
-from helpers import relative_error
+from support.helpers import relative_error
 from torch import Tensor, nn
 
-from kfac_triton.kernels.covariance import patch_matrix
+from kfac_triton.kernels.covariance.reference import patch_matrix
 from kfac_triton.layers import find_layers
 
 

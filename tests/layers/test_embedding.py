@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from adapters import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.adapters import (
     DAMPING,
     Losses,
     assert_an_idle_expert_stays,
@@ -16,12 +18,10 @@ from adapters import (
     kronecker_solve,
     preconditioned,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kfac_triton import KFACPreconditioner
-from kfac_triton.diagonal import squared_rows
+from kfac_triton.capture.diagonal_sums import squared_rows
 from kfac_triton.kernels import ops
 from kfac_triton.layers import Layer, Rows, find_layers
 

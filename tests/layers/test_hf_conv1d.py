@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import assert_an_idle_expert_stays, assert_checkpoint_keeps_the_run, assert_close, preconditioned
+from support.adapters import assert_an_idle_expert_stays, assert_checkpoint_keeps_the_run, assert_close, preconditioned
 from torch import Tensor, nn
 
 from kfac_triton.layers import find_layers

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from adapters import (
+from support.adapters import (
     DAMPING,
     Losses,
     assert_an_idle_expert_stays,

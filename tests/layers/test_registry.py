@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from adapters import assert_checkpoint_keeps_the_run, assert_close, kronecker_solve, preconditioned
+from support.adapters import assert_checkpoint_keeps_the_run, assert_close, kronecker_solve, preconditioned
 from torch import Tensor, nn
 
 from kfac_triton.kernels import ops

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import relative_error
+from support.helpers import relative_error
 from torch import Tensor, nn
 
 from kfac_triton import KFAC, KFACPreconditioner

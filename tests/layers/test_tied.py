@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import relative_error
-from tied import DIM, PICKS, TOKENS, TOLERANCE, Model, Recorder, best, factors_of, loss_of, product, tokens_of
+from support.helpers import relative_error
+from support.tied import DIM, PICKS, TOKENS, TOLERANCE, Model, Recorder, best, factors_of, loss_of, product, tokens_of
 from torch import Tensor, nn
 
 from kfac_triton import KFAC, KFACPreconditioner

@@ -1,0 +1,1 @@
+"""Whole optimizer steps: time, memory and floating-point operations."""

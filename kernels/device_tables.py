@@ -1,0 +1,33 @@
+"""Tables of numbers and addresses that kernels read from device memory."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from . import runtime
+
+_KEPT = 256  # tables remembered; a training loop repeats a handful
+_RECORDED: list[tuple[Tensor, Tensor]] = []  # those that CUDA graphs read, with their pinned copies
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _copies(rows: tuple[tuple[float, ...], ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    host = torch.tensor(rows, dtype=dtype)
+    if device.type != "cpu":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True), host
+
+
+def device_table(rows: tuple[tuple[float, ...], ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A table on the device, copied there without a wait and remembered.
+
+    A CUDA graph copies it at every replay: a table made while one is recorded is kept with its pinned copy for good, and is
+    given to nobody else, who might read it before the first replay has filled it.
+    """
+    if not runtime.is_recording():
+        return _copies(rows, device, dtype)[0]
+    _RECORDED.append(_copies.__wrapped__(rows, device, dtype))
+    return _RECORDED[-1][0]

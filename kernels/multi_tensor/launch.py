@@ -1,0 +1,93 @@
+"""Operations over many tensors, one launch each: sums of squares, gradients into a stack, sums into moving averages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import runtime
+from ..device_tables import device_table
+from ..runtime import tl
+from . import kernel
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill one stretch of memory, in whatever order."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() == 0 or tensor.numel() == span
+
+
+def _triton_type(dtype: torch.dtype) -> object:
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+
+
+def can_use_squares(inputs: list[Tensor], out: Tensor) -> str | None:
+    """What keeps the kernel from serving these inputs; None for nothing."""
+    for i, source in enumerate(inputs):
+        if source.dtype not in _TYPES:
+            return f"inputs[{i}] is {source.dtype}, and the kernel reads float32, bfloat16 and float16"
+        if not is_dense(source):
+            return f"inputs[{i}] of shape {tuple(source.shape)} and strides {source.stride()} has gaps"
+    return None if out.dtype == torch.float32 else f"out is {out.dtype}, and the kernel sums in float32"
+
+
+def launch_squares(inputs: list[Tensor], out: Tensor) -> None:
+    """The Triton twin of `squares_reference`."""
+    for dtype in sorted({source.dtype for source in inputs}, key=str):
+        members = [i for i, source in enumerate(inputs) if source.dtype == dtype]
+        table = device_table(tuple((inputs[i].data_ptr(), inputs[i].numel(), i) for i in members), out.device)
+        kernel.squares_kernel[(len(members),)](
+            table, out, DTYPE=_triton_type(dtype), BLOCK=1024 if runtime.INTERPRETED else 8192, num_warps=8
+        )
+
+
+def can_use_gather(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> str | None:
+    """What keeps the kernel from serving these gradients; None for nothing."""
+    for name, tensors in (("weights", weights), ("biases", biases)):
+        for i, tensor in enumerate(tensors):
+            if tensor.dtype not in _TYPES:
+                return f"{name}[{i}] is {tensor.dtype}, and the kernel reads float32, bfloat16 and float16"
+            if not tensor.is_contiguous():
+                return f"{name}[{i}] is not contiguous"
+    if len({tensor.dtype for tensor in weights + biases if tensor.numel()}) > 1:
+        return "the gradients have different types"
+    return None if out.dtype == torch.float32 and out.is_contiguous() else "out is not a contiguous float32 stack"
+
+
+def launch_gather(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> None:
+    """The Triton twin of `gather_reference`."""
+    rows = [
+        (w.data_ptr(), b.data_ptr(), w.shape[0] if w.numel() else 0, w[0].numel() if w.numel() else 0, b.numel())
+        for w, b in zip(weights, biases, strict=True)
+    ]
+    dtype = next((tensor.dtype for tensor in weights if tensor.numel()), torch.float32)
+    block = 64 if runtime.INTERPRETED else 1024
+    grid: Sequence[int] = (-(-out.shape[1] * out.shape[2] // block), len(weights))
+    kernel.gather_kernel[grid](
+        device_table(tuple(rows), out.device),
+        out,
+        out.shape[1],
+        out.shape[2],
+        DTYPE=_triton_type(dtype),
+        BLOCK=block,
+        num_warps=4,
+    )
+
+
+def can_use_blend(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Tensor) -> str | None:
+    """What keeps the kernel from serving this stack; None for nothing."""
+    if factor.dtype != torch.float32:
+        return f"factor is {factor.dtype}, and the kernel keeps float32"
+    return None if factor.is_contiguous() and total.is_contiguous() else "factor or total is not contiguous"
+
+
+def launch_blend(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Tensor) -> None:
+    """The Triton twin of `blend_reference`."""
+    size, block = factor[0].numel(), 1024
+    kernel.blend_kernel[(-(-size // block), len(factor))](
+        factor, total, keep, gain, accept.to(torch.uint8), size, BLOCK=block, num_warps=4, enable_fp_fusion=True
+    )

@@ -1,0 +1,64 @@
+"""The Triton kernel of preconditioning: one batched product, of which V = G^-1 W A^-1 takes two and V through roots four.
+
+Hopper multiplies float32 operands that lie along the summed index, and an operand that does not must be turned on its way to
+shared memory, in small copies. The chains below turn none of the inverses, which are symmetric, and each root once:
+
+    inverses   P^T = A^-1 W^T,    V = G^-1 P
+    roots      P = W T_A^T,       Q^T = T_A^T P^T,       S^T = Q^T T_G^T,       V = T_G^T S
+"""
+
+from __future__ import annotations
+
+from ..runtime import tl, triton
+
+
+@triton.jit
+def _load_tile(matrix, stride, rows, columns, height, width):
+    inside = (rows < height)[:, None] & (columns < width)[None, :]
+    return tl.load(matrix + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def product_kernel(
+    left,  # L: float32 (B, m, inner), with LEFT_TRANSPOSED (B, inner, m); columns of every stack lie side by side
+    right,  # R: float32 (B, n, inner)
+    out,  # C: float32 (B, m, n)
+    gradient,  # W: float32 (B, m, n), read with REDUCE only
+    partials,  # float32 (B, tiles of C), written with REDUCE only
+    m, n, inner,
+    left_batch, left_stride, right_batch, right_stride, out_batch, out_stride, gradient_batch, gradient_stride,  # in elements
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    LEFT_TRANSPOSED: tl.constexpr, TRIANGULAR: tl.constexpr, REDUCE: tl.constexpr,
+):  # fmt: skip
+    """One tile of C (m, n) = op(L) R^T over `inner`, and with REDUCE its share of <C, W>.
+
+    TRIANGULAR: a lower triangular root takes part, the left operand if that is transposed, otherwise the right one; what its
+    zeros would add is not summed.
+    """
+    batch = tl.program_id(1).to(tl.int64)
+    across = tl.cdiv(n, BLOCK_N)
+    i, j = tl.program_id(0) // across, tl.program_id(0) % across
+    left += batch * left_batch
+    right += batch * right_batch
+    rows, columns = i * BLOCK_M + tl.arange(0, BLOCK_M), j * BLOCK_N + tl.arange(0, BLOCK_N)
+    first, last = 0, inner
+    if TRIANGULAR:
+        if LEFT_TRANSPOSED:
+            first = i * BLOCK_M // BLOCK_K * BLOCK_K  # loads stay aligned
+        else:
+            last = tl.minimum((j + 1) * BLOCK_N, inner)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(first, last, BLOCK_K):
+        at = k + tl.arange(0, BLOCK_K)
+        if LEFT_TRANSPOSED:
+            a = tl.trans(_load_tile(left, left_stride, at, rows, inner, m))
+        else:
+            a = _load_tile(left, left_stride, rows, at, m, inner)
+        b = _load_tile(right, right_stride, columns, at, n, inner)
+        sums = tl.dot(a, tl.trans(b), sums, input_precision=PRECISION)
+    inside = (rows < m)[:, None] & (columns < n)[None, :]
+    tl.store(out + batch * out_batch + rows[:, None] * out_stride + columns[None, :], sums, mask=inside)
+    if REDUCE:
+        w = _load_tile(gradient + batch * gradient_batch, gradient_stride, rows, columns, m, n)
+        partial = partials + batch * tl.num_programs(0) + tl.program_id(0)
+        tl.store(partial, tl.sum(w * sums))

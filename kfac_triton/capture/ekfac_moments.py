@@ -1,0 +1,76 @@
+"""EKFAC's diagonal: second moments of per-example gradients in the eigenbasis of the factors (George et al. 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.covariance.reference import patch_matrix
+from ..layers import Rows
+from ..layers.partition import Partition
+
+_CHUNK = 1 << 24  # elements of per-example gradients in flight: 64 MiB in single precision
+
+
+@dataclass(frozen=True)
+class MomentTile:
+    """One tile of a layer: its place, the eigenvectors of its factors (padded), and where moments are summed (padded)."""
+
+    tile: int
+    a_vectors: Tensor
+    g_vectors: Tensor
+    total: Tensor
+
+
+class Moments:
+    """Sums over loss terms of the squares of per-example gradients, in the eigenbasis, for the tiles of one layer.
+
+    Args:
+        partition: of all layers.
+        tiles: those of this layer.
+    """
+
+    def __init__(self, partition: Partition, tiles: Sequence[MomentTile]) -> None:
+        self._partition = partition
+        self._tiles = tiles
+        self.ready = False  # there is a basis
+        self.fresh = False  # something was added since the last step
+
+    def add(self, rows: Rows) -> None:
+        """Adds one backward pass. Loss terms that share positions of one example are taken as one."""
+        if not self.ready:
+            return
+        for place in self._tiles:
+            tile = self._partition.tiles[place.tile]
+            a_part, g_part = self._partition.parts[tile.a], self._partition.parts[tile.g]
+            inputs = _matrix(*a_part.sources(rows), place.total.dtype)
+            gradients = _matrix(*g_part.sources(rows), place.total.dtype)
+            if a_part.ones:
+                inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
+            a, g = inputs @ place.a_vectors[: a_part.size], gradients @ place.g_vectors[: g_part.size]
+            if not self.fresh:
+                place.total.zero_()
+            _add_squares(place.total, a, g, rows.examples or len(a))
+        self.fresh = True
+
+
+def _matrix(source: Tensor, geometry: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Rows as a matrix, one example's after the other's."""
+    source = source.to(dtype)
+    return source if source.dim() == 2 else patch_matrix(source, geometry).T
+
+
+def _add_squares(total: Tensor, a: Tensor, g: Tensor, examples: int) -> None:
+    """Total (m, n) += sum over examples of (sum over their rows of g a^T)^2."""
+    if not examples:
+        return
+    if len(a) == examples:
+        total.addmm_(g.square().T, a.square())
+        return
+    a, g = a.unflatten(0, (examples, -1)), g.unflatten(0, (examples, -1))
+    chunk = max(1, _CHUNK // total.numel())
+    for a_some, g_some in zip(a.split(chunk), g.split(chunk), strict=True):
+        total.add_((g_some.mT @ a_some).square().sum(0))

@@ -1,0 +1,71 @@
+"""Backward passes that leave the statistics of the model's own distribution, and touch no gradient of a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..fisher.likelihood import Likelihood
+from .gate import Gate
+
+
+class FisherPass:
+    """Extra backward passes that leave statistics and touch no gradient of a parameter.
+
+    Args:
+        likelihood: what the outputs parametrize.
+        kind: "mc" or "ggn".
+        samples: label draws of "mc".
+        gate: of the engine's hooks.
+    """
+
+    def __init__(self, likelihood: Likelihood, kind: str, samples: int, gate: Gate) -> None:
+        self._likelihood, self._kind, self._samples, self._gate = likelihood, kind, samples, gate
+
+    def run(self, outputs: Tensor, targets: Tensor | None, scale: float | Tensor) -> None:
+        """Sends everything backward; the graph of outputs stays for the loss.
+
+        Args:
+            outputs: of the model, with their graph.
+            targets: of the loss, where they decide which terms count.
+            scale: loss scale, so that 16-bit gradients do not underflow.
+
+        Raises:
+            RuntimeError: if outputs do not depend on the model's parameters.
+        """
+        if not outputs.requires_grad:
+            raise RuntimeError(
+                "outputs have no graph: run the forward pass with gradients enabled and pass its result as it is"
+            )
+        gate = self._gate
+        terms = self._likelihood.terms(outputs, targets)
+        try:
+            gate.listening, gate.saw_loss = True, False
+            gate.terms = terms
+            gate.weight.fill_(1.0)
+            gate.compiled_terms.copy_(terms) if isinstance(terms, Tensor) else gate.compiled_terms.fill_(terms)
+            for vector in self._vectors(outputs, targets):
+                torch.autograd.grad(outputs, [gate.probe], vector * scale, retain_graph=True, allow_unused=True)
+                if self._kind == "ggn":  # all columns together make one set of terms
+                    gate.counting = False
+                    gate.compiled_terms.zero_()
+        finally:
+            gate.listening, gate.counting, gate.terms = False, True, None
+            gate.weight.zero_()
+            gate.compiled_terms.zero_()
+
+    def _vectors(self, outputs: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
+        if self._kind == "mc":
+            for _ in range(self._samples):
+                yield self._likelihood.sample(outputs, targets)
+            return
+        # Where an example has several loss terms, one backward pass sends a column of each. Random signs make what mixes them
+        # (attention, before the outputs) vanish in expectation; of one term an example nothing depends on a sign.
+        several = self._likelihood.terms_per_example(outputs) > 1
+        shape = self._likelihood.term_shape(outputs)
+        for column in self._likelihood.columns(outputs, targets):
+            if several:
+                column = column * torch.randint(0, 2, shape, device=column.device).mul_(2).sub_(1).to(column.dtype)
+            yield column

@@ -1,0 +1,190 @@
+"""What backward passes leave of one layer between two steps."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import ops
+from ..layers import Layer, Rows
+from ..layers.partition import Part
+from .diagonal_sums import squared_rows
+from .ekfac_moments import Moments
+from .gate import Gate
+
+
+class Shared(NamedTuple):
+    """One layer's part of what all layers share, so that one operation clears it for all.
+
+    Attributes:
+        counts: rows of A, loss terms, loss terms whose rows were taken, and compiled passes, (4,), as counted on the device:
+            a compiled pass may not touch Python numbers.
+        beta: weight of what a sum holds when the next pass comes, one a sum. With zero it is overwritten, never cleared.
+    """
+
+    counts: Tensor
+    beta: Tensor
+
+
+class Entry(NamedTuple):
+    """A factor of the layer, and where its passes are summed."""
+
+    part: Part
+    slot: int
+    total: Tensor
+
+
+class Statistics:
+    """What backward passes left of one layer since the last step.
+
+    A pass is summed at once, in buffers of the factors' size. Where kernels take many layers in one launch, a pass whose rows
+    take no more memory than those buffers waits for the step instead, and goes straight into the factors.
+
+    Attributes:
+        dense: factors that are matrices, those of A first.
+        diagonal: factors of which the diagonal is kept, those of A first.
+        passes: rows of the passes that wait.
+        summed: whether an eager pass was summed.
+        device_counts: rows of A, loss terms, taken loss terms and compiled passes as counted on the device, (4,).
+        eager_counts: the first three as the host counted them.
+        second: those of a second use of the weight, which is summed apart (see `capture.tied`).
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        gate: Gate,
+        entries: list[Entry],
+        shared: Shared,
+        backend: str,
+        may_wait: bool,
+        moments: Moments | None = None,
+    ) -> None:
+        self.layer = layer
+        self.device = layer.weight.device  # a model that moves leaves no statistics until it has an engine there
+        self.gate = gate
+        self.dense = sorted((e for e in entries if not e.part.diagonal), key=lambda e: not e.part.is_input)
+        self.diagonal = sorted((e for e in entries if e.part.diagonal), key=lambda e: not e.part.is_input)
+        self.moments = moments
+        self.passes: list[Rows] = []
+        self.summed = False
+        self.second: Statistics | None = None
+        self.device_counts = shared.counts
+        self.eager_counts: list[float] = [0, 0, 0]
+        self._backend = backend
+        self._may_wait = may_wait and not self.diagonal
+        self._alpha = torch.ones_like(shared.beta)
+        self._beta = shared.beta
+        self._last_backward = -1
+
+    @property
+    def counts(self) -> Tensor:
+        """Rows of A and loss terms of all passes, (2,)."""
+        return self.device_counts[:2] + torch.tensor(self.eager_counts[:2], device=self.device_counts.device)
+
+    def add(self, x: Tensor, gradient: Tensor, is_ours: bool = False) -> None:
+        """Adds one backward pass through the layer.
+
+        Args:
+            x: input of the module.
+            gradient: with respect to its output.
+            is_ours: whether nobody but autograd holds x; a batch that the user may overwrite before the step cannot wait.
+        """
+        gate, is_compiling = self.gate, torch.compiler.is_compiling()
+        if not is_compiling:
+            gate.notice()
+            if not gate.listening:
+                return
+        rows = self.layer.rows(x, gradient)
+        if self.moments is not None and not is_compiling:
+            self.moments.add(rows)
+        every = gate.every(rows.input_count)
+        if every > 1:
+            rows = rows.sample(every, 0 if is_compiling else gate.step % every)
+        if is_compiling:  # cannot tell a second call in one backward pass, and counts every one
+            self._sum(rows, gate.counting, gate.weight)
+            terms = rows.terms if gate.empirical else gate.compiled_terms
+            self._count_on_device(rows.input_count * gate.weight, terms, rows.share)
+            self.device_counts[3].add_(gate.weight)
+            return
+        if is_ours and self._may_wait and gate.counting and not self.summed and self._is_small(rows):
+            self.passes.append(rows)
+        else:
+            for waiting in self.passes:  # all or none: a step that fails has to find the old factor in the sums' buffers
+                self._sum(waiting, with_inputs=True)
+            self.passes = []
+            self._sum(rows, with_inputs=gate.counting)
+            self.summed = True
+        is_new = self._is_new_backward()
+        if not gate.counting:
+            return
+        self.eager_counts[0] += rows.input_count
+        if not is_new:
+            return
+        terms = rows.terms if gate.terms is None else gate.terms
+        if isinstance(terms, Tensor):
+            self._count_on_device(0, terms, rows.share)
+        else:
+            self.eager_counts[1] += terms
+            self.eager_counts[2] += terms * rows.share
+
+    def clear(self) -> None:
+        """Forgets everything, but for what it shares."""
+        self.eager_counts = [0, 0, 0]
+        self.passes = []
+        self.summed = False
+        if self.moments is not None:
+            self.moments.fresh = False
+
+    def _count_on_device(self, count: Tensor | float, terms: Tensor | float, share: float) -> None:
+        self.device_counts[0].add_(count)
+        self.device_counts[1].add_(terms)
+        self.device_counts[2].add_(terms * share)
+
+    def _is_small(self, rows: Rows) -> bool:
+        return _bytes(rows.inputs + rows.gradients) <= _bytes([e.total for e in self.dense])
+
+    def read(self, entries: list[Entry], rows: Rows) -> tuple[list[Tensor], list[int], list[bool]]:
+        """(sources, windows, ones column) of some dense factors, as `kernels.ops.covariance_ema` takes them."""
+        found = [e.part.sources(rows) for e in entries]
+        return [x for x, _ in found], [i for _, window in found for i in window], [e.part.ones for e in entries]
+
+    def _sum(self, rows: Rows, with_inputs: bool, weight: Tensor | None = None) -> None:
+        """Adds to the sums. All of them in a pass that counts, those of G alone in another."""
+        first = 0 if with_inputs else sum(e.part.is_input for e in self.dense)
+        entries = self.dense[first:]
+        alpha = self._alpha if weight is None else self._alpha * weight
+        if entries:
+            sources, windows, ones = self.read(entries, rows)
+            places = slice(first, len(self.dense))
+            totals = [e.total for e in entries]
+            ops.covariance_ema(totals, sources, alpha[places], self._beta[places], ones, windows, backend=self._backend)
+            self._beta[places].fill_(1.0)
+        for number, entry in enumerate(self.diagonal, len(self.dense)):
+            if with_inputs or not entry.part.is_input:
+                added = self._squares(entry.part, rows, entry.total) * alpha[number]
+                # The old sum is not read where it does not count: it may hold a NaN.
+                entry.total.copy_(torch.where(self._beta[number] > 0, entry.total + added, added))
+                self._beta[number].fill_(1.0)
+
+    def _squares(self, part: Part, rows: Rows, total: Tensor) -> Tensor:
+        if part.is_input and self.layer.constant_input:
+            return torch.full_like(total, rows.input_count)
+        source, window = part.sources(rows)
+        squares = squared_rows(source, window, part.size - part.ones, total.dtype)
+        if not part.ones:
+            return squares
+        return torch.cat([squares, squares.new_full((1,), rows.input_count)])
+
+    def _is_new_backward(self) -> bool:
+        """Whether this is the module's first call in the running backward pass; a second one sees the same loss terms again."""
+        backward = torch._C._current_graph_task_id()
+        is_new = backward != self._last_backward
+        self._last_backward = backward
+        return is_new
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,92 @@
+"""The second use of a tied weight: summed apart, and joined with the first before the factors are updated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..kernels.device_tables import device_table
+from ..layers.tied import TiedLayer
+from .gate import Gate
+from .statistics import Entry, Shared, Statistics
+
+
+class SecondUse:
+    """Sums of the embedding use of one `TiedLayer`, of the sizes of the layer's own.
+
+    Args:
+        layer: the tied layer.
+        gate: switch of the hooks.
+        entries: the layer's factors.
+        backend: of the kernels.
+
+    Attributes:
+        statistics: what the embeddings' hooks fill.
+        shared: what has to be cleared for them after a step.
+    """
+
+    def __init__(self, layer: TiedLayer, gate: Gate, entries: list[Entry], backend: str) -> None:
+        # A of an embedding stands on the side of G, and G on that of A; the bias's column has no part in it.
+        self._pairs = []
+        for entry in entries:
+            part = entry.part
+            mirrored = replace(part, block=0, is_input=not part.is_input, stop=part.stop - part.ones, ones=False)
+            shape = (mirrored.size,) if part.diagonal else (mirrored.size, mirrored.size)
+            self._pairs.append((entry, Entry(mirrored, -1, entry.total.new_zeros(shape))))
+        total = entries[0].total
+        own = [second for _, second in self._pairs]
+        self.shared = Shared(torch.zeros(4, device=total.device), total.new_zeros(len(own)))
+        self.statistics = Statistics(layer.second(), gate, own, self.shared, backend, False)
+
+    def join(self, counts: Tensor, summed: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds the second use to the sums of the first; returns the layer's counts (3,) and whether it has sums at all.
+
+        With n rows, n_e of the embedding, and a scale s of squared gradients, that of the first use, the two have the Fisher
+        matrices s / n S_gg (x) S_hh and s / n_e S_c (x) S_e, with sums S of squares and S_c of tokens. The joined sums are
+        scaled by s / n, so they are S_gg + r S_c / u and S_hh + u S_e with r = n / n_e and
+
+            u = sqrt(tr(r S_c) tr S_hh / (tr S_gg tr S_e)).
+
+        Where only part of the rows is taken, r makes up for that, too. Of a use that comes alone the sums stay as they are.
+
+        Args:
+            counts: rows of A, loss terms and taken loss terms of the first use, (3,).
+            summed: whether the sums of the first use are of this step; if not they are stale, and not read.
+        """
+        own = self.statistics
+        eager = device_table(tuple((float(x),) for x in own.eager_counts), counts.device, counts.dtype).flatten()
+        counts_e = own.device_counts[:3].to(counts) + eager
+        was_summed = device_table(((int(own.summed),),), counts.device).flatten()[0] > 0
+        came = was_summed | (own.device_counts[3] > 0).to(counts.device)
+        home = counts.device
+        sums = [
+            (
+                torch.where(summed.to(first.total.device), first.total, 0.0),
+                torch.where(came.to(first.total.device), second.total, 0.0),
+            )
+            for first, second in self._pairs
+        ]
+
+        def trace(use: int, is_input: bool) -> Tensor:
+            """Over the parts of one side, A or G of the first use."""
+            pieces = [
+                (x[use] if first.part.diagonal else x[use].diagonal()).double().sum()
+                for (first, _), x in zip(self._pairs, sums, strict=True)
+                if first.part.is_input == is_input
+            ]
+            return torch.stack(pieces).sum().to(home)
+
+        both = summed & came
+        (rows, terms, taken), (rows_e, terms_e, taken_e) = counts, counts_e
+        ratio = torch.where(both, rows / rows_e * (terms_e / taken_e) / (terms / taken), 1.0)
+        root = ratio * trace(1, False) * trace(0, True) / (trace(0, False) * trace(1, True))
+        u = torch.where(both & torch.isfinite(root) & (root > 0), root, 1.0).sqrt()
+        for (first, second), (old, new) in zip(self._pairs, sums, strict=True):
+            weight = (u if first.part.is_input else ratio / u).to(first.total)
+            size = second.part.size
+            place = (slice(size),) * new.dim()
+            first.total.copy_(old)
+            first.total[place] += weight * new
+        return torch.where(summed, counts, counts_e), summed | came

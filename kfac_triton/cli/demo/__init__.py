@@ -1,0 +1,1 @@
+"""`kfac-triton demo`: an autoencoder of handwritten digits, trained by K-FAC, Adam and SGD."""

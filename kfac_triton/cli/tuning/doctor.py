@@ -1,0 +1,182 @@
+"""`kfac-triton doctor`: which device and backend serve each operation, why, and whether the results are right."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ... import __version__
+from ...kernels import operators, ops, runtime, tuning
+from ..arguments import usable_device
+from .checks import ColdInverses, Preconditioning, Problem, WarmInverses, kernel_obstacle
+from .covariance_check import Covariance, Rows
+
+_HARDWARE_SIDES = (64, 200, 513)  # fused, tiled with a rest, and odd
+_INTERPRETED_SIDES = (16, 72)  # fused and tiled; the interpreter takes seconds for more
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand `doctor`."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="say which backend serves each operation, and check every kernel",
+        description="Print the device, the versions and the backend that serves each operation with the reason, and check "
+        "every kernel, and what stands in for it, against float64. Exit status 1 if a result is wrong.",
+    )
+    shown = "(default: %(default)s)"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=usable_device, default=device, help=f"cpu, cuda, cuda:1, ... {shown}")
+    parser.set_defaults(run=_run)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One problem solved by one backend.
+
+    Attributes:
+        operation: of `ops`.
+        problem: what was computed.
+        backend: "triton" or "torch".
+        error: against float64; infinite for no result at all.
+        allowed: largest error that passes.
+        seconds: that it took, compilation included.
+        complaint: the exception that it ended with, if it did.
+    """
+
+    operation: str
+    problem: str
+    backend: str
+    error: float
+    allowed: float
+    seconds: float
+    complaint: str = ""
+
+    @property
+    def right(self) -> bool:
+        """Whether the result passes."""
+        return self.error <= self.allowed
+
+
+def problems(device: torch.device, sides: Sequence[int] = ()) -> Iterator[Problem]:
+    """A few problems for every operation: all input types, biases, convolutions, stacks.
+
+    Args:
+        device: of the tensors.
+        sides: of the factors; some that suit the device if there are none.
+    """
+    sides = sides or (_INTERPRETED_SIDES if runtime.INTERPRETED or device.type == "cpu" else _HARDWARE_SIDES)
+    yield Covariance("whole numbers", list(_layers(sides, device, torch.float32, whole=True)), whole=True)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        yield Covariance(f"{str(dtype).removeprefix('torch.')} rows", list(_layers(sides, device, dtype)))
+    yield Covariance("convolution", list(_images(device)))
+    stacks = dict.fromkeys(sides, 2)
+    yield ColdInverses("stacks", stacks, device)
+    yield WarmInverses("stacks", stacks, device)
+    shapes = {(m, n): 2 for m in sides[:2] for n in sides[-2:]}
+    yield Preconditioning("inverses", shapes, device, factored=False)
+    yield Preconditioning("inverse roots", shapes, device)
+
+
+def _layers(sides: Sequence[int], device: torch.device, dtype: torch.dtype, whole: bool = False) -> Iterator[Rows]:
+    def numbers(*shape: int) -> Tensor:
+        values = torch.randn(*shape, device=device)
+        return (2 * values).round().clamp(-3, 3) if whole else values.to(dtype)
+
+    for side in sides:
+        yield Rows(numbers(3 * side, side), ones=side % 2 == 0)
+    yield Rows(numbers(sides[0], 2 * sides[0]).T, ones=True)
+
+
+def _images(device: torch.device) -> Iterator[Rows]:
+    images = torch.randn(4, 5, 9, 8, device=device)
+    yield Rows(images, ops.window((3, 3), (2, 1), (1, 1)), ones=True)
+    yield Rows(images.contiguous(memory_format=torch.channels_last), ops.window((1, 1)))
+
+
+def examine(problem: Problem, backend: str) -> Finding:
+    """Solves a problem with a backend; whatever goes wrong is in the finding."""
+    start = time.perf_counter()
+    try:
+        error, complaint = problem.check(backend), ""
+    except Exception as exception:  # a compiler fails in many ways, and each is a finding
+        error, complaint = float("inf"), f"{type(exception).__name__}: {str(exception).strip().partition(chr(10))[0]}"
+    seconds = time.perf_counter() - start
+    return Finding(problem.operation, problem.name, backend, error, problem.allowed, seconds, complaint)
+
+
+def choice(problem: Problem) -> tuple[str, str]:
+    """The backend that `auto` chooses, and why."""
+    prefers_library = operators.OPERATORS[problem.operation].prefers_library
+    if prefers_library is not None and prefers_library(problem.device):
+        return "library", "its TF32 products were faster wherever that was measured"
+    obstacle = kernel_obstacle(problem)
+    if obstacle is not None:
+        return "torch", obstacle
+    if problem.device.type != "cuda":
+        return "torch", "the interpreter is for checks: backend='triton' asks for it"
+    return "triton", f"compiled for {runtime.target(problem.device).arch}"
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    device: torch.device = arguments.device
+    torch.manual_seed(0)
+    print(describe(device))
+    reasons: dict[str, dict[tuple[str, str], list[str]]] = {}
+    findings: list[Finding] = []
+    for problem in problems(device):
+        reasons.setdefault(problem.operation, {}).setdefault(choice(problem), []).append(problem.name)
+        findings.append(examine(problem, "torch"))
+        if choice(problem)[0] == "library":
+            findings.append(examine(problem, "auto"))
+        if kernel_obstacle(problem) is None:
+            findings.append(examine(problem, "triton"))
+    print("\nBackend that 'auto' chooses")
+    for operation, choices in reasons.items():
+        for (backend, reason), names in choices.items():
+            which = f" for {', '.join(names)}" if len(choices) > 1 else ""
+            print(f"  {operation}{which}: {backend} ({reason})")
+    print("\nErrors against float64")
+    print(render(findings))
+    wrong = [finding for finding in findings if not finding.right]
+    checked = "kernels and references" if any(f.backend == "triton" for f in findings) else "references (no kernel can run)"
+    print(f"\n{len(wrong)} of {len(findings)} results are wrong." if wrong else f"\nAll {checked} are right.")
+    return 1 if wrong else 0
+
+
+def describe(device: torch.device) -> str:
+    """Device, versions, and where the kernels' configurations come from."""
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name = f"{properties.name}, {properties.multi_processor_count} multiprocessors, {properties.total_memory >> 30} GiB"
+    lines = [
+        f"kfac_triton {__version__}, torch {torch.__version__}, Triton {runtime.triton.__version__}, "
+        f"Python {platform.python_version()}",
+        f"Device {device}: {name}",
+    ]
+    obstacle = runtime.obstacle(device)
+    if obstacle is not None:
+        return "\n".join([*lines, f"Kernels: none can run; {obstacle}"])
+    target = runtime.target(device)
+    user = tuning.user_file(target.arch)
+    source = f"{user} over {tuning.shipped_file(target).name}" if user.exists() else tuning.shipped_file(target).name
+    how = "in Triton's interpreter" if runtime.INTERPRETED else f"compiled for {target.arch}"
+    return "\n".join([*lines, f"Kernels: {how}, configurations from {source}"])
+
+
+def render(findings: Sequence[Finding]) -> str:
+    """One line a finding."""
+    lines = []
+    for finding in findings:
+        verdict = "right" if finding.right else "WRONG"
+        figures = f"error {finding.error:.1e}, allowed {finding.allowed:.1e}, {finding.seconds:.1f} s"
+        lines.append(
+            f"  {verdict}  {finding.operation} of {finding.problem}, {finding.backend}: {finding.complaint or figures}"
+        )
+    return "\n".join(lines)

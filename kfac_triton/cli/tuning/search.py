@@ -1,0 +1,243 @@
+"""Search for tile configurations of the kernels: candidates, their check against float64, their times.
+
+The clock is an argument, so that the search itself can be tested anywhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from ...kernels import ops, runtime, tuning
+from ...kernels.runtime import Target
+from ...kernels.tuning import Config
+from .checks import ColdInverses, Preconditioning, Problem, WarmInverses
+from .covariance_check import Covariance, Rows
+
+# Values that a key of kernels/configs/*.json may take, by the beginning of its name, the longest first. A key without a list
+# here, such as a register limit, stays as it is.
+SPACE: dict[str, tuple[int, ...]] = {
+    "BLOCK_K": (16, 32, 64, 128),
+    "BLOCK": (32, 64, 128),
+    "num_warps": (2, 4, 8),
+    "num_stages": (2, 3, 4, 5),
+}
+_INTERPRETED_SPACE = {"BLOCK_K": (16, 32), "BLOCK": (16, 32)}  # launch options mean nothing there
+
+_ROWS = 4096  # of a layer whose statistics are timed
+_WORK = 1 << 32  # multiply-adds that a problem should keep a device busy with
+_MOST_MATRICES = 64
+
+Clock = Callable[[Problem], float]
+OnCandidate = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One entry of a configuration file: a kernel, and the sides that the entry is for."""
+
+    kernel: str
+    index: int
+    up_to: int | None
+    side: int
+    config: Config
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the search found for a slot.
+
+    Attributes:
+        slot: what was searched.
+        best: the fastest configuration that computes the right result; the present one if none does, or nothing asks for it.
+        seconds: its time; None without one.
+        before: the time of the present configuration; None if it failed.
+        failed: candidates that did not compile or run.
+        wrong: candidates whose result was wrong.
+        note: why nothing was searched, if so.
+    """
+
+    slot: Slot
+    best: Config
+    seconds: float | None = None
+    before: float | None = None
+    failed: int = 0
+    wrong: int = 0
+    note: str = ""
+
+
+def slots(target: Target, kernels: Sequence[str], largest: int) -> list[Slot]:
+    """The entries of the target's configuration file, each with a side to be timed at: the largest that it serves.
+
+    Args:
+        target: whose file.
+        kernels: which kernels.
+        largest: the largest side to time at, unless an entry is for larger ones alone.
+    """
+    table, found = tuning.load(tuning.shipped_file(target)), []
+    for kernel in kernels:
+        bound = 0
+        for index, entry in enumerate(table[kernel]):
+            side = max(largest, bound + 16) if entry["up_to"] is None else min(entry["up_to"], max(largest, bound + 1))
+            bound = entry["up_to"]
+            present = {key: value for key, value in entry.items() if key != "up_to"}
+            found.append(Slot(kernel, index, entry["up_to"], side, present))
+    return found
+
+
+def values_of(key: str, present: int) -> tuple[int, ...]:
+    """Values to try for a key, the present one first."""
+    space = _INTERPRETED_SPACE if runtime.INTERPRETED else SPACE
+    values = next((values for name, values in space.items() if key.startswith(name)), ())
+    return (present, *(value for value in values if value != present))
+
+
+def every_candidate(present: Config) -> list[Config]:
+    """All combinations, the present one first."""
+    choices = [values_of(key, value) for key, value in present.items()]
+    return [dict(zip(present, combination, strict=True)) for combination in itertools.product(*choices)]
+
+
+def neighbours(config: Config, present: Config) -> Iterator[Config]:
+    """Configurations that differ from config in one key, by a value that the space of `present` has."""
+    for key, value in present.items():
+        for other in values_of(key, value):
+            if other != config[key]:
+                yield config | {key: other}
+
+
+def problem_for(kernel: str, side: int, device: torch.device) -> Problem:
+    """Scratch tensors that a kernel of this name works on, enough of them to keep a device busy.
+
+    Raises:
+        ValueError: if the name tells no operation.
+    """
+    small = runtime.INTERPRETED
+    rows = 64 if small else _ROWS
+    count = 2 if small else max(1, min(_MOST_MATRICES, _WORK // side**3))
+    if kernel == "covariance_patches":
+        channels, edge = max(1, side // 9), 6 if small else 14
+        images = torch.randn(max(1, rows // edge**2), channels, edge, edge, device=device).bfloat16()
+        return Covariance(kernel, [Rows(images, ops.window((3, 3), (1, 1), (1, 1)))] * (1 if small else 4))
+    if kernel in ("covariance", "covariance_fp32", "covariance_unaligned"):
+        columns = side | 1 if kernel == "covariance_unaligned" else max(16, side // 16 * 16)
+        dtype = torch.float32 if kernel == "covariance_fp32" else torch.bfloat16
+        layers = max(1, min(count, _WORK // (rows * side**2)))
+        return Covariance(kernel, [Rows(torch.randn(rows, columns, device=device).to(dtype)) for _ in range(layers)])
+    if kernel.startswith("newton_schulz"):
+        return ColdInverses(kernel, {side: count}, device)
+    if kernel.startswith("factored"):
+        return WarmInverses(kernel, {side: count}, device)
+    if kernel.startswith("precondition"):
+        return Preconditioning(kernel, {(side, side): count}, device)
+    raise ValueError(f"{kernel!r} is no kernel of an operation that can be tuned")
+
+
+@contextmanager
+def trial(kernel: str, config: Config) -> Iterator[list[str]]:
+    """Every launch takes this configuration for the kernel; yields the names of the kernels asked for so far."""
+    asked: list[str] = []
+    lookup = tuning.lookup
+
+    def instead(name: str, size: int, target: Target) -> Config:
+        asked.append(name)
+        return dict(config) if name == kernel else lookup(name, size, target)
+
+    with mock.patch.object(tuning, "lookup", instead):
+        yield asked
+
+
+def search(slot: Slot, problem: Problem, clock: Clock, on_candidate: OnCandidate, exhaustive: bool) -> Outcome:
+    """Finds the fastest configuration for a slot that computes the right result.
+
+    Args:
+        slot: what to search.
+        problem: scratch tensors; no training state is ever touched.
+        clock: seconds of a run of the problem's kernel.
+        on_candidate: called with a line on every candidate that was tried.
+        exhaustive: all combinations; otherwise one key at a time, from the present configuration, until nothing is faster.
+    """
+    with trial(slot.kernel, slot.config) as asked:
+        try:
+            problem.check("triton")
+        except Exception as error:
+            _raise_if_device_is_lost(problem.device, slot.config, error)
+    if slot.kernel not in asked:
+        return Outcome(slot, slot.config, note=f"a problem of side {slot.side} does not launch it")
+
+    times: dict[tuple[int, ...], float | None] = {}
+    counts = {"failed": 0, "wrong": 0}
+
+    def time_of(config: Config) -> float | None:
+        key = tuple(config.values())
+        if key not in times:
+            times[key], verdict = _try(slot.kernel, config, problem, clock)
+            counts["failed"] += verdict == "failed"
+            counts["wrong"] += verdict == "wrong"
+            on_candidate(f"{slot.kernel} {config} {verdict}")
+        return times[key]
+
+    best, fastest = slot.config, time_of(slot.config)
+    before = fastest
+    candidates = iter(every_candidate(slot.config)) if exhaustive else neighbours(best, slot.config)
+    while (candidate := next(candidates, None)) is not None:
+        seconds = time_of(candidate)
+        if seconds is not None and (fastest is None or seconds < fastest):
+            best, fastest = candidate, seconds
+            if not exhaustive:
+                candidates = neighbours(best, slot.config)
+    return Outcome(slot, best, fastest, before, counts["failed"], counts["wrong"])
+
+
+def _try(kernel: str, config: Config, problem: Problem, clock: Clock) -> tuple[float | None, str]:
+    """Seconds of a configuration and a word on it; no seconds for one that fails, or computes something wrong."""
+    with trial(kernel, config):
+        try:
+            right = problem.is_right(problem.check("triton"))
+            seconds = clock(problem) if right else None
+        except Exception as error:  # out of shared memory, refused by a compiler pass or by ptxas: each has its own type
+            _raise_if_device_is_lost(problem.device, config, error)
+            return None, "failed"
+    return (seconds, f"{1e6 * seconds:.0f} us") if seconds is not None else (None, "wrong")
+
+
+def _raise_if_device_is_lost(device: torch.device, config: Config, error: Exception) -> None:
+    """An illegal access makes every later launch fail: nothing that follows would mean anything."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        raise RuntimeError(f"the device stopped working at configuration {config}; start again without it") from error
+
+
+def write(path: Path, base: Path, outcomes: Sequence[Outcome], whole: bool) -> None:
+    """Writes a configuration file with what was found.
+
+    Args:
+        path: file to write; what it has on other kernels stays.
+        base: the file that the slots came from.
+        outcomes: what was found.
+        whole: whether the file has to have every kernel, as a shipped one has, and not only those searched.
+    """
+    table = {kernel: [dict(entry) for entry in entries] for kernel, entries in tuning.load(base).items()}
+    present = json.loads(path.read_text()) if path.exists() else {}
+    searched = {outcome.slot.kernel for outcome in outcomes}
+    merged = (table if whole else {}) | present | {kernel: table[kernel] for kernel in searched}
+    for outcome in outcomes:
+        merged[outcome.slot.kernel][outcome.slot.index] = {"up_to": outcome.slot.up_to} | outcome.best
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (
+        f"  {json.dumps(kernel)}: [\n" + ",\n".join(f"    {json.dumps(entry)}" for entry in entries) + "\n  ]"
+        for kernel, entries in merged.items()
+    )
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    tuning.load.cache_clear()
+    tuning.lookup.cache_clear()

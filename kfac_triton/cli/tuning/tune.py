@@ -1,0 +1,142 @@
+"""`kfac-triton tune`: measures tile configurations of the kernels on this device, and keeps the fastest."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from ...kernels import runtime, tuning
+from ..arguments import at_least, usable_device
+from .checks import Problem, kernel_obstacle
+from .search import OnCandidate, Outcome, Slot, every_candidate, problem_for, search, slots, write
+from .stopwatch import Stopwatch, captured
+
+NO_KERNEL = 2  # exit status
+_LARGEST = 1024
+_INTERPRETED_LARGEST = 72
+_SECONDS_OF_A_CANDIDATE = 0.2
+_MOST_RUNS = 30
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand `tune`."""
+    parser = subparsers.add_parser(
+        "tune",
+        help="find the fastest tile configurations for this device",
+        description="Time tile configurations of the kernels on scratch tensors, each after a check of its result against "
+        "float64, and write the fastest to the user's configuration file, which wins over the shipped one.",
+    )
+    shown = "(default: %(default)s)"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=usable_device, default=device, help=f"cuda, cuda:1, ... {shown}")
+    parser.add_argument("--kernel", action="append", metavar="NAME", help="tune this kernel alone; may be repeated")
+    parser.add_argument("--largest", type=at_least(16), help="side of the largest matrices to time (default: 1024)")
+    parser.add_argument("--quick", action="store_true", help="change one value at a time instead of trying all combinations")
+    parser.add_argument("--emit", action="store_true", help="write the file that the package ships for this architecture")
+    parser.add_argument("--quiet", action="store_true", help="print the results alone, without progress")
+    parser.set_defaults(run=lambda arguments: _run(parser, arguments))
+
+
+def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    device: torch.device = arguments.device
+    obstacle = runtime.obstacle(device)
+    if obstacle is not None:
+        print(f"kfac-triton tune: no kernel can run on {device}: {obstacle}", file=sys.stderr)
+        return NO_KERNEL
+    target = runtime.target(device)
+    base = tuning.shipped_file(target)
+    names = sorted(tuning.load(base))
+    if runtime.INTERPRETED:
+        print("kfac-triton tune: these are times of Triton's interpreter; they say nothing about a GPU", file=sys.stderr)
+    for name in arguments.kernel or ():
+        if name not in names:
+            parser.error(f"argument --kernel: {name!r} is not in {base.name}; choose from {', '.join(names)}")
+    largest = arguments.largest or (_INTERPRETED_LARGEST if runtime.INTERPRETED else _LARGEST)
+    wanted = slots(target, arguments.kernel or names, largest)
+
+    torch.manual_seed(0)
+    outcomes = []
+    total = None if arguments.quick else sum(len(every_candidate(slot.config)) for slot in wanted)
+    with _progress(total, arguments.quiet) as on_candidate:
+        for slot in wanted:
+            outcomes.append(_search(slot, device, on_candidate, exhaustive=not arguments.quick))
+    print(render(outcomes))
+    path = tuning.SHIPPED / f"{target.arch}.json" if arguments.emit else tuning.user_file(target.arch)
+    found = [outcome for outcome in outcomes if outcome.seconds is not None]
+    if not found:
+        print("kfac-triton tune: no configuration computed a right result; nothing is written", file=sys.stderr)
+        return 1
+    write(path, base, found, whole=arguments.emit)
+    print(f"Written: {path}")
+    return 0
+
+
+def median_time(problem: Problem) -> float:
+    """Median seconds of the kernel of a problem, from a CUDA graph where one can be made."""
+    stopwatch = Stopwatch(problem.device)
+
+    def run() -> None:
+        problem.run("triton")
+
+    replay = captured(run, problem.device) or run
+    problem.prepare()
+    first = stopwatch(replay)
+    times = []
+    for _ in range(max(3, min(_MOST_RUNS, int(_SECONDS_OF_A_CANDIDATE / max(first, 1e-6))))):
+        if problem.resets:
+            problem.prepare()
+        times.append(stopwatch(replay))
+    return statistics.median(times)
+
+
+def _search(slot: Slot, device: torch.device, on_candidate: OnCandidate, exhaustive: bool) -> Outcome:
+    try:
+        problem = problem_for(slot.kernel, slot.side, device)
+    except ValueError as error:
+        return Outcome(slot, slot.config, note=str(error))
+    obstacle = kernel_obstacle(problem)
+    if obstacle is not None:
+        return Outcome(slot, slot.config, note=obstacle)
+    return search(slot, problem, median_time, on_candidate, exhaustive)
+
+
+def render(outcomes: Sequence[Outcome]) -> str:
+    """One line an entry."""
+    lines = []
+    for outcome in outcomes:
+        slot = outcome.slot
+        sides = "any side" if slot.up_to is None else f"sides up to {slot.up_to}"
+        rejected = f"{outcome.failed} candidates failed, {outcome.wrong} were wrong"
+        if outcome.note:
+            found = f"left as it is: {outcome.note}"
+        elif outcome.seconds is None:
+            found = f"nothing right found; {rejected}"
+        else:
+            before = "failed" if outcome.before is None else f"{1e6 * outcome.before:.0f} us"
+            found = f"{outcome.best}, {1e6 * outcome.seconds:.0f} us (before: {before}); {rejected}"
+        lines.append(f"{slot.kernel}, {sides}, timed at {slot.side}: {found}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _progress(total: int | None, quiet: bool) -> Iterator[OnCandidate]:
+    """A bar over the candidates, of which a quick search does not know the number; none if quiet or without tqdm."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        quiet = True
+    if quiet:
+        yield lambda line: None
+        return
+    with tqdm(total=total, desc="tune", unit="candidate") as bar:
+
+        def on_candidate(line: str) -> None:
+            bar.set_postfix_str(line, refresh=False)
+            bar.update()
+
+        yield on_candidate

@@ -1,0 +1,57 @@
+"""What a step must be like for a CUDA graph to record it: every replay repeats what the host decided once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .curvature.factor_stack import FactorStack
+from .curvature.inverse import InverseStack
+from .kernels import runtime
+from .settings import Settings
+
+
+def require_recordable_settings(
+    settings: Settings, inverses: Sequence[object], stacks: Sequence[FactorStack], host_looks: bool
+) -> None:
+    """Refuses settings under which the host decides something in a step.
+
+    Args:
+        settings: of the engine.
+        inverses: its inverses, those of `InverseStack` among them.
+        stacks: its dense factors.
+        host_looks: whether the host looks at results.
+
+    Raises:
+        ValueError: if a setting is not the same for all steps, or makes the host wait.
+    """
+    settings.require_constant()
+    methods = {x.method for x in inverses if isinstance(x, InverseStack)}
+    if not methods <= {"factored", "newton_schulz"}:
+        raise ValueError(f"a CUDA graph records matrix products alone: inverse must be 'factored', but is {min(methods)!r}")
+    if host_looks or settings.backend == "torch" or any(s.sums.dtype != torch.float32 for s in stacks):
+        raise ValueError("a CUDA graph records Triton kernels alone: a GPU, float32 factors and backend='auto' are needed")
+
+
+def require_recordable_groups(groups: list[dict[str, Any]], states: dict[Any, dict[str, Any]]) -> None:
+    """Refuses to be recorded in a CUDA graph with what would be the same at every replay; does nothing outside of one.
+
+    Raises:
+        RuntimeError: if a group is not capturable, or its rate or counters are on the host.
+    """
+    if not runtime.is_recording():
+        return
+    for number, group in enumerate(groups):
+        if not group["capturable"]:
+            raise RuntimeError(f"a CUDA graph records this step, but group {number} has capturable=False: make KFAC with True")
+        devices = {p.device for p in group["params"]}
+        values = [("lr", group["lr"]), *(("a step counter", states[p]["step"]) for p in group["params"])]
+        for name, value in values:
+            if devices and isinstance(value, Tensor) and value.device not in devices:
+                raise RuntimeError(
+                    f"a CUDA graph records this step, but {name} of group {number} is a tensor on {value.device}, whose number "
+                    "every replay would repeat: move it to the parameters' device"
+                )

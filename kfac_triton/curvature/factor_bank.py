@@ -1,0 +1,190 @@
+"""FactorBank: all factors of one padded size live in one (B, n, n) stack, so that one launch serves many layers."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layers.partition import FactorSpec
+from .diagonal import DiagonalStore
+from .factor_stack import FactorStack, newest_weight, padded
+
+
+@dataclass(frozen=True)
+class SideGroup:
+    """One side of a `TileGroup`: the store of its factors, and their places in it.
+
+    Attributes:
+        store: number in `FactorBank.stores`.
+        places: one a tile.
+        run: the same as a slice where they are contiguous: then a stack needs no copy.
+    """
+
+    store: int
+    places: tuple[int, ...]
+
+    @property
+    def run(self) -> slice | None:
+        """The places as a slice of a stack, a view; None where factors are shared between tiles."""
+        first = self.places[0]
+        return slice(first, first + len(self.places)) if self.places == tuple(range(first, first + len(self.places))) else None
+
+
+@dataclass(frozen=True)
+class TileGroup:
+    """Tiles whose gradients have one padded shape and whose factors are of one kind: one launch for all."""
+
+    tiles: tuple[int, ...]
+    a: SideGroup
+    g: SideGroup
+
+
+class FactorBank:
+    """Storage and moving average of all factors.
+
+    Every factor has a slot, numbered through all stores; vectors over slots (`updates`, traces, dampings) use that number.
+
+    Args:
+        specs: the factors.
+        tiles: per tile the numbers of its factors A and G in specs; tiles may share factors.
+        is_compact: whether dense factors are kept in 16 bits between steps.
+
+    Attributes:
+        stacks: dense factors, one stack per padded size, dtype and device.
+        diagonals: diagonal ones, one store per dtype and device.
+        stores: stacks, then diagonals.
+        groups: tiles by shape of their gradient.
+        slots: slot of each factor of specs.
+        updates: number of accepted updates a slot, (slots,).
+    """
+
+    def __init__(self, specs: Sequence[FactorSpec], tiles: Sequence[tuple[int, int]], is_compact: bool = False) -> None:
+        keys = [self._key(spec) for spec in specs]
+        by_shape: dict[tuple[object, ...], list[int]] = defaultdict(list)
+        for index, (a, g) in enumerate(tiles):
+            by_shape[(keys[g], keys[a], *(specs[i].size for i in (g, a) if specs[i].diagonal))].append(index)
+        members: dict[tuple[object, ...], dict[int, None]] = defaultdict(dict)
+        for indices in by_shape.values():  # tile by tile, so that the factors of a group are contiguous
+            for side in (0, 1):
+                for number in (tiles[i][side] for i in indices):
+                    members[keys[number]][number] = None
+        order = sorted(members, key=lambda key: bool(key[0]))  # dense ones first
+        self.stacks: list[FactorStack] = []
+        self.diagonals: list[DiagonalStore] = []
+        for key in order:
+            held = [specs[i] for i in members[key]]
+            if held[0].diagonal:
+                self.diagonals.append(DiagonalStore([x.size for x in held], held[0].dtype, held[0].device))
+            else:
+                side = padded(held[0].size)
+                self.stacks.append(FactorStack([x.size for x in held], side, held[0].dtype, held[0].device, is_compact))
+        self._slots = [(store, i) for store in self.stores for i in range(len(store))]
+        where = {number: (k, i) for k, key in enumerate(order) for i, number in enumerate(members[key])}
+        starts = [run.start for run in self.runs()]
+        self.slots = [starts[where[i][0]] + where[i][1] for i in range(len(specs))]
+
+        def side_group(indices: list[int], side: int) -> SideGroup:
+            places = [where[tiles[i][side]] for i in indices]
+            return SideGroup(places[0][0], tuple(place for _, place in places))
+
+        self.groups = [TileGroup(tuple(i), side_group(i, 0), side_group(i, 1)) for i in by_shape.values()]
+        self.home = specs[0].device
+        self.sizes = torch.tensor([size for store in self.stores for size in store.sizes], device=self.home)
+        self.updates = torch.zeros(len(specs), device=self.home)
+
+    @staticmethod
+    def _key(spec: FactorSpec) -> tuple[object, ...]:
+        return spec.diagonal, 0 if spec.diagonal else padded(spec.size), spec.dtype, spec.device
+
+    @property
+    def stores(self) -> list[FactorStack | DiagonalStore]:
+        """All stores, in the order of slots."""
+        return [*self.stacks, *self.diagonals]
+
+    def view(self, slot: int) -> Tensor:
+        """The factor in a slot without its pad, (n, n) or its diagonal (n,): a view, but of one kept in 16 bits a copy."""
+        store, index = self._slots[slot]
+        if isinstance(store, DiagonalStore):
+            return store.piece(store.factors, index)
+        size = store.sizes[index]
+        return store.factors[index, :size, :size]
+
+    def write(self, slot: int, value: Tensor) -> None:
+        """Overwrites the factor in a slot."""
+        store, index = self._slots[slot]
+        if isinstance(store, DiagonalStore):
+            store.piece(store.factors, index).copy_(value)
+            return
+        size, factors = store.sizes[index], store.factors
+        factors[index, :size, :size] = value.to(factors).view(size, size)
+        store.store(factors)
+
+    def padded_view(self, slot: int) -> Tensor:
+        """The dense factor in a slot with its pad: a view."""
+        store, index = self._slots[slot]
+        return store.factors[index]
+
+    def sum_of(self, slot: int) -> Tensor:
+        """Where backward passes sum what goes into a factor, in the stored size: a view."""
+        store, index = self._slots[slot]
+        return store.piece(store.sums, index) if isinstance(store, DiagonalStore) else store.sums[index]
+
+    def runs(self) -> list[slice]:
+        """Per store, the slots that it holds."""
+        starts = [0]
+        for store in self.stores:
+            starts.append(starts[-1] + len(store))
+        return [slice(start, stop) for start, stop in itertools.pairwise(starts)]
+
+    def traces(self) -> Tensor:
+        """Trace of every factor, (slots,)."""
+        return self._traces("factors")
+
+    def sum_traces(self) -> Tensor:
+        """Trace of every sum, (slots,): finite exactly when the sum is."""
+        return self._traces("sums")
+
+    def _traces(self, name: str) -> Tensor:
+        dense = [getattr(s, name).diagonal(dim1=-2, dim2=-1).sum(-1).to(self.home) for s in self.stacks]
+        return torch.cat(dense + [s.traces(getattr(s, name)).to(self.home) for s in self.diagonals])
+
+    def weights(self, accept: Tensor, ema_decay: float) -> Tensor:
+        """Weight of the new statistics in every slot, (slots,), counting the update where it is accepted; see `newest_weight`.
+
+        Args:
+            accept: (slots,) flags; a slot that is not accepted keeps its count.
+            ema_decay: weight of the past, in [0, 1).
+        """
+        self.updates += accept
+        return newest_weight(self.updates, ema_decay)
+
+    def blend(self, keep: Tensor, gain: Tensor, accept: Tensor, step: int = 0, backend: str = "auto") -> None:
+        """Factor <- keep factor + gain sum for every slot that is accepted; vectors over slots. `roll_back` can undo it."""
+        for store, run in zip(self.stores, self.runs(), strict=True):
+            device = store.sums.device
+            old, new, accepted = (vector[run].to(device) for vector in (keep, gain, accept))
+            if isinstance(store, DiagonalStore):
+                store.blend(old, new, accepted)
+            else:
+                store.blend(old, new, accepted, step, backend)
+
+    def back_up(self, slots: Tensor) -> None:
+        """Makes `roll_back` able to undo what is done to dense factors with these flags (slots,), whose sums are not used."""
+        for stack, run in zip(self.stacks, self.runs(), strict=False):
+            stack.back_up(slots[run].to(stack.sums.device))
+
+    def roll_back(self) -> None:
+        """Puts the factors back that the step had changed so far."""
+        for store in self.stores:
+            store.roll_back()
+        self.commit()
+
+    def commit(self) -> None:
+        """Says that the step is over: there is no way back, and the sums may be overwritten."""
+        for store in self.stores:
+            store.old = None

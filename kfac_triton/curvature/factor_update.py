@@ -1,0 +1,208 @@
+"""From what backward passes left behind to the factors, without a word from the device on the way."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..capture.ekfac_moments import Moments
+from ..capture.gate import Gate
+from ..capture.statistics import Entry, Shared, Statistics
+from ..capture.tied import SecondUse
+from ..fisher import scales
+from ..kernels import ops
+from ..kernels.device_tables import device_table
+from ..kernels.multi_tensor.launch import is_dense
+from ..layers import Layer, Rows
+from ..layers.partition import Partition, factor_dtype
+from ..layers.tied import TiedLayer
+from ..settings import Settings
+from .factor_bank import FactorBank
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the layers' statistics.
+
+    Attributes:
+        fresh: flags (layers,): some came.
+        accept: flags (layers,): and they were finite.
+        moments: flags, one a layer: EKFAC's moments came, too.
+        moment_scale: what turns sums of squared per-example gradients into their expectation over loss terms, (layers,).
+    """
+
+    fresh: Tensor
+    accept: Tensor
+    moments: list[bool]
+    moment_scale: Tensor
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """What layers share: their parts, and the tensors, a pair a device, that these are views of."""
+
+    parts: list[Shared]
+    whole: list[Tensor]
+
+
+def _shared(layers: list[Layer], entries: list[list[Entry]]) -> _Pool:
+    parts: dict[int, Shared] = {}
+    whole = []
+    kinds = dict.fromkeys((layer.weight.device, factor_dtype(layer.weight)) for layer in layers)
+    for device, dtype in kinds:
+        members = [i for i, x in enumerate(layers) if (x.weight.device, factor_dtype(x.weight)) == (device, dtype)]
+        counts = torch.zeros(len(members), 4, device=device)
+        lengths = [len(entries[i]) for i in members]
+        betas = torch.zeros(sum(lengths), dtype=dtype, device=device)
+        parts.update(
+            (i, Shared(counts[k], piece)) for k, (i, piece) in enumerate(zip(members, betas.split(lengths), strict=True))
+        )
+        whole += [counts, betas]
+    return _Pool([parts[i] for i in range(len(layers))], whole)
+
+
+class Collector:
+    """Statistics of all layers since the last step.
+
+    Args:
+        partition: of the covered layers into factors.
+        bank: their factors.
+        gate: switch of the hooks.
+        backend: of the kernels.
+        may_wait: whether small passes wait for the step, to go into the factors in one launch for all layers.
+        moments: EKFAC's, one a layer.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        bank: FactorBank,
+        gate: Gate,
+        backend: str,
+        may_wait: bool,
+        moments: Sequence[Moments | None],
+    ) -> None:
+        self.bank = bank
+        layers = partition.layers
+        entries: list[list[Entry]] = [[] for _ in layers]
+        layer_of_slot, is_input = [0] * len(partition.parts), [False] * len(partition.parts)
+        for part, slot in zip(partition.parts, bank.slots, strict=True):
+            number = partition.blocks[part.block].layer_number
+            entries[number].append(Entry(part, slot, bank.sum_of(slot)))
+            layer_of_slot[slot], is_input[slot] = number, part.is_input
+        self._shared = _shared(layers, entries)
+        self.statistics = [
+            Statistics(layer, gate, entries[i], self._shared.parts[i], backend, may_wait, moments[i])
+            for i, layer in enumerate(layers)
+        ]
+        self._second_uses: dict[int, SecondUse] = {}
+        for i, layer in enumerate(layers):
+            if isinstance(layer, TiedLayer):
+                use = self._second_uses[i] = SecondUse(layer, gate, entries[i], backend)
+                self.statistics[i].second = use.statistics
+                self._shared.whole.extend(use.shared)
+        self.gate = gate
+        self._backend = backend
+        self.layer_of_slot = torch.tensor(layer_of_slot, device=bank.home)
+        self._is_input = torch.tensor(is_input, device=bank.home)
+
+    def update(self, settings: Settings) -> Outcome:
+        """Blends the statistics into the factors and forgets them; those of a layer with a NaN or Inf are dropped."""
+        home, layers = self.bank.home, len(self.statistics)
+        eager = device_table(
+            tuple((*map(float, s.eager_counts), float(s.summed)) for s in self.statistics), home, torch.float64
+        )
+        on_device = torch.stack([s.device_counts.to(home) for s in self.statistics])
+        counts = on_device[:, :3] + eager[:, :3]
+        summed = (on_device[:, 3] > 0) | (eager[:, 3] > 0)
+        for i, use in self._second_uses.items():
+            counts[i], summed[i] = use.join(counts[i], summed[i])
+        fresh = counts[:, 1] > 0
+        finite = self._finite_sums(summed) & self._finite_passes(layers)
+        accepted = fresh & finite
+        if self.gate.scale is not None:
+            # What a skipped step left was scaled otherwise. Told on the device: the host would have to wait for the scale.
+            now = torch.as_tensor(settings.current_loss_scale(), device=home)
+            accepted &= self.gate.scale.to(home) == now
+
+        # Where nothing came, any number will do; a weighted loss may have less than one term.
+        counts = torch.where(counts > 0, counts, 1.0)
+        reduction = settings.loss_reduction if settings.fisher == "empirical" else "sum"
+        moment_scale = scales.gradient_scale(counts[:, 1], reduction, settings.current_loss_scale())
+        g_scale = moment_scale * counts[:, 1] / counts[:, 2]
+        scale = torch.where(self._is_input, scales.input_scale(counts[:, 0])[self.layer_of_slot], g_scale[self.layer_of_slot])
+        accept = accepted[self.layer_of_slot]
+        rate = self.bank.weights(accept, settings.ema_decay)
+        keep, gain = 1 - rate, rate * scale
+        flags = tuple((int(bool(s.passes)),) for s in self.statistics)
+        waited = (device_table(flags, home).flatten() > 0)[self.layer_of_slot]
+        if any(s.passes for s in self.statistics):
+            self.bank.back_up(waited & ~summed[self.layer_of_slot])
+            self._blend_passes(keep, gain, accept)
+        if not all(s.passes for s in self.statistics) or any(s.summed for s in self.statistics):
+            keep = torch.where(waited, 1.0, keep)  # it has been weighted already
+            self.bank.blend(keep, gain, accept & summed[self.layer_of_slot], self.gate.step, self._backend)
+        moments = [s.moments is not None and s.moments.fresh for s in self.statistics]
+        self.forget()
+        return Outcome(fresh, accepted, moments, moment_scale)
+
+    def forget(self) -> None:
+        """Drops the statistics since the last step."""
+        self.gate.forget()
+        for statistics in self.statistics:
+            statistics.clear()
+        for use in self._second_uses.values():
+            use.statistics.clear()
+        torch._foreach_zero_(self._shared.whole)
+
+    def _finite_sums(self, summed: Tensor) -> Tensor:
+        """Flags (layers,). A NaN or Inf anywhere in the rows is in the diagonal of the sum of their squares."""
+        broken = ~torch.isfinite(self.bank.sum_traces())
+        per_layer = torch.zeros(len(summed), dtype=torch.long, device=broken.device)
+        return ~summed | (per_layer.index_add(0, self.layer_of_slot, broken.long()) == 0)
+
+    def _finite_passes(self, layers: int) -> Tensor:
+        """Flags (layers,) of what waited."""
+        rows = [(i, source) for i, s in enumerate(self.statistics) for r in s.passes for source in r.inputs + r.gradients]
+        broken = torch.zeros(layers, dtype=torch.long, device=self.bank.home)
+        for device in {source.device for _, source in rows}:
+            members = [(i, source) for i, source in rows if source.device == device]
+            squares = torch.empty(len(members), device=device)
+            # What has gaps (a channel group) or repeats (the gradient of a sum) is small here, or it would not have waited.
+            dense = [source if is_dense(source) else source.contiguous() for _, source in members]
+            ops.squares(dense, squares, backend=self._backend)
+            places = device_table(tuple((i,) for i, _ in members), self.bank.home).flatten()
+            broken = broken.index_add(0, places, (~torch.isfinite(squares)).long().to(self.bank.home))
+        return broken == 0
+
+    def _blend_passes(self, keep: Tensor, gain: Tensor, accept: Tensor) -> None:
+        """The rows that waited, straight into the factors: one launch per pass, not per layer."""
+        for number in itertools.count():
+            members = [(s, s.passes[number]) for s in self.statistics if len(s.passes) > number]
+            if not members:
+                break
+            for device in {s.dense[0].total.device for s, _ in members}:
+                here = [(s, rows) for s, rows in members if s.dense[0].total.device == device]
+                self._blend_rows(here, torch.ones_like(keep) if number else keep, gain, accept, device)
+
+    def _blend_rows(
+        self, members: list[tuple[Statistics, Rows]], keep: Tensor, gain: Tensor, accept: Tensor, device: torch.device
+    ) -> None:
+        slots: list[int] = []
+        sources: list[Tensor] = []
+        ones: list[bool] = []
+        windows: list[int] = []
+        for statistics, rows in members:
+            some_sources, some_windows, some_ones = statistics.read(statistics.dense, rows)
+            slots += [entry.slot for entry in statistics.dense]
+            sources += some_sources
+            windows += some_windows
+            ones += some_ones
+        places = device_table(tuple((slot,) for slot in slots), self.bank.home).flatten()
+        factors = [self.bank.padded_view(slot) for slot in slots]
+        alpha, beta, flags = (vector[places].to(device) for vector in (gain, keep, accept))
+        ops.covariance_ema(factors, sources, alpha, beta, ones, windows, flags, backend=self._backend)

@@ -1,0 +1,173 @@
+"""Gradients of the tiles of one shape, stacked, preconditioned, clipped and read back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import ops
+from ..kernels.device_tables import device_table
+from ..layers import Layer
+from ..layers.partition import Partition
+from .factor_bank import FactorBank, TileGroup
+
+
+class Solve(Protocol):
+    """How a stack of gradients is preconditioned."""
+
+    def __call__(self, gradient: Tensor, update: Tensor, product: Tensor) -> None:
+        """Writes V (B, m, n) to update and <V, W> (B,) to product, from W (B, m, n)."""
+
+
+class GradientStack:
+    """Persistent buffers (B, m, n) of one `TileGroup`, padded with zeros.
+
+    Attributes:
+        tiles: their numbers, in order.
+        gradient: W = [weight.grad | bias.grad], or the tile of it.
+        update: V = G^-1 W A^-1.
+        product: <V, W>, (B,).
+    """
+
+    def __init__(
+        self, group: TileGroup, partition: Partition, bank: FactorBank, solve: Solve, backend: str, host_looks: bool
+    ) -> None:
+        self.tiles = group.tiles
+        self.places = torch.tensor(group.tiles, device=bank.home)
+        self._solve = solve
+        self._backend = backend
+        self._host_looks = host_looks
+        self._partition = partition
+        sides = [bank.stores[side.store] for side in (group.g, group.a)]
+        m, n = (
+            store.sums.shape[-1] if store.sums.dim() == 3 else store.sizes[side.places[0]]
+            for store, side in zip(sides, (group.g, group.a), strict=True)
+        )
+        self.gradient = sides[0].sums.new_zeros(len(group.tiles), m, n)
+        self.update = torch.zeros_like(self.gradient)
+        self.product = self.gradient.new_zeros(len(group.tiles))
+        self._nothing = self.gradient.new_empty(0)
+
+    def precondition(self, usable: Sequence[bool]) -> None:
+        """V and <V, W> for the tiles of blocks that are usable; zero for the others."""
+        parts = [self._read(number, usable) for number in self.tiles]
+        weights, biases = ([self._nothing if x is None else x for x in side] for side in zip(*parts, strict=True))
+        ops.gather(weights, biases, self.gradient, backend=self._gather_backend(weights + biases))
+        self._solve(self.gradient, self.update, self.product)
+
+    def _read(self, number: int, usable: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of weight and bias that a tile covers."""
+        tile = self._partition.tiles[number]
+        if not usable[tile.block]:
+            return None, None
+        block = self._partition.blocks[tile.block]
+        weight, bias = block.layer.gradient(block.group)
+        a, g = self._partition.parts[tile.a], self._partition.parts[tile.g]
+        if weight is None or (a.whole and g.whole):
+            return weight, bias
+        weight = weight.flatten(1)[g.start : g.stop, a.start : a.stop - a.ones]
+        return weight, bias[g.start : g.stop] if bias is not None and a.ones else None
+
+    def _gather_backend(self, gradients: list[Tensor]) -> str:
+        """Gradients with gaps, or of several types, are copied one by one whatever the backend."""
+        plain = all(gradient.is_contiguous() for gradient in gradients)
+        return self._backend if plain and len({g.dtype for g in gradients if g.numel()}) == 1 else "torch"
+
+    def finish(self, scale: Tensor) -> Tensor:
+        """Scales V by nu; a tile whose gradient is not finite gets no update. Returns the flags (B,) of those."""
+        broken = ~torch.isfinite(self.product)
+        self.update.mul_(scale.to(self.update))
+        if not self._host_looks or bool(broken.any()):
+            self.update.masked_fill_(broken[:, None, None], 0.0)
+        return broken
+
+
+def add_updates(
+    result: dict[nn.Parameter, Tensor | None],
+    layer: Layer,
+    updates: list[tuple[nn.Parameter, Tensor]],
+    is_broken: bool = False,
+) -> None:
+    """Adds a layer's updates to those of all; what has no gradient gets none, and what has a broken one gets None."""
+    for parameter, update in updates:
+        if parameter.grad is None:
+            continue
+        part = layer.part_of(parameter)
+        if is_broken or (parameter in result and result[parameter] is None):
+            result[parameter] = None
+        elif part is None:
+            result[parameter] = update
+        else:
+            # Rows of a layer without an update keep their gradient.
+            whole = result.get(parameter)
+            whole = parameter.grad.to(update.dtype, copy=True) if whole is None else whole
+            whole[part] = update
+            result[parameter] = whole
+
+
+def assemble(partition: Partition, block: int, updates: dict[int, Tensor]) -> Tensor:
+    """W of a block from its tiles, (m, n) or wider: the tile itself where there is one."""
+    tiles = partition.tiles_of[block]
+    if len(tiles) == 1:
+        return updates[tiles[0]]
+    a_parts, g_parts = partition.parts_of[block]
+    columns = [partition.parts[i].size for i in a_parts]
+    rows = [partition.parts[i].size for i in g_parts]
+    pieces = iter(tiles)
+    return torch.cat([torch.cat([updates[next(pieces)][:m, :n] for n in columns], 1) for m in rows])
+
+
+def kl_clip_scale(products: Tensor, learning_rates: Tensor, kl_clip: float | None) -> Tensor:
+    """Scale nu = min(1, sqrt(kl_clip / sum_l lr_l^2 <V_l, grad_l>)) (Ba et al. 2017, section 5; Osawa et al. 2019).
+
+    For a step lr V the sum estimates V^T F V lr^2, twice the Kullback-Leibler divergence between the predictions before and
+    after it. Layers whose product is not finite do not take part: one broken layer must not stop the others.
+
+    Args:
+        products: <V_l, grad_l>, (layers,).
+        learning_rates: lr_l, (layers,).
+        kl_clip: the bound, or None for no clipping.
+
+    Returns:
+        nu, a scalar tensor.
+    """
+    one = torch.ones((), dtype=products.dtype, device=products.device)
+    if kl_clip is None:
+        return one
+    terms = learning_rates**2 * products
+    total = torch.where(torch.isfinite(terms), terms, 0.0).sum().clamp_min(torch.finfo(products.dtype).tiny)
+    return torch.minimum(one, (kl_clip / total).sqrt())
+
+
+def rate_vector(rates: list[float | Tensor], like: Tensor) -> Tensor:
+    """Learning rates as a vector; numbers go to the device without a wait, tensors are not read."""
+    if any(isinstance(rate, Tensor) for rate in rates):
+        numbers = [rate if isinstance(rate, Tensor) else like.new_full((), rate) for rate in rates]
+        return torch.stack([number.to(like, non_blocking=True).reshape(()) for number in numbers])
+    values = tuple((float(rate),) for rate in rates)
+    return device_table(values, like.device, like.dtype).flatten()
+
+
+def updates_of_layers(
+    partition: Partition, layers: Sequence[Layer], usable: Sequence[bool], tiles: dict[int, Tensor], broken: set[int]
+) -> dict[nn.Parameter, Tensor | None]:
+    """Parameters with what stands for their gradients.
+
+    Args:
+        partition: of the layers.
+        layers: all of them.
+        usable: flags, one a layer; the parameters of the others are not in the result.
+        tiles: V of each tile, by its number.
+        broken: numbers of the layers with a gradient that is not finite: their parameters have None.
+    """
+    result: dict[nn.Parameter, Tensor | None] = {}
+    first = 0
+    for number, (layer, is_usable) in enumerate(zip(layers, usable, strict=True)):
+        if is_usable:
+            blocks = [assemble(partition, first + group, tiles) for group in range(layer.groups)]
+            add_updates(result, layer, layer.read_update(blocks), is_broken=number in broken)
+        first += layer.groups
+    return result

@@ -1,0 +1,1 @@
+"""Which Fisher matrix: what a loss says about the outputs, and how sums become expectations."""

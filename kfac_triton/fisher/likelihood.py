@@ -1,0 +1,163 @@
+"""The distribution that a model's outputs parametrize, and the curvature of its negative log-likelihood.
+
+A loss is the mean or the sum of terms l_n(f_n), one term an image, a token, a row. K-FAC's true Fisher and the generalized
+Gauss-Newton matrix (GGN) need of each term its Hessian with respect to the outputs,
+
+    H_n = d^2 l_n / d f_n^2      so that, for a mean loss, GGN = (1 / terms) sum_n J_n^T H_n J_n,
+
+as random s_n with E[s_n s_n^T] = H_n (one backward pass), as the columns of a square root S_n S_n^T = H_n (a backward pass a
+column, exact), or as products H_n v_n. When the outputs are the natural parameters of an exponential family, H_n does not
+depend on the label and is the Fisher information: the gradient's outer product, expected over labels that the model draws
+(Martens 2020, https://arxiv.org/abs/1412.1193). Square roots as in Dangel et al. 2020, https://arxiv.org/abs/1912.10985.
+
+Results are detached and have the outputs' dtype; float16 and bfloat16 are computed with in float32. Checks read shapes and
+types, never values: the host does not wait for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Generator, Tensor
+
+from .. import validation
+from ..settings import LOSS_REDUCTIONS
+
+
+class Likelihood(ABC):
+    """What a loss term is, given the outputs. Derive your own for a loss that `likelihood_of` does not know.
+
+    Only `columns` has to be written, and `term_dims` where a term's outputs are not the last dimension. `sample` and
+    `hessian_product` follow from the columns; write them too where they can be cheaper. For example:
+
+        class Poisson(Likelihood):
+            '''nn.PoissonNLLLoss() of log rates f: l_n = (1/D) sum_d exp(f_d) - y_d f_d, so H_n = diag(exp(f)) / D.'''
+
+            def columns(self, outputs, targets=None):
+                rates = outputs.detach().exp() / outputs.shape[-1]
+                for d in range(outputs.shape[-1]):
+                    column = torch.zeros_like(rates)
+                    column[..., d] = rates[..., d].sqrt()
+                    yield column
+
+    Args:
+        reduction: "mean" or "sum": what the loss takes of its terms. The methods do not depend on it.
+
+    Raises:
+        TypeError, ValueError: if reduction is neither.
+    """
+
+    reduction: str = "mean"
+
+    def __init__(self, reduction: str = "mean") -> None:
+        self.reduction = validation.choice("reduction", reduction, LOSS_REDUCTIONS)
+
+    def term_dims(self, outputs: Tensor) -> tuple[int, ...]:
+        """Dimensions of outputs that hold the parameters of one term: the last one, none if it is the only one."""
+        return (outputs.ndim - 1,) if outputs.ndim > 1 else ()
+
+    def check(self, outputs: Tensor, targets: Tensor | None = None) -> None:
+        """Refuses what the other methods could not read.
+
+        Raises:
+            TypeError: if outputs are no tensor, or targets neither a tensor nor None.
+            ValueError: if a shape, dtype or device does not fit, or targets are needed and None.
+        """
+        if not isinstance(outputs, Tensor):
+            raise TypeError(f"outputs must be a tensor, but is {outputs!r}; pass what the model returns to the loss")
+        if not outputs.is_floating_point() or outputs.ndim == 0:
+            raise ValueError(
+                f"outputs must be floating point with at least one dimension, but are {outputs.dtype} of shape "
+                f"{tuple(outputs.shape)}; pass what the model returns to the loss, one term as outputs[None]"
+            )
+        if not isinstance(targets, Tensor | None):
+            raise TypeError(f"targets must be a tensor or None, but is {targets!r}; pass what the loss gets")
+        if targets is not None and targets.device != outputs.device:
+            raise ValueError(f"targets are on {targets.device}, outputs on {outputs.device}; move targets there")
+
+    def terms(self, outputs: Tensor, targets: Tensor | None = None) -> int | Tensor:
+        """Number of loss terms, or their total weight: what a mean loss divides by. A tensor () where targets decide it."""
+        self.check(outputs, targets)
+        return math.prod(self.term_shape(outputs))
+
+    def terms_per_example(self, outputs: Tensor) -> int:
+        """Loss terms an entry of dimension 0: 1 for (N, C), T for T tokens; 1 if the outputs are a single term."""
+        return math.prod(self.term_shape(outputs)[1:])
+
+    @abstractmethod
+    def columns(self, outputs: Tensor, targets: Tensor | None = None) -> Iterator[Tensor]:
+        """S_c like outputs, one after the other, with sum_c s_{n,c} s_{n,c}^T = H_n for every term n."""
+
+    def sample(self, outputs: Tensor, targets: Tensor | None = None, generator: Generator | None = None) -> Tensor:
+        """Random s like outputs with E[s_n s_n^T] = H_n, independent between terms.
+
+        Here sum_c e_{n,c} s_{n,c} with random signs e. A likelihood that can draw labels gives the gradient at one instead.
+        """
+        f, y = self._prepared(outputs, targets)
+        total = torch.zeros_like(f)
+        for column in self._checked_columns(outputs, y):
+            signs = torch.randint(2, self.term_shape(f), dtype=f.dtype, device=f.device, generator=generator) * 2 - 1
+            total.addcmul_(column, signs)
+        return total.to(outputs.dtype)
+
+    def hessian_product(self, outputs: Tensor, vector: Tensor, targets: Tensor | None = None) -> Tensor:
+        """H_n v_n for every term, like outputs. For a mean loss, divide by `terms`.
+
+        Raises:
+            ValueError: if vector is not of the outputs' shape.
+        """
+        f, y = self._prepared(outputs, targets)
+        v, dims, total = like("vector", vector, outputs), self.term_dims(f), torch.zeros_like(f)
+        for column in self._checked_columns(outputs, y):
+            inner = (column * v).sum(dims, keepdim=True) if dims else column * v  # sum(()) would sum over all
+            total.addcmul_(column, inner)
+        return total.to(outputs.dtype)
+
+    def term_shape(self, outputs: Tensor) -> list[int]:
+        """Shape of outputs with 1 for a term's own dimensions."""
+        own = {dim % outputs.ndim for dim in self.term_dims(outputs)}
+        return [1 if dim in own else size for dim, size in enumerate(outputs.shape)]
+
+    def _prepared(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Checked and detached; the outputs in at least float32."""
+        self.check(outputs, targets)
+        return working(outputs), None if targets is None else targets.detach()
+
+    def _checked_columns(self, outputs: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
+        return (like("a column", column, outputs) for column in self.columns(outputs.detach(), targets))
+
+
+class Exponential(Likelihood):
+    """H_n is the mass m_n of the labels times the Hessian of one label's negative log-likelihood."""
+
+    def sample(self, outputs: Tensor, targets: Tensor | None = None, generator: Generator | None = None) -> Tensor:
+        """The gradient at a label drawn from the predictive distribution, times sqrt(m_n)."""
+        f, y = self._prepared(outputs, targets)
+        return (self._masses(f, y).sqrt() * self._gradient(f, generator)).to(outputs.dtype)
+
+    @abstractmethod
+    def _masses(self, f: Tensor, targets: Tensor | None) -> Tensor:
+        """All m_n, broadcasting against f."""
+
+    @abstractmethod
+    def _gradient(self, f: Tensor, generator: Generator | None) -> Tensor:
+        """Of one label's negative log-likelihood, at drawn labels."""
+
+
+def working(tensor: Tensor) -> Tensor:
+    """Detached, in at least float32."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def like(name: str, tensor: Tensor, outputs: Tensor) -> Tensor:
+    """The tensor, to compute with, if it has the outputs' shape.
+
+    Raises:
+        ValueError: if it has another.
+    """
+    if tensor.shape != outputs.shape:
+        raise ValueError(f"{name} must have the outputs' shape {tuple(outputs.shape)}, but has {tuple(tensor.shape)}")
+    return working(tensor)

@@ -1,0 +1,162 @@
+"""How layers fall into factors: parts of the sides of W, and tiles of W, each between a part of A and a part of G.
+
+As a rule a layer is one tile between two parts, its A and its G. Where a side is larger than `max_factor_size` it is kept as
+its diagonal, or cut into blocks along its diagonal; a tile is then what lies between one block of A and one of G.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..kernels import ops
+from .base import Layer, Rows
+
+
+def factor_dtype(weight: Tensor) -> torch.dtype:
+    """Single precision for every weight up to it: moving averages in 16 bits stop moving."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class FactorSpec:
+    """A factor to store: its side, whether only its diagonal is kept, in what precision and where."""
+
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+    diagonal: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """One factor: a range of a side of W of one group of a layer.
+
+    Attributes:
+        block: number of the Kronecker block (layer and group) that it belongs to.
+        is_input: whether it is part of A, else of G.
+        start, stop: range of the side, the bias column of W included.
+        diagonal: whether only the diagonal is kept.
+        ones: whether the last place is the bias's, whose input is 1.
+        unit: columns a channel; `start` and `stop` without the bias are multiples.
+        whole: whether it is the whole side.
+        group: channel group of the block. Known here, so that a graph of torch.compile does not depend on the block's number.
+    """
+
+    block: int
+    is_input: bool
+    start: int
+    stop: int
+    diagonal: bool
+    ones: bool
+    unit: int
+    whole: bool
+    group: int = 0
+
+    @property
+    def size(self) -> int:
+        """Side of the factor."""
+        return self.stop - self.start
+
+    def cut(self, source: Tensor) -> Tensor:
+        """The columns (channels) of rows that belong to it, without the ones."""
+        if self.whole or source.dim() == 1:
+            return source
+        unit = self.unit if source.dim() > 2 else 1  # mean patches are rows already
+        return source[:, self.start // unit : (self.stop - self.ones) // unit]
+
+    def sources(self, rows: Rows) -> tuple[Tensor, tuple[int, ...]]:
+        """Its columns of what a backward pass left, and how to read rows from them."""
+        if self.is_input:
+            return self.cut(rows.inputs[self.group]), rows.input_window
+        source = rows.gradients[self.group]
+        return self.cut(source), rows.gradient_window if source.dim() > 2 else ops.ROWS
+
+
+@dataclass(frozen=True)
+class Block:
+    """One Kronecker block: a layer, or one channel group of it."""
+
+    layer: Layer
+    layer_number: int
+    group: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A sub-matrix of W of one block, preconditioned by a part of A and a part of G, given by their numbers."""
+
+    block: int
+    a: int
+    g: int
+
+
+class Partition:
+    """All parts, tiles and blocks of some layers.
+
+    Attributes:
+        blocks: in the order of layers and groups.
+        parts: those of a block's A, then of its G.
+        tiles: those of a block by rows, then columns.
+        parts_of: per block, the numbers of the parts of A and of G.
+        tiles_of: per block, the numbers of its tiles.
+    """
+
+    def __init__(self, layers: Sequence[Layer], max_factor_size: int | None = None, oversize: str = "diagonal") -> None:
+        self.layers = list(layers)
+        self.blocks = [Block(x, i, group) for i, x in enumerate(layers) for group in range(x.groups)]
+        self.parts: list[Part] = []
+        self.tiles: list[Tile] = []
+        self.parts_of: list[tuple[range, range]] = []
+        self.tiles_of: list[range] = []
+        for number, block in enumerate(self.blocks):
+            layer = block.layer
+            limits = max_factor_size, oversize
+            a = _parts(number, True, layer.input_size, layer.diagonal_inputs, layer.has_bias, layer.input_unit, *limits)
+            g = _output_parts(number, layer, *limits)
+            first = len(self.parts)
+            self.parts += [replace(part, group=block.group) for part in a + g]
+            a_range, g_range = range(first, first + len(a)), range(first + len(a), first + len(a) + len(g))
+            self.parts_of.append((a_range, g_range))
+            start = len(self.tiles)
+            self.tiles += [Tile(number, i, j) for j in g_range for i in a_range]
+            self.tiles_of.append(range(start, len(self.tiles)))
+
+    def blocks_of(self, layer_number: int) -> list[int]:
+        """Numbers of a layer's blocks."""
+        return [i for i, block in enumerate(self.blocks) if block.layer_number == layer_number]
+
+
+def _output_parts(block: int, layer: Layer, largest: int | None, oversize: str) -> list[Part]:
+    """Parts of G: those of each of the layer's equal output blocks. A diagonal has none between its blocks to begin with."""
+    count = 1 if layer.diagonal_gradients else layer.output_blocks
+    size = layer.output_size // count
+    parts = _parts(block, False, size, layer.diagonal_gradients, False, 1, largest, oversize)
+    if count == 1:
+        return parts
+    starts = [i * size for i in range(count)]
+    return [replace(x, start=x.start + first, stop=x.stop + first, whole=False) for first in starts for x in parts]
+
+
+def _parts(
+    block: int, is_input: bool, size: int, diagonal: bool, ones: bool, unit: int, largest: int | None, oversize: str
+) -> list[Part]:
+    def part(start: int, stop: int, diagonal: bool) -> Part:
+        return Part(block, is_input, start, stop, diagonal, ones and stop == size, unit, whole=stop - start == size)
+
+    if diagonal or largest is None or size <= largest or (oversize == "diagonal"):
+        too_large = largest is not None and size > largest
+        return [part(0, size, diagonal or too_large)]
+    if unit + ones > largest:
+        raise ValueError(
+            f"max_factor_size must be at least {unit + ones} to cut a side of {size} into blocks of whole channels, but is "
+            f"{largest}; raise it, or pass oversize='diagonal'"
+        )
+    units = (size - ones) // unit
+    count = -(-units * unit // ((largest - ones) // unit * unit))  # equal blocks, as few as fit
+    bounds = [units * i // count * unit for i in range(count)] + [size]
+    return [part(start, stop, False) for start, stop in itertools.pairwise(bounds)]

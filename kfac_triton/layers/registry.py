@@ -1,0 +1,164 @@
+"""The registry of layer types: which adapter covers a module, and the layers of a model."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from .attention import AttentionLayer
+from .base import Layer
+from .conv import Conv1dLayer, Conv2dLayer, Conv3dLayer
+from .conv_transpose import ConvTranspose1dLayer, ConvTranspose2dLayer, ConvTranspose3dLayer
+from .embedding import EmbeddingLayer
+from .hf_conv1d import HFConv1DLayer
+from .linear import LinearLayer
+from .norm import BatchNormLayer, GroupNormLayer, LayerNormLayer, RMSNormLayer
+from .tied import TiedLayer
+
+LAYER_TYPES: list[type[Layer]] = [
+    LinearLayer,
+    Conv1dLayer,
+    Conv2dLayer,
+    Conv3dLayer,
+    ConvTranspose1dLayer,
+    ConvTranspose2dLayer,
+    ConvTranspose3dLayer,
+    EmbeddingLayer,
+    LayerNormLayer,
+    RMSNormLayer,
+    BatchNormLayer,
+    GroupNormLayer,
+    HFConv1DLayer,
+    AttentionLayer,
+]
+
+# Which modules: patterns for their names and classes, or a predicate of both.
+Choice = str | Sequence[str] | Callable[[str, nn.Module], bool]
+
+
+def register(layer_type: type[Layer]) -> type[Layer]:
+    """Makes K-FAC cover a module type; a class decorator. What is registered later is asked first.
+
+    Raises:
+        TypeError: if layer_type is no `Layer` with a module type.
+    """
+    if not (isinstance(layer_type, type) and issubclass(layer_type, Layer) and hasattr(layer_type, "module_type")):
+        raise TypeError(f"layer_type must be a class derived from Layer with a module_type, but is {layer_type!r}")
+    LAYER_TYPES.insert(0, layer_type)
+    return layer_type
+
+
+def _layer_type(module: nn.Module) -> type[Layer] | None:
+    return next((layer_type for layer_type in LAYER_TYPES if layer_type.matches(module)), None)
+
+
+def weights_of(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of all modules of supported types, covered or not."""
+    pairs = [(module, _layer_type(module)) for module in model.modules()]
+    return [w for module, kind in pairs if kind is not None for w in kind.weights(module) if w is not None]
+
+
+def is_chosen(choice: Choice, name: str, module: nn.Module) -> bool:
+    """Whether a module's name or class matches one of the patterns (as of file names: * and ?), or the predicate holds."""
+    if callable(choice):
+        return bool(choice(name, module))
+    patterns = [choice] if isinstance(choice, str) else choice
+    return any(fnmatch.fnmatchcase(text, pattern) for pattern in patterns for text in (name, type(module).__name__))
+
+
+def _tie(layer_type: type[Layer], sharers: list[nn.Module]) -> type[Layer] | None:
+    """The adapter for modules that share a weight, of one kind or of two."""
+    return layer_type.tie(sharers) or TiedLayer.tie(sharers)
+
+
+def _why_not(layer_type: type[Layer], module: nn.Module, sharers: list[nn.Module]) -> str | None:
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values()):
+        raise ValueError("model holds a lazy module without weights yet; run one forward pass before making the optimizer")
+    reason = layer_type.why_not(module)
+    if reason is None and len(sharers) > 1 and _tie(layer_type, sharers) is None:
+        return "its weight is shared with another module"
+    return reason
+
+
+def find_layers(
+    model: nn.Module,
+    weight_sharing: str = "expand",
+    loss_terms: str = "examples",
+    *,
+    skip: Choice = (),
+    include: Choice = "*",
+    split: Mapping[str, int] | None = None,
+    **options: Any,
+) -> tuple[list[Layer], dict[str, str]]:
+    """Layers of the model that K-FAC covers, in module order, and the reason for each supported type that it does not.
+
+    Args:
+        model: any module; frozen or parametrized weights are left out, one that several modules share is one layer.
+        weight_sharing: "expand" or "reduce" (Eschenhagen et al. 2023).
+        loss_terms: what the loss averages over, "examples" or "tokens".
+        skip: modules to leave out.
+        include: modules to consider.
+        split: pattern of names or classes -> equal blocks that G is cut into along the output.
+        options: for the adapters (see `Layer.cover`).
+
+    Raises:
+        ValueError: if a lazy module has no weights yet, or split does not fit a layer, or fits none.
+    """
+    users: dict[int, dict[int, nn.Module]] = defaultdict(dict)
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users[id(parameter)][id(module)] = module
+    layers: list[Layer] = []
+    skipped: dict[str, str] = {}
+    done: set[int] = set()
+    for name, module in model.named_modules():
+        layer_type = _layer_type(module)
+        if layer_type is None or id(module) in done:
+            continue
+        done.update(map(id, layer_type.inner(module)))
+        sharers = max((list(users[id(weight)].values()) for weight in layer_type.weights(module)), key=len, default=[])
+        reason = _why_not(layer_type, module, sharers)
+        if reason is None and (is_chosen(skip, name, module) or not is_chosen(include, name, module)):
+            reason = "it is left out by skip or include"
+        if reason is not None:
+            skipped[name] = reason
+        elif len(sharers) > 1:
+            tied = _tie(layer_type, sharers)
+            assert tied is not None
+            layer = tied(name, sharers[0], weight_sharing, loss_terms)
+            layer.share(sharers)
+            done.update(map(id, sharers))
+            layers.append(layer)
+        else:
+            for layer in layer_type.cover(name, module, weight_sharing, loss_terms, **options):
+                if layer.name != name and is_chosen(skip, layer.name, module):
+                    skipped[layer.name] = "it is left out by skip"
+                else:
+                    layers.append(layer)
+    _split_outputs(layers, split or {})
+    return layers, skipped
+
+
+def _split_outputs(layers: list[Layer], split: Mapping[str, int]) -> None:
+    """Sets `output_blocks` of the layers that the patterns name; of several patterns the first counts."""
+    unused = set(split)
+    for layer in layers:
+        matches = [pattern for pattern in split if is_chosen(pattern, layer.name, layer.module)]
+        unused.difference_update(matches)
+        if not matches:
+            continue
+        count, size = split[matches[0]], layer.output_size
+        if size % count:
+            good = ", ".join(str(n) for n in range(2, size + 1) if size % n == 0)
+            raise ValueError(
+                f"split cuts the output of layer {layer.name!r} into {count} equal blocks, but its size {size} is no multiple; "
+                f"pass one of {good}"
+            )
+        layer.output_blocks = count
+    if unused:
+        raise ValueError(f"split must name layers that K-FAC covers, but {', '.join(map(repr, sorted(unused)))} matches none")

@@ -1,0 +1,80 @@
+"""Which layers of a model an engine covers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..kernels import runtime
+from ..settings import Settings
+from .base import Layer
+from .partition import factor_dtype
+from .registry import find_layers, weights_of
+
+
+def choose_layers(
+    model: nn.Module, settings: Settings, parameters: Iterable[nn.Parameter] | None
+) -> tuple[list[Layer], dict[str, str]]:
+    """Layers with a weight among the parameters (None: any), and why the others of a supported type are none.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    layers, skipped = find_layers(
+        model,
+        settings.weight_sharing,
+        settings.loss_terms,
+        skip=settings.skip,
+        include=settings.include,
+        norms=settings.norms,
+        split=settings.split,
+    )
+    if parameters is not None:
+        chosen = {id(p) for p in parameters}
+        skipped |= {x.name: "its weight is not optimized" for x in layers if id(x.weight) not in chosen}
+        layers = [layer for layer in layers if id(layer.weight) in chosen]
+    # Their covariances would have to be Hermitian; real arithmetic drops the imaginary parts.
+    skipped |= {layer.name: "its weight is complex" for layer in layers if layer.weight.is_complex()}
+    layers = [layer for layer in layers if not layer.weight.is_complex()]
+    refuse_sharded(layers)
+    if not layers:
+        reasons = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in skipped.items())
+        raise ValueError(
+            "model has no layer that K-FAC covers (linear, convolution, embedding, norm, attention; with a trainable weight)"
+            + (f": {reasons}" if reasons else "; use another optimizer")
+        )
+    return layers, skipped
+
+
+def refuse_sharded(layers: Iterable[Layer]) -> None:
+    """Refuses weights of which this process has a part only.
+
+    Raises:
+        NotImplementedError: if there are any.
+    """
+    sharded = [layer.name for layer in layers if hasattr(layer.weight, "to_local")]
+    if sharded:
+        raise NotImplementedError(
+            f"weights of layers {', '.join(map(repr, sharded))} are DTensors (fully_shard, tensor parallelism), which K-FAC "
+            "does not precondition yet; leave these layers out with skip=, or use DistributedDataParallel"
+        )
+
+
+def frozen_weights(model: nn.Module, parameters: Iterable[nn.Parameter] | None) -> list[nn.Parameter]:
+    """Weights of supported layers among the parameters (None: any) that are not trained now, and may be later."""
+    chosen = None if parameters is None else {id(p) for p in parameters}
+    return [w for w in weights_of(model) if not w.requires_grad and (chosen is None or id(w) in chosen)]
+
+
+def require_backend(backend: str, layers: list[Layer]) -> None:
+    """Refuses "triton" where no kernel can serve, before anything is made."""
+    if backend != "triton":
+        return
+    for layer in layers:
+        reason = runtime.obstacle(layer.weight.device)
+        if reason is None and factor_dtype(layer.weight) != torch.float32:
+            reason = f"layer {layer.name!r} has {layer.weight.dtype} factors, and the kernels keep float32"
+        if reason is not None:
+            raise ValueError(f"backend is 'triton', but {reason}; use backend='auto'")

@@ -1,0 +1,1 @@
+"""What an optimizer has learned: into a checkpoint and back, and back to before a step that failed."""

@@ -1,0 +1,199 @@
+"""What an engine has learned of each layer, as plain tensors: factors, and what cannot be made from them again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..engine import Engine
+
+LayerState = dict[str, Tensor]
+
+FACTORS = ("kfac_A", "kfac_G")
+UPDATES, STEPS = "kfac_updates", "kfac_steps"
+# Inverses are named after their kind, so that those of another kind are not taken for them.
+INVERSES = {kind: (f"kfac_{kind}_A", f"kfac_{kind}_G") for kind in ("inverse", "root", "basis")}
+CERTIFICATES, REFRESHED = "kfac_certificates", "kfac_refreshed"
+MOMENTS, MOMENT_UPDATES = "kfac_moments", "kfac_moment_updates"
+
+# One for all layers; the others have a first dimension of channel groups.
+OF_THE_ENGINE = (STEPS, REFRESHED)
+KEYS = (*FACTORS, UPDATES, *(key for keys in INVERSES.values() for key in keys), CERTIFICATES, MOMENTS, MOMENT_UPDATES)
+
+
+def export_layers(engine: Engine, include_inverses: bool = True) -> dict[str, LayerState]:
+    """Module name -> state of the layer.
+
+    Inverses are in it where a run that goes on from here needs them: the next step uses older ones than the factors would
+    give (inverse_every above 1), or the method starts from the last (warm refreshes, eigenbases).
+
+    Args:
+        engine: where from.
+        include_inverses: without them, and without EKFAC's moments, which mean nothing outside their basis, the next step
+            makes them anew.
+
+    Returns:
+        Per layer "kfac_A" and "kfac_G": (groups, n, n); (groups, n) of diagonals; (groups, numbers) of several blocks, end to
+        end. "kfac_updates": how many statistics they are made of, (groups, 2). "kfac_steps": the engine's. With inverses
+        "kfac_inverse_A" and "kfac_inverse_G" (or root, or basis): (groups, numbers), as they are stored, with the pad;
+        "kfac_certificates": residual and damping of each, (groups, factors, 2); "kfac_refreshed": damping of the last refresh,
+        and whether factors have changed since. With EKFAC "kfac_moments": (groups, numbers), and "kfac_moment_updates":
+        (groups,).
+    """
+    keeps_inverses = include_inverses and _needs_inverses(engine)
+    result = {}
+    for number, layer in enumerate(engine.layers):
+        state = {key: _flat_factors(engine, side) for key, side in zip(FACTORS, _sides(engine, number), strict=True)}
+        first = [[slots[0] for slots in side] for side in _sides(engine, number)]
+        state[UPDATES] = torch.stack([engine.bank.updates[slots] for slots in first], 1)
+        state[STEPS] = torch.tensor(engine.steps)
+        if keeps_inverses:
+            state |= _export_inverses(engine, number)
+        result[layer.name] = state
+    return result
+
+
+def check_layers(engine: Engine, states: dict[str, LayerState]) -> None:
+    """Whether `restore_layers` could use them.
+
+    Raises:
+        ValueError: if something is missing, a factor has the wrong shape, or it or what is kept beside it is not finite.
+    """
+    for number, layer in enumerate(engine.layers):
+        if layer.name not in states:
+            continue
+        state = states[layer.name]
+        sides = _sides(engine, number)
+        shapes = dict(zip(FACTORS, (_shape(engine, side) for side in sides), strict=True))
+        for key, expected in {**shapes, UPDATES: (len(sides[0]), 2), STEPS: ()}.items():
+            if key not in state:
+                raise ValueError(f"state_dict has no {key} of layer {layer.name!r}; load another checkpoint")
+            if tuple(state[key].shape) != expected:
+                raise ValueError(f"{key} of layer {layer.name!r} must have shape {expected}, but has {tuple(state[key].shape)}")
+        for key, value in state.items():
+            # A residual is infinite where there is no inverse, which is then zero.
+            bad = torch.isnan(value) if key == CERTIFICATES else ~torch.isfinite(value)
+            if bool(bad.any()):
+                raise ValueError(f"{key} of layer {layer.name!r} has values that are not finite; load another checkpoint")
+
+
+def restore_layers(engine: Engine, states: dict[str, LayerState]) -> None:
+    """Writes states that passed `check_layers`; layers without any keep theirs.
+
+    Inverses are taken over if all layers have them, of the engine's kind and sizes; else the next step makes them anew.
+    """
+    numbers = {number: states[layer.name] for number, layer in enumerate(engine.layers) if layer.name in states}
+    keeps_inverses = len(numbers) == len(engine.layers) and all(_has_inverses(engine, i, x) for i, x in numbers.items())
+    for number, state in numbers.items():
+        for side, (key, groups) in enumerate(zip(FACTORS, _sides(engine, number), strict=True)):
+            for group, slots in enumerate(groups):
+                pieces = state[key][group].flatten().split([engine.bank.view(slot).numel() for slot in slots])
+                for slot, piece in zip(slots, pieces, strict=True):
+                    engine.bank.write(slot, piece)
+                engine.bank.updates[slots] = state[UPDATES][group, side].to(engine.bank.updates)
+        engine.curvature.forget_moments(number)
+        if keeps_inverses:
+            _restore_inverses(engine, number, state)
+        if bool((state[UPDATES] > 0).all()):
+            engine.mark_restored(number)
+    if not numbers:
+        return
+    any_of_them = next(iter(numbers.values()))
+    engine.restore_step(int(any_of_them[STEPS]))
+    if keeps_inverses:
+        damping, is_stale = any_of_them[REFRESHED].tolist()
+        engine.keep_inverses(damping, bool(is_stale))
+
+
+def keys_of(engine: Engine) -> tuple[str, ...]:
+    """Keys of the state that `export_layers` gives for each layer."""
+    if not _needs_inverses(engine):
+        return (*FACTORS, UPDATES, STEPS)
+    moments = (MOMENTS, MOMENT_UPDATES) if engine.curvature.is_ekfac else ()
+    return (*FACTORS, UPDATES, STEPS, *INVERSES[engine.curvature.kind], CERTIFICATES, REFRESHED, *moments)
+
+
+def rebuilt(model: nn.Module, engine: Engine, parameters: Iterable[nn.Parameter] | None) -> Engine:
+    """An engine of the layers that the model has now, with what the old one, which is closed, knows of them.
+
+    A layer whose factors have another size now (its bias is trained, too) begins anew. Of a closed one a closed one is made.
+    """
+    new = Engine(model, engine.settings, parameters)
+    if engine.closed:
+        new.close()
+    states = export_layers(engine)
+    engine.close()
+    sizes = {layer.name: [_shape(new, side) for side in _sides(new, number)] for number, layer in enumerate(new.layers)}
+    fitting = {name: state for name, state in states.items() if sizes.get(name) == [tuple(state[key].shape) for key in FACTORS]}
+    restore_layers(new, fitting)
+    new.restore_step(engine.steps)
+    return new
+
+
+def _shape(engine: Engine, side: list[list[int]]) -> tuple[int, ...]:
+    return tuple(_flat_factors(engine, side).shape)
+
+
+def _needs_inverses(engine: Engine) -> bool:
+    return engine.settings.inverse_every != 1 or not engine.curvature.starts_anew
+
+
+def _sides(engine: Engine, number: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Slots of a layer's A and of its G, a list a group."""
+    sides = [engine.partition.parts_of[block] for block in engine.partition.blocks_of(number)]
+    return tuple([[engine.bank.slots[i] for i in side[k]] for side in sides] for k in (0, 1))  # type: ignore[return-value]
+
+
+def _flat_factors(engine: Engine, groups: list[list[int]]) -> Tensor:
+    views = [[engine.bank.view(slot) for slot in slots] for slots in groups]
+    return torch.stack([x[0] if len(x) == 1 else torch.cat([view.flatten() for view in x]) for x in views])
+
+
+def _flat_inverses(engine: Engine, groups: list[list[int]]) -> Tensor:
+    inverse_at = engine.curvature.inverse_at
+    kept = [[store.kept(index).flatten() for store, index in map(inverse_at.__getitem__, slots)] for slots in groups]
+    return torch.stack([torch.cat(pieces) for pieces in kept])
+
+
+def _certificates(engine: Engine, slots: list[int]) -> Tensor:
+    """Residual and damping of the inverses in some slots, (slots, 2)."""
+    stores = map(engine.curvature.inverse_at.__getitem__, slots)
+    return torch.stack([torch.stack([store.residual[i].double(), store.damping[i].double()]) for store, i in stores])
+
+
+def _export_inverses(engine: Engine, number: int) -> LayerState:
+    curvature = engine.curvature
+    a, g = _sides(engine, number)
+    state = {key: _flat_inverses(engine, side) for key, side in zip(INVERSES[curvature.kind], (a, g), strict=True)}
+    state[CERTIFICATES] = torch.stack([_certificates(engine, x + y) for x, y in zip(a, g, strict=True)])
+    state[REFRESHED] = torch.tensor([engine.damping, float(engine.is_stale)], dtype=torch.float64)
+    if curvature.is_ekfac:
+        groups = curvature.moments_of(number)
+        state[MOMENTS] = torch.stack([torch.cat([x.flatten() for x in tiles]) if tiles else torch.empty(0) for tiles in groups])
+        state[MOMENT_UPDATES] = curvature.moment_updates_of(number)
+    return state
+
+
+def _has_inverses(engine: Engine, number: int, state: LayerState) -> bool:
+    """Whether a state has inverses that fit the engine."""
+    own = _export_inverses(engine, number)
+    return all(key in state and state[key].shape == value.shape for key, value in own.items())
+
+
+def _restore_inverses(engine: Engine, number: int, state: LayerState) -> None:
+    curvature = engine.curvature
+    for group, sides in enumerate(zip(*_sides(engine, number), strict=True)):
+        rows = iter(state[CERTIFICATES][group])
+        for key, slots in zip(INVERSES[curvature.kind], sides, strict=True):
+            stores = [curvature.inverse_at[slot] for slot in slots]
+            pieces = state[key][group].split([store.kept(i).numel() for store, i in stores])
+            for (store, i), piece, (residual, damping) in zip(stores, pieces, rows, strict=False):
+                store.restore(i, piece.view_as(store.kept(i)), residual, damping)
+    if curvature.is_ekfac:
+        for group, tiles in enumerate(curvature.moments_of(number)):
+            pieces = state[MOMENTS][group].split([x.numel() for x in tiles]) if tiles else ()
+            for view, piece in zip(tiles, pieces, strict=True):
+                view.copy_(piece.view_as(view))
+        curvature.count_moments(number, state[MOMENT_UPDATES])

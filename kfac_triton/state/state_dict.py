@@ -1,0 +1,136 @@
+"""What an engine has learned, in the state dict of an optimizer: plain tensors beside the state of each covered weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..engine import Engine
+from ..steps.auto import NUMBERS, PREVIOUS
+from ..steps.param_groups import parameters_of
+from .layer_state import FACTORS, KEYS, OF_THE_ENGINE, STEPS, LayerState, export_layers, keys_of
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+# Raised with every change that an older reader would get wrong; what has no number is of format 1.
+FORMAT, FORMAT_KEY = 1, "kfac_format"
+_OURS = (*KEYS, *OF_THE_ENGINE, PREVIOUS, NUMBERS, FORMAT_KEY)
+
+_ByNumber = dict[int, LayerState]
+
+
+def require_readable(number: int) -> None:
+    """Refuses a format that is not known yet.
+
+    Raises:
+        ValueError: if a newer version wrote it.
+    """
+    if number > FORMAT:
+        raise ValueError(
+            f"state_dict is of format {number}, and this version of kfac_triton reads formats up to {FORMAT}; install a newer"
+        )
+
+
+def _layers_by_weight(optimizer: Optimizer, engine: Engine) -> dict[int, list[str]]:
+    """The number of a weight in the optimizer's state dict -> names of the layers that are made of it."""
+    order = {id(p): i for i, p in enumerate(parameters_of(optimizer))}
+    result: dict[int, list[str]] = {}
+    for layer in engine.layers:
+        if id(layer.weight) in order:
+            result.setdefault(order[id(layer.weight)], []).append(layer.name)
+    return result
+
+
+def _joined(layers: list[LayerState]) -> LayerState:
+    """The state of layers on one weight, end to end along their groups; they are of one size."""
+    if len(layers) == 1:
+        return layers[0]
+    first = layers[0]
+    return {key: first[key] if key in OF_THE_ENGINE else torch.cat([layer[key] for layer in layers]) for key in first}
+
+
+def _parted(values: LayerState, count: int) -> list[LayerState]:
+    """The reverse of `_joined`; a number of groups that does not fit is left to `check_layers`."""
+    if count == 1:
+        return [values]
+    pieces = {key: [x] * count if key in OF_THE_ENGINE else x.tensor_split(count) for key, x in values.items()}
+    return [{key: parts[i] for key, parts in pieces.items()} for i in range(count)]
+
+
+def with_layers(
+    state_dict: dict[str, Any],
+    optimizer: Any,
+    extra: Sequence[dict[str, Tensor]] = (),
+    include_factors: bool = True,
+    include_inverses: bool = True,
+) -> dict[str, Any]:
+    """The optimizer's state dict with the engine's state (or its step alone), and what else belongs to each parameter."""
+    engine = optimizer.engine
+    layers = export_layers(engine, include_inverses) if include_factors else {}
+    state = {i: {k: v for k, v in values.items() if k not in _OURS} for i, values in state_dict["state"].items()}
+    for index, names in _layers_by_weight(optimizer, engine).items():
+        values = _joined([layers[name] for name in names]) if include_factors else {STEPS: torch.tensor(engine.steps)}
+        state.setdefault(index, {}).update({**values, FORMAT_KEY: torch.tensor(FORMAT)})
+    for index, values in enumerate(extra):
+        state.setdefault(index, {}).update(values)
+    return {**state_dict, "state": state}
+
+
+def without_layers(state_dict: dict[str, Any]) -> tuple[dict[str, Any], _ByNumber, _ByNumber]:
+    """(state dict, state of layers, what lr="auto" keeps), the last two by number of the parameter.
+
+    The base class would cast both to the parameter's type.
+
+    Raises:
+        ValueError: if a newer version wrote them.
+    """
+    formats = [values.get(FORMAT_KEY) for values in state_dict["state"].values()]
+    require_readable(max((int(x) for x in formats if isinstance(x, Tensor)), default=FORMAT))
+    plain: dict[Any, dict[str, Any]] = {}
+    layers: _ByNumber = {}
+    extra: _ByNumber = {}
+    # Names (torch.distributed.checkpoint) or numbers: what counts is the order in the groups.
+    saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+    for index, number in enumerate(saved):
+        # Where a flat distributed checkpoint lacks something that was announced, an empty dict stands for it.
+        values = {key: value for key, value in state_dict["state"].get(number, {}).items() if not isinstance(value, dict)}
+        # Copied: the base class would keep the very tensors of the source, which is another optimizer's state, perhaps.
+        plain[number] = {key: _copy(value) for key, value in values.items() if key not in _OURS}
+        extra[index] = {key: values[key] for key in (PREVIOUS, NUMBERS) if key in values}
+        if any(key in values for key in FACTORS):  # one without the other is refused
+            layers[index] = {key: values[key] for key in (*KEYS, *OF_THE_ENGINE) if key in values}
+    return {**state_dict, "state": plain}, layers, extra
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def announce(optimizer: Optimizer, engine: Engine, is_auto: bool) -> None:
+    """Names in the state of each parameter what `with_layers` will put there: checkpoint tools load nothing else."""
+    weights = _layers_by_weight(optimizer, engine)
+    for index, parameter in enumerate(parameters_of(optimizer)):
+        keys = (*keys_of(engine), FORMAT_KEY) if index in weights else ()
+        auto = (PREVIOUS, *((NUMBERS,) if index == 0 else ())) if is_auto else ()
+        state = optimizer.state[parameter]
+        for key in [key for key in state if key in _OURS]:
+            del state[key]
+        state.update(dict.fromkeys((*keys, *auto)))
+
+
+def saved_step(state_dict: dict[str, Any]) -> int | None:
+    """The engine's step in a state dict; None if K-FAC did not write it."""
+    return next((int(x[STEPS]) for x in state_dict["state"].values() if isinstance(x.get(STEPS), Tensor)), None)
+
+
+def by_layer(optimizer: Any, states: _ByNumber) -> dict[str, LayerState]:
+    """State by module name from state by number of the weight."""
+    result: dict[str, LayerState] = {}
+    for index, names in _layers_by_weight(optimizer, optimizer.engine).items():
+        if index in states:
+            result.update(zip(names, _parted(states[index], len(names)), strict=True))
+    return result

@@ -1,0 +1,1 @@
+"""What moves the parameters: the first-order rule along preconditioned gradients, or the controller of lr="auto"."""

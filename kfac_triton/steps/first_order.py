@@ -1,0 +1,182 @@
+"""The first-order rule that moves the parameters, along preconditioned gradients where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from ..layers.dtensor import local
+
+
+def refuse_gradients(parameters: list[nn.Parameter]) -> None:
+    """Refuses gradients that no step can be taken along.
+
+    Raises:
+        RuntimeError: if one is sparse.
+    """
+    if any(p.grad is not None and p.grad.is_sparse for p in parameters):
+        raise RuntimeError("KFAC does not support sparse gradients; make the embedding with sparse=False")
+
+
+def drop_bad_gradients(
+    parameters: list[nn.Parameter], updates: dict[nn.Parameter, Tensor | None], host_looks: bool
+) -> int | Tensor:
+    """Keeps a NaN or Inf out of parameters that K-FAC does not cover: adds to updates what stands for such a gradient.
+
+    Where the host looks that is None, and the parameter stays as it is; elsewhere zeros. Returns how many there are.
+    """
+    others = [p for p in parameters if p.grad is not None and p not in updates]
+    if not others:
+        return 0
+    gradients = [local(p.grad) for p in others if p.grad is not None]
+    # The norm of largest magnitude does not overflow, and hands a NaN on.
+    finite = [torch.isfinite(x) for x in torch._foreach_norm(gradients, torch.inf)]
+    if host_looks:
+        bad = [p for p, is_finite in zip(others, finite, strict=True) if not bool(is_finite)]
+        updates.update(dict.fromkeys(bad))
+        return len(bad)
+    for p, is_finite in zip(others, finite, strict=True):
+        assert p.grad is not None
+        updates[p] = torch.where(is_finite, p.grad, 0.0)
+    return torch.stack([~is_finite.to(finite[0].device) for is_finite in finite]).sum()
+
+
+Work = tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]
+
+
+def prepare(group: dict[str, Any], updates: dict[nn.Parameter, Tensor | None], states: dict[Any, dict[str, Any]]) -> Work:
+    """Parameters of a group that move, with what they move along and their states."""
+    pairs = [(p, updates.get(p, p.grad)) for p in group["params"] if p.grad is not None]
+    moving = [(p, along.to(p.dtype)) for p, along in pairs if along is not None]
+    if group["tail"] == "adamw" or group["capturable"]:
+        # They ask for this much memory when they have changed their state already: freed again, it is in the allocator's cache.
+        reserve = [torch.empty_like(p) for p, _ in moving if p.is_cuda]
+        del reserve
+    return [p for p, _ in moving], [along for _, along in moving], [states[p] for p, _ in moving]
+
+
+def apply(group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]) -> None:
+    """One step of a group: decoupled weight decay (Loshchilov and Hutter 2019), then SGD with momentum or Adam.
+
+    Args:
+        group: options, checked by `validate_group`.
+        params: parameters that have a gradient.
+        gradients: what to move along, one a parameter; not changed.
+        states: from `initial_state`, one a parameter.
+    """
+    if not params:
+        return
+    if group["capturable"]:
+        for i in _alike(params, group["foreach"] is not False):
+            _apply_on_device(group, [params[k] for k in i], [gradients[k] for k in i], [states[k] for k in i])
+        return
+    lr, decay = group["lr"], group["weight_decay"]
+    if group["tail"] == "adamw":
+        adamw(
+            params,
+            gradients,
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            foreach=group["foreach"],
+            capturable=False,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=lr,
+            weight_decay=decay,
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
+        return
+    if isinstance(lr, Tensor):
+        lr = lr.item()  # as PyTorch's SGD does, but once
+    if decay:
+        torch._foreach_mul_(params, 1 - lr * decay)
+    torch._foreach_add_([s["step"] for s in states], 1.0)
+    buffers: list[Tensor | None] = [s["momentum_buffer"] if group["momentum"] else None for s in states]
+    sgd(
+        params,
+        gradients,
+        buffers,
+        foreach=group["foreach"],
+        weight_decay=0.0,
+        momentum=group["momentum"],
+        lr=lr,
+        dampening=0.0,
+        nesterov=group["nesterov"],
+        maximize=group["maximize"],
+    )
+
+
+def _alike(params: list[Tensor], together: bool) -> list[list[int]]:
+    """Places of the parameters that one operation takes: those of one device and type, or each alone."""
+    kinds: dict[Any, list[int]] = {}
+    for i, p in enumerate(params):
+        kinds.setdefault((p.device, p.dtype) if together else i, []).append(i)
+    return list(kinds.values())
+
+
+def _apply_on_device(
+    group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
+) -> None:
+    """`apply` without a word from the device: PyTorch's SGD reads a rate in a tensor, and its Adam wants a GPU for this."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.to(params[0].device, torch.float64, non_blocking=True).reshape(())
+    if group["maximize"]:
+        gradients = list(torch._foreach_neg(gradients))
+    torch._foreach_add_([s["step"] for s in states], 1.0)
+    if group["weight_decay"]:
+        torch._foreach_mul_(params, _factor(1 - lr * group["weight_decay"], params))
+    rule = _adamw_on_device if group["tail"] == "adamw" else _sgd_on_device
+    rule(group, lr, params, gradients, states)
+
+
+def _sgd_on_device(
+    group: dict[str, Any], lr: float | Tensor, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
+) -> None:
+    along, momentum = gradients, group["momentum"]
+    if momentum:
+        along = [s["momentum_buffer"] for s in states]
+        torch._foreach_mul_(along, momentum)
+        torch._foreach_add_(along, gradients)
+    if group["nesterov"]:
+        along = list(torch._foreach_add(gradients, along, alpha=momentum))
+    torch._foreach_add_(params, torch._foreach_mul(along, _factor(-lr, along)))
+
+
+def _adamw_on_device(
+    group: dict[str, Any], lr: float | Tensor, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
+) -> None:
+    beta1, beta2 = group["betas"]
+    if params[0].is_complex():
+        params, gradients = ([torch.view_as_real(x) for x in xs] for xs in (params, gradients))
+    moments = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq"))
+    means, squares = ([torch.view_as_real(x) if x.is_complex() else x for x in xs] for xs in moments)
+    # One minus a power near one, with the digits that a number on the host would have.
+    steps = torch.stack([s["step"] for s in states]).to(params[0].device, torch.float64)
+    rates, roots = -lr / (1 - beta1**steps), (1 - beta2**steps).sqrt()
+    torch._foreach_lerp_(means, gradients, 1 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
+    divisors = torch._foreach_sqrt(squares)
+    torch._foreach_div_(divisors, roots.unbind())
+    torch._foreach_add_(divisors, group["eps"])
+    torch._foreach_div_(divisors, rates.unbind())
+    torch._foreach_addcdiv_(params, means, divisors)
+
+
+def _factor(number: float | Tensor, tensors: Sequence[Tensor]) -> Any:
+    """What multiplies all tensors by a number, or by a tensor of one element."""
+    if not isinstance(number, Tensor):
+        return number
+    if tensors[0].dtype in (torch.float32, torch.float64):
+        return number.to(tensors[0].dtype)
+    return [number] * len(tensors)  # in 16 bits the number itself would have too few digits

@@ -1,0 +1,142 @@
+"""Parameter groups: their options, and the state that the first-order rule keeps of each parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import validation
+
+TAILS = ("sgd", "adamw")
+OPTIONS = ("momentum", "nesterov", "weight_decay", "tail", "betas", "eps", "foreach", "maximize", "capturable")  # of a group
+
+
+def validate_group(group: dict[str, Any]) -> None:
+    """Checks the options of one parameter group.
+
+    Raises:
+        TypeError: if an option has the wrong type.
+        ValueError: if an option is outside its range.
+    """
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr must be a number or a tensor with one element, but has shape {tuple(lr.shape)}")
+        lr = lr.item()
+    validation.real("lr", lr)
+    validation.real("momentum", group["momentum"], high=1.0)
+    validation.real("weight_decay", group["weight_decay"])
+    validation.real("eps", group["eps"])
+    validation.choice("tail", group["tail"], TAILS)
+    if not isinstance(group["nesterov"], bool):
+        raise TypeError(f"nesterov must be True or False, but is {group['nesterov']!r}")
+    if group["nesterov"] and not group["momentum"]:
+        raise ValueError("nesterov needs a momentum greater than 0")
+    for name in ("maximize", "capturable"):
+        if not isinstance(group[name], bool):
+            raise TypeError(f"{name} must be True or False, but is {group[name]!r}")
+    if group["foreach"] not in (None, True, False):
+        raise TypeError(f"foreach must be True, False or None, but is {group['foreach']!r}")
+    if group["foreach"] and group["tail"] == "adamw" and isinstance(group["lr"], Tensor) and not group["capturable"]:
+        raise ValueError(
+            "foreach is True and lr a tensor, which the adamw tail takes with capturable=True only; or leave foreach out"
+        )
+    if group.get("fused"):
+        raise RuntimeError("KFAC has no fused tail: leave fused out, foreach takes many parameters at once")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas must be a pair of numbers, but is {betas!r}")
+    for i, beta in enumerate(betas):
+        validation.real(f"betas[{i}]", beta, high=1.0)
+
+
+def initial_state(parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
+    """State of one parameter, complete from the start: checkpoint tools ask for it before the first step.
+
+    The step is counted on the host, as PyTorch's optimizers do it, unless it has to be part of a recorded graph.
+    """
+    device = parameter.device if group["capturable"] else None
+    state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
+    for key in ("momentum_buffer",) if group["tail"] == "sgd" else ("exp_avg", "exp_avg_sq"):
+        state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Those of all groups, in order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def complete(optimizer: Optimizer, betas: tuple[float, float]) -> list[nn.Parameter]:
+    """Gives options and state to groups that were not added, but loaded or assigned.
+
+    Returns:
+        All parameters.
+    """
+    for group in optimizer.param_groups:
+        for key, value in optimizer.defaults.items():
+            if key != "differentiable":  # which the base class adds when it loads, and no group has
+                group.setdefault(key, value)
+        group.setdefault("betas", betas)
+        for parameter in group["params"]:
+            own = optimizer.state[parameter]
+            own.update({k: v for k, v in initial_state(parameter, group).items() if k not in own})
+    return parameters_of(optimizer)
+
+
+def follow_swaps(optimizer: Optimizer, known: Sequence[Tensor]) -> list[Tensor]:
+    """Hands on the state of parameters that others have taken the place of in the groups (accelerate does that).
+
+    Args:
+        optimizer: whose state.
+        known: the parameters that the state belongs to, in the order of the groups.
+
+    Returns:
+        Those that it belongs to now.
+    """
+    now: list[Tensor] = list(parameters_of(optimizer))
+    for old, new in zip(known, now, strict=True):
+        if old is not new and old in optimizer.state:
+            optimizer.state[new] = optimizer.state.pop(old)
+    return now
+
+
+def follow_moves(optimizer: Optimizer) -> None:
+    """Moves the tail's state to where the parameters are now."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state[p]
+            tensors = {key: x for key, x in state.items() if isinstance(x, Tensor)}
+            # A counter stays on the host, unless a recorded graph is to count on.
+            moving = {key: x for key, x in tensors.items() if x.dim() or group["capturable"]}
+            state.update({key: x.to(p.device) for key, x in moving.items()})
+
+
+def check_tail(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Whether what the tail keeps of each parameter can be gone on with.
+
+    Raises:
+        ValueError: if the groups do not match, or a tensor has the wrong shape or is not finite.
+    """
+    saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
+    if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
+        raise ValueError(
+            f"state_dict must have groups of {[len(g['params']) for g in groups]} parameters, as the optimizer, but has "
+            f"{[len(g['params']) for g in saved_groups]}"
+        )
+    numbers = [i for group in saved_groups for i in group["params"]]
+    for number, parameter in zip(numbers, parameters_of(optimizer), strict=True):
+        for key, value in state_dict["state"].get(number, {}).items():
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                continue
+            if value.shape != parameter.shape:
+                raise ValueError(
+                    f"{key} of parameter {number} must have shape {tuple(parameter.shape)}, but has {tuple(value.shape)}; load "
+                    "a checkpoint of the same model"
+                )
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{key} of parameter {number} has values that are not finite; load another checkpoint")

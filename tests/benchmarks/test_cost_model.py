@@ -1,0 +1,136 @@
+"""Counts of benchmarks/kernels/cost_model.py against numbers worked out by hand, loops that count, and launches that happen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benchmarks.kernels import cost_model
+from benchmarks.kernels.contestants import make_problem
+from benchmarks.kernels.shapes import FULL, QUICK, Layer, Model
+from kfac_triton.kernels import runtime
+
+TINY = Model("tiny", "", (Layer(rows=4, inputs=3, outputs=2, count=2),), itemsize=4)
+
+
+def test_statistics_by_hand() -> None:
+    cost = cost_model.statistics(TINY)
+    # A is 4 x 4: 12 numbers of X, 10 of the old factor, 16 written; G is 2 x 2: 8, 3 and 4. Two layers of 4-byte numbers.
+    assert cost.bytes == 2 * 4 * (12 + 10 + 16 + 8 + 3 + 4)
+    # X^T X of 3 columns: 6 entries of 4 multiply-adds, then 3 column sums of 4 rows; G: 3 entries of 4 multiply-adds.
+    assert cost.operations == {"tf32": 2 * (48 + 12 + 24)}
+
+
+def test_sixteen_bit_rows_move_half_the_bytes() -> None:
+    full = cost_model.statistics(TINY)
+    half = cost_model.statistics(Model("tiny", "", TINY.layers, itemsize=2))
+    assert full.bytes - half.bytes == 2 * 2 * (12 + 8)
+    assert half.operations == {"bf16": full.total}
+
+
+def test_an_image_is_read_once_and_not_its_patches() -> None:
+    model = QUICK[1]
+    layer = model.layers[0]
+    assert layer.images is not None and layer.rows * layer.inputs == 9 * 4 * 3 * 12 * 12
+    alone = cost_model.statistics(Model("conv", "", (layer,), itemsize=2))
+    # Images 4 x 3 x 12 x 12, gradients 4 x 16 x 12 x 12; A 28 x 28 and G 16 x 16.
+    assert alone.bytes == 2 * (1728 + 9216) + 4 * (28 * 29 / 2 + 28 * 28 + 16 * 17 / 2 + 16 * 16)
+
+
+def lower(i: int, k: int) -> bool:
+    return k <= i
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_triangular_products_are_counted_as_loops_count_them(n: int) -> None:
+    def multiply_adds(used: Callable[[int, int, int], bool]) -> int:
+        return sum(used(i, j, k) for i in range(n) for j in range(n) for k in range(n))
+
+    assert cost_model.triangular_times_full(n, n) == 2 * multiply_adds(lambda i, j, k: lower(i, k))
+    both = multiply_adds(lambda i, j, k: lower(i, k) and lower(k, j))
+    assert cost_model.triangular_times_triangular(n) == 2 * both
+    # Lower half of Y T^T, where T ends at its row's diagonal.
+    assert cost_model.triangular_times_triangular(n) == 2 * multiply_adds(lambda i, j, k: lower(i, j) and lower(j, k))
+    assert cost_model.symmetric_rank_update(3, n) == 2 * 3 * sum(lower(i, j) for i in range(n) for j in range(n))
+
+
+def test_inverses_and_preconditioning_by_hand() -> None:
+    model = Model("one", "", (Layer(8, 16, 32, bias=False),))  # factors of 16 and 32, one gradient 32 x 16
+    warm = cost_model.warm_inverses(model)
+    assert warm.bytes == 4 * 3 * (136 + 528)
+    # T A: 136 * 16 * 2 and 528 * 32 * 2; a triangle of triangles: 16 * 17 * 18 / 3 = 1632 and 32 * 33 * 34 / 3 = 11968.
+    assert warm.operations == {"tf32x2": 4352 + 33792 + 13600, "tf32": 13600}
+    cost = cost_model.preconditioning(model)
+    assert cost.bytes == 4 * (2 * 512 + 136 + 528)
+    assert cost.operations == {"tf32": 2 * (2 * 528 * 16 + 2 * 136 * 32)}
+    cold = cost_model.cold_inverses(model)
+    assert cold.bytes == 4 * (136 + 256 + 528 + 1024)
+    # 8 doublings: 7 of two products, 7 times 2 and the certificate's; a product's triangle is 2 * n * n (n + 1) / 2.
+    assert cost_model.cold_steps() == 8
+    assert cold.operations == {"tf32x3": 15 * (16 * 16 * 17 + 32 * 32 * 33)}
+
+
+def test_the_number_of_doublings_is_that_of_the_schedule() -> None:
+    """In double precision, on the smallest eigenvalue alone: M <- M (h0 + h1 M)."""
+    from kfac_triton.kernels.newton_schulz.reference import chebyshev_step
+
+    for condition in (1e1, 1e3, 1e5):
+        steps = cost_model.cold_steps(condition)
+        bound = eigenvalue = torch.tensor([1 / condition], dtype=torch.float64)
+        history = []
+        for _ in range(steps):
+            h0, h1, bound = chebyshev_step(bound)
+            eigenvalue = eigenvalue * (h0 + h1 * eigenvalue)
+            history.append(abs(1 - eigenvalue.item()))
+        assert history[-1] <= 1e-3 < history[-2]
+
+
+def test_floor_is_the_longer_of_moving_and_multiplying() -> None:
+    rates = cost_model.Rates("toy", "", 10.0, {"tf32": 4.0, "bf16": 8.0})
+    assert rates.seconds(cost_model.Cost(100.0, {"tf32": 8.0, "bf16": 8.0}, 1)) == 10.0
+    assert rates.limit(cost_model.Cost(100.0, {"tf32": 8.0}, 1)) == "memory"
+    assert rates.seconds(cost_model.Cost(10.0, {"tf32": 8.0, "bf16": 8.0}, 1)) == 3.0
+    assert rates.limit(cost_model.Cost(10.0, {"tf32": 8.0}, 1)) == "arithmetic"
+    hopper = cost_model.DEVICES["H200"].operations
+    assert hopper["tf32x3"] * 3 == pytest.approx(hopper["tf32"]) and hopper["bf16"] == 989e12
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GH200 480GB", None),
+        ("AMD EPYC", None),
+    ],
+)
+def test_a_spec_sheet_is_for_its_module_alone(device: str, expected: str | None) -> None:
+    rates = cost_model.rates_of(device)
+    assert (rates.name if rates else None) == expected
+
+
+def test_the_table_says_what_it_is_and_has_every_row() -> None:
+    table = cost_model.table(cost_model.DEVICES["H100"])
+    assert "A model, not a measurement" in table
+    assert table.count("\n| ") == 1 + len(FULL) * 4
+    assert "3.35 TB/s" in table and "bf16 989 TFLOP/s" in table
+
+
+@pytest.mark.parametrize("operation", cost_model.OPERATIONS)
+def test_launches_are_those_that_happen(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted on a model with one fused stack, one tiled stack, and rows that are split."""
+    from triton.runtime.interpreter import GridExecutor
+
+    model = Model("m", "", (Layer(rows=1024, inputs=16, outputs=80, bias=False),))
+    problem = make_problem(operation, model, torch.device("cpu"))
+    launches = []
+    launch = GridExecutor.__call__
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *a, **k: launches.append(1) or launch(self, *a, **k))
+    problem.run("triton")
+    torch_launches = 1 if operation == "precondition" else 0  # of the sum of partial products
+    assert runtime.INTERPRETED
+    assert len(launches) + torch_launches == cost_model.OPERATIONS[operation](model).launches

@@ -1,0 +1,82 @@
+"""Inverses whose certificates nobody waits for: what is refused keeps its last certified inverse and is done again later."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.helpers import energy_error
+from torch import Tensor
+
+from kfac_triton.curvature.async_flags import LateFlags
+from kfac_triton.curvature.inverse import ACCEPT, InverseStack
+from kfac_triton.settings import METHODS
+
+NAMED_METHODS = [method for method in METHODS if method != "auto"]
+
+
+def _inverses(stack: InverseStack) -> Tensor:
+    values = stack.values.double()
+    return values.mT @ values if stack.factored else values
+
+
+def _factors(condition: float) -> Tensor:
+    """Two matrices of largest eigenvalue 1; the second one of this condition number."""
+    basis = torch.linalg.qr(torch.randn(24, 24, dtype=torch.float64))[0]
+    exponents = torch.linspace(0, 1, 24, dtype=torch.float64)
+    stack = torch.stack([(basis * c**-exponents) @ basis.T for c in (10.0, condition)])
+    return ((stack + stack.mT) / 2).float()
+
+
+@pytest.mark.parametrize("method", NAMED_METHODS)
+def test_a_refused_matrix_is_done_again_a_refresh_later(method: str) -> None:
+    easy, hard = _factors(100.0), _factors(1e12)
+    damping, little = torch.tensor([0.1, 0.1]), torch.tensor([0.1, 1e-12])
+    stack = InverseStack(easy, method, 0.05, "torch", wait=False)
+    for _ in range(2):
+        stack.refresh(easy, damping)
+    before, certificate = stack.values.clone(), stack.residual.clone()
+    stack.refresh(hard, little)  # beyond float32
+    assert torch.equal(stack.values[1], before[1])
+    assert torch.equal(stack.residual[1], certificate[1])
+    assert stack.damping.tolist() == damping.tolist()
+    assert stack.fallbacks.tolist() == [0, 1]
+    assert energy_error(hard[0] + 0.1 * torch.eye(24), _inverses(stack)[0]) < ACCEPT  # its neighbour is up to date
+    stack.refresh(hard, little)
+    assert (stack.residual <= ACCEPT).all()
+    assert not torch.equal(stack.values[1], before[1])
+    assert stack.raised[1] > 0
+    assert energy_error(hard[1] + stack.damping[1] * torch.eye(24), _inverses(stack)[1]) < ACCEPT
+
+
+@pytest.mark.parametrize("method", NAMED_METHODS)
+def test_what_is_certified_is_what_waiting_would_have_given(method: str) -> None:
+    waiting, late = (InverseStack(_factors(10.0), method, 0.05, "torch", wait=wait) for wait in (True, False))
+    factors, damping = _factors(1e3), torch.tensor([0.1, 0.01])
+    for _ in range(3):
+        factors = 0.9 * factors + 0.1 * _factors(1e3)  # as a moving average moves
+        for stack in (waiting, late):
+            stack.refresh(factors, damping)
+        assert torch.equal(waiting.values, late.values)
+        assert torch.equal(waiting.residual, late.residual)
+
+
+def test_the_first_refresh_and_one_after_a_restart_wait() -> None:
+    """There is no last certified inverse yet, or none of these factors."""
+    stack = InverseStack(_factors(10.0), "newton_schulz", 0.05, "torch", wait=False)
+    hard, little = _factors(1e12), torch.tensor([0.1, 1e-12])
+    stack.refresh(hard, little)
+    assert (stack.residual <= ACCEPT).all()
+    stack.refresh(_factors(10.0), torch.tensor([0.1, 0.1]))
+    stack.restart()
+    before = stack.values.clone()
+    stack.refresh(hard, little)
+    assert (stack.residual <= ACCEPT).all()
+    assert not torch.equal(stack.values[1], before[1])
+
+
+def test_flags_are_given_once() -> None:
+    flags = LateFlags(3, torch.device("cpu"))
+    assert flags.receive() == []
+    flags.send(torch.tensor([False, True, True]))
+    assert flags.receive() == [1, 2]
+    assert flags.receive() == []
