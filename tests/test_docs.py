@@ -23,7 +23,7 @@ from kfac_triton.presets import preset
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-LINKED = [*PAGES, ROOT / "benchmarks" / "README.md"]
+LINKED = [*PAGES, ROOT / "benchmarks" / "README.md", ROOT / ".github" / "CONTRIBUTING.md"]
 # Blocks that need other packages than the tests do.
 SLOW = {"docs/trainers.md"}
 CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
