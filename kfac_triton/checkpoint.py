@@ -133,8 +133,8 @@ def follow_moves(optimizer: Optimizer) -> None:
         for p in group["params"]:
             state = optimizer.state[p]
             tensors = {key: x for key, x in state.items() if isinstance(x, Tensor)}
-            # A counter stays on the host, unless a recorded graph is to count on.
-            moving = {key: x for key, x in tensors.items() if x.dim() or group["capturable"]}
+            # A counter stays on the host, unless the device counts.
+            moving = {key: x for key, x in tensors.items() if x.dim() or group["capturable"] or x.device.type != "cpu"}
             state.update({key: x.to(p.device) for key, x in moving.items()})
 
 

@@ -17,7 +17,7 @@ from .covering import choose_layers, frozen_weights, refuse_sharded, require_bac
 from .curvature import Curvature
 from .fisher_pass import FisherPass
 from .functional import attach_functional
-from .gradients import add_updates, assemble
+from .gradients import add_flags, add_updates, assemble, unmoved
 from .inverse import InverseStack
 from .kernels import addresses
 from .partition import Partition
@@ -73,6 +73,10 @@ class Engine:
         self.nu = torch.ones((), device=self.bank.home)
         self.dropped_statistics = torch.zeros(len(self.layers), dtype=torch.long, device=self.bank.home)
         self.dropped_gradients = torch.zeros(len(self.partition.tiles), dtype=torch.long, device=self.bank.home)
+        # Of the last step: whether parameters' gradients were finite, flags on the device, where the host does not look;
+        # and which parameters go along their gradient in some rows, whose layer has no statistics yet.
+        self.finite: dict[nn.Parameter, Tensor] | None = None
+        self.mixed: set[nn.Parameter] = set()
         self.without_statistics = set(range(len(self.layers)))
         self.refreshes = 0
         self.has_touched_inverses = False  # in this step
@@ -139,8 +143,8 @@ class Engine:
 
         Returns:
             Parameters with the tensors that stand for their gradients, valid until the next call. Parameters that K-FAC does
-            not cover, or has no statistics for, are not in it. A gradient that is not finite gives None, or zeros where the
-            host does not look.
+            not cover, or has no statistics for, are not in it. Where the host looks, a gradient that is not finite gives None;
+            elsewhere `finite` has a flag for each parameter, and what is not finite gives zeros.
 
         Raises:
             RuntimeError: if the engine is closed.
@@ -272,24 +276,30 @@ class Engine:
         blocks, stacks = self.partition.blocks, self.curvature.gradients
         products = self.curvature.precondition([usable[block.layer_number] for block in blocks], self.damping)
         order = [number for stack in stacks for number in stack.tiles]
-        rates = _vector([learning_rate(blocks[self.partition.tiles[number].block].layer.weight) for number in order], products)
-        self.nu = kl_clip_scale(products, rates, self.settings.kl_clip)
+        weights = [blocks[self.partition.tiles[number].block].layer.weight for number in order]
+        broken = ~torch.isfinite(products)
+        stays, are_finite = unmoved(broken, weights)
+        rates = _vector([learning_rate(weight) for weight in weights], products)
+        self.nu = kl_clip_scale(products.masked_fill(stays, 0.0), rates, self.settings.kl_clip)
+        self.dropped_gradients.index_add_(0, torch.cat([stack.places for stack in stacks]), broken.long())
         updates: dict[int, Tensor] = {}
-        broken: set[int] = set()
-        for stack in stacks:
-            flags = stack.finish(self.nu)
-            self.dropped_gradients[stack.places] += flags.to(self.bank.home)
+        for stack, flags in zip(stacks, stays.split([len(stack.tiles) for stack in stacks]), strict=True):
+            stack.finish(self.nu, flags)
             updates.update(zip(stack.tiles, stack.update, strict=True))
-            if self.host_looks and bool(flags.any()):
-                tiles = [self.partition.tiles[stack.tiles[i]] for i in flags.nonzero().flatten().tolist()]
-                broken |= {blocks[tile.block].layer_number for tile in tiles}
+        self.finite = None if self.host_looks else {}
         result: dict[nn.Parameter, Tensor | None] = {}
         first = 0
-        for number, (layer, is_usable) in enumerate(zip(self.layers, usable, strict=True)):
+        for layer, is_usable in zip(self.layers, usable, strict=True):
             if is_usable:
                 blocks_of_layer = [assemble(self.partition, first + g, updates) for g in range(layer.groups)]
-                add_updates(result, layer, layer.read_update(blocks_of_layer), is_broken=number in broken)
+                read = layer.read_update(blocks_of_layer)
+                is_finite = are_finite[layer.weight]
+                add_updates(result, layer, read, is_broken=self.host_looks and not bool(is_finite))
+                if self.finite is not None:
+                    add_flags(self.finite, read, is_finite)
             first += layer.groups
+        raw = [layer for layer, is_usable in zip(self.layers, usable, strict=True) if not is_usable]
+        self.mixed = {p for layer in raw for p in (layer.weight, layer.bias) if p in result}
         return result
 
     def restore_step(self, steps: int) -> None:

@@ -271,11 +271,12 @@ class KFAC(EngineFace, Optimizer):
         learning_rates = {p: group["lr"] for group in self.param_groups for p in group["params"]}
         with transaction(self.engine):
             updates = self.engine.precondition(lambda p: learning_rates.get(p, 0.0))
-            self._dropped += tail.drop_bad_gradients(self._parameters(), updates, self.engine.host_looks)
+            self._dropped += tail.drop_bad_gradients(self._parameters(), updates, self.engine.finite, self.engine.mixed)
             # All that needs memory comes before the first parameter moves.
             work = [tail.prepare(group, updates, self.state) for group in self.param_groups]
+            held = tail.hold(self.param_groups, work, self.engine.finite)
             for group, (params, gradients, states) in zip(self.param_groups, work, strict=True):
-                tail.apply(group, params, gradients, states)
+                tail.apply(group, params, gradients, states, held)
         return loss
 
     def diagnostics(self) -> dict[str, Any]:
