@@ -48,10 +48,11 @@ class Hold:
 
     def __init__(self, finite: dict[Any, Tensor]) -> None:
         self._finite = finite
+        self._uncounted: dict[Any, Tensor] = {}  # 1 for a parameter that stays, 0 for others
         self._room: dict[torch.device, Tensor] = {}
 
     def reserve(self, params: Sequence[Tensor], states: Sequence[State], names: Sequence[str], together: bool) -> None:
-        """Makes room for the copies that `over` needs for any portion of these, before the first parameter moves.
+        """Prepares `over` for any portion of these: what needs memory must come before the first parameter moves.
 
         Counters that were on the host until now (before the first step, or in a checkpoint) move to the parameters' device.
         """
@@ -59,7 +60,11 @@ class Hold:
             if state["step"].device != p.device:
                 state["step"] = state["step"].to(p.device)
         for places in portions(params, together):
-            changing = _changing([params[i] for i in places], [states[i] for i in places], names)
+            some = [params[i] for i in places]
+            flags = [self._finite[p].to(p.device) for p in some]
+            self._finite.update(zip(some, flags, strict=True))
+            self._uncounted.update(zip(some, (~torch.stack(flags)).to(torch.float32).unbind(), strict=True))
+            changing = _changing(some, [states[i] for i in places], names)
             device, needed = changing[0].device, sum(map(_bytes, changing))
             if device not in self._room or len(self._room[device]) < needed:
                 self._room.pop(device, None)  # first, so that both are never there
@@ -68,13 +73,13 @@ class Hold:
     @contextmanager
     def over(self, params: Sequence[Tensor], states: Sequence[State], names: Sequence[str]) -> Iterator[None]:
         """Context of a step of one portion; `names` are the tensors of a state that it changes, beside the counter."""
-        flags = [self._finite[p].to(p.device) for p in params]
+        flags = [self._finite[p] for p in params]
         changing = _changing(params, states, names)
         kept = self._copies(changing)
         yield
         for is_finite, new, old in zip(flags * (1 + len(names)), changing, kept, strict=True):
             torch.where(is_finite, new, old, out=new)
-        torch._foreach_sub_([state["step"] for state in states], (~torch.stack(flags)).to(torch.float32).unbind())
+        torch._foreach_sub_([state["step"] for state in states], [self._uncounted[p] for p in params])
 
     def _copies(self, tensors: list[Tensor]) -> list[Tensor]:
         room, first, kept = self._room[tensors[0].device], 0, []

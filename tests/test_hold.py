@@ -154,7 +154,7 @@ def test_rows_without_statistics_keep_no_nan_in(way: str) -> None:
 def test_nobody_waits_to_hear_of_a_bad_gradient(name: str, capturable: bool) -> None:
     with counted_launches():  # the kernels are not run: all that they would have written is zero
         model = Net()
-        optimizer = KFAC(model, backend="triton", capturable=capturable, **TAILS[name])
+        optimizer = KFAC(model, inverse="factored", backend="triton", capturable=capturable, **TAILS[name])
         for step in range(4):
             _backward(model, optimizer, step)
             model.scale.grad.fill_(torch.nan)  # type: ignore[union-attr]
@@ -272,7 +272,7 @@ def test_room_is_that_of_the_largest_portion_and_counters_move_to_the_parameters
     group = {**GROUP, "capturable": False}
     states = [tail.initial_state(p, group) for p in params]
     assert {state["step"].device.type for state in states} == {"cpu"}
-    held = hold.Hold({})
+    held = hold.Hold({p: torch.ones((), dtype=torch.bool, device="meta") for p in params})
     held.reserve(params, states, ("momentum_buffer",), together=True)
     assert {state["step"].device.type for state in states} == {"meta"}
     assert [len(room) for room in held._room.values()] == [2 * 448]  # 400 bytes each, aligned
