@@ -208,9 +208,12 @@ def apply(
         held: what keeps some of them as they are, where the host does not know which. Steps are then counted on the device,
             and Adam's bias correction, which depends on the count, is computed there.
     """
+    if not params:
+        return
+    if group["tail"] == "sgd" and not group["capturable"] and isinstance(group["lr"], Tensor):
+        group = {**group, "lr": group["lr"].item()}  # as PyTorch's SGD does, but once
     if held is None and not group["capturable"]:
-        if params:
-            _apply(group, params, gradients, states)
+        _apply(group, params, gradients, states)
         return
     on_device = group["capturable"] or group["tail"] == "adamw"
     for i in portions(params, group["foreach"] is not False):
@@ -241,8 +244,6 @@ def _apply(group: dict[str, Any], params: list[Tensor], gradients: list[Tensor],
             maximize=group["maximize"],
         )
         return
-    if isinstance(lr, Tensor):
-        lr = lr.item()  # as PyTorch's SGD does, but once
     if decay:
         torch._foreach_mul_(params, 1 - lr * decay)
     torch._foreach_add_([s["step"] for s in states], 1.0)

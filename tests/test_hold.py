@@ -11,7 +11,7 @@ import torch
 from launches import counted_launches, nobody_waits
 from torch import Tensor, nn
 
-from kfac_triton import KFAC, hold, tail
+from kfac_triton import KFAC, KFACPreconditioner, hold, tail
 
 BAD = [torch.nan, torch.inf, -torch.inf]
 TAILS: dict[str, dict[str, Any]] = {
@@ -186,6 +186,23 @@ def test_a_checkpoint_after_a_bad_gradient_resumes(name: str, way: str) -> None:
         _backward(*run, seed=2)
         run[1].step()
     assert _equal(_state(model, optimizer), _state(other, resumed))
+
+
+@pytest.mark.parametrize("host_looks", [True, False])
+def test_a_preconditioner_zeroes_the_layer_and_leaves_the_rest(host_looks: bool) -> None:
+    """All that it can do to keep a NaN from another optimizer; one of several tiles is bad."""
+    torch.manual_seed(0)
+    model = Net()
+    preconditioner = KFACPreconditioner(model, max_factor_size=5, oversize="block")
+    preconditioner.engine.host_looks = host_looks
+    model(torch.randn(2, 3, 3)).square().mean().backward()
+    model.second.weight.grad[-1, -1] = torch.nan
+    model.scale.grad[0] = torch.nan
+    preconditioner.precondition_()
+    zero = {name for name, p in model.named_parameters() if not p.grad.any()}
+    assert zero == {"second.weight", "second.bias"}
+    assert model.scale.grad.isnan().tolist() == [True, False, False, False]
+    assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if name != "scale")
 
 
 # The parts
