@@ -19,7 +19,7 @@ from .capture.statistics import Statistics
 from .cuda_graphs import require_recordable_settings
 from .curvature.curvature import Curvature
 from .curvature.factor_update import Collector
-from .curvature.preconditioning import kl_clip_scale, rate_vector, updates_of_layers
+from .curvature.preconditioning import kl_clip_scale, rate_vector, unmoved, updates_of_layers
 from .fisher.losses import likelihood_of
 from .kernels import runtime
 from .layers.partition import Partition
@@ -75,6 +75,10 @@ class Engine:
         self.nu = torch.ones((), device=self.bank.home)
         self.dropped_statistics = torch.zeros(len(self.layers), dtype=torch.long, device=self.bank.home)
         self.dropped_gradients = torch.zeros(len(self.partition.tiles), dtype=torch.long, device=self.bank.home)
+        # Of the last step: whether parameters' gradients were finite, flags on the device, where the host does not look;
+        # and which parameters go along their gradient in some rows, whose layer has no statistics yet.
+        self.finite: dict[nn.Parameter, Tensor] | None = None
+        self.mixed: set[nn.Parameter] = set()
         self.without_statistics = set(range(len(self.layers)))
         self.refreshes = 0
         self.has_touched_inverses = False  # in this step
@@ -141,8 +145,8 @@ class Engine:
 
         Returns:
             Parameters with the tensors that stand for their gradients, valid until the next call. Parameters that K-FAC does
-            not cover, or has no statistics for, are not in it. A gradient that is not finite gives None, or zeros where the
-            host does not look.
+            not cover, or has no statistics for, are not in it. Where the host looks, a gradient that is not finite gives None;
+            elsewhere `finite` has a flag for each parameter, and what is not finite gives zeros.
 
         Raises:
             RuntimeError: if the engine is closed.
@@ -256,20 +260,20 @@ class Engine:
         blocks, stacks = self.partition.blocks, self.curvature.gradients
         products = self.curvature.precondition([usable[block.layer_number] for block in blocks], self.damping)
         order = [number for stack in stacks for number in stack.tiles]
-        rates = rate_vector(
-            [learning_rate(blocks[self.partition.tiles[number].block].layer.weight) for number in order], products
-        )
-        self.nu = kl_clip_scale(products, rates, self.settings.kl_clip)
+        weights = [blocks[self.partition.tiles[number].block].layer.weight for number in order]
+        broken = ~torch.isfinite(products)
+        stays, are_finite = unmoved(broken, weights)
+        rates = rate_vector([learning_rate(weight) for weight in weights], products)
+        self.nu = kl_clip_scale(products.masked_fill(stays, 0.0), rates, self.settings.kl_clip)
+        self.dropped_gradients.index_add_(0, torch.cat([stack.places for stack in stacks]), broken.long())
         updates: dict[int, Tensor] = {}
-        broken: set[int] = set()
-        for stack in stacks:
-            flags = stack.finish(self.nu)
-            self.dropped_gradients[stack.places] += flags.to(self.bank.home)
+        for stack, flags in zip(stacks, stays.split([len(stack.tiles) for stack in stacks]), strict=True):
+            stack.finish(self.nu, flags)
             updates.update(zip(stack.tiles, stack.update, strict=True))
-            if self.host_looks and bool(flags.any()):
-                tiles = [self.partition.tiles[stack.tiles[i]] for i in flags.nonzero().flatten().tolist()]
-                broken |= {blocks[tile.block].layer_number for tile in tiles}
-        return updates_of_layers(self.partition, self.layers, usable, updates, broken)
+        result, self.finite = updates_of_layers(self.partition, self.layers, usable, updates, are_finite, self.host_looks)
+        raw = [layer for layer, is_usable in zip(self.layers, usable, strict=True) if not is_usable]
+        self.mixed = {p for layer in raw for p in (layer.weight, layer.bias) if p in result}
+        return result
 
     def restore_step(self, steps: int) -> None:
         """Goes on from a step, for the schedules and intervals."""

@@ -273,11 +273,13 @@ class KFAC(EngineFace, Optimizer):
         learning_rates = {p: group["lr"] for group in self.param_groups for p in group["params"]}
         with transaction(self.engine):
             updates = self.engine.precondition(lambda p: learning_rates.get(p, 0.0))
-            self._dropped += first_order.drop_bad_gradients(self._parameters(), updates, self.engine.host_looks)
+            finite, mixed = self.engine.finite, self.engine.mixed
+            self._dropped += first_order.drop_bad_gradients(self._parameters(), updates, finite, mixed)
             # All that needs memory comes before the first parameter moves.
             work = [first_order.prepare(group, updates, self.state) for group in self.param_groups]
+            held = first_order.hold(self.param_groups, work, finite)
             for group, (params, gradients, states) in zip(self.param_groups, work, strict=True):
-                first_order.apply(group, params, gradients, states)
+                first_order.apply(group, params, gradients, states, held)
         return loss
 
     def diagnostics(self) -> dict[str, Any]:

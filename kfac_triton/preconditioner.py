@@ -57,6 +57,9 @@ class KFACPreconditioner(EngineFace):
     def precondition_(self) -> None:
         """Overwrites the gradients of covered layers, in place, with the KL-clipped preconditioned ones.
 
+        A layer whose gradient has a NaN or Inf gets zeros. Momentum and weight decay of the optimizer go on from there, and
+        gradients of parameters that K-FAC does not cover stay as they are: unlike `KFAC`, this cannot keep a parameter still.
+
         Raises:
             RuntimeError: if the preconditioner is closed.
         """

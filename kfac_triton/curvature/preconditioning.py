@@ -76,13 +76,11 @@ class GradientStack:
         plain = all(gradient.is_contiguous() for gradient in gradients)
         return self._backend if plain and len({g.dtype for g in gradients if g.numel()}) == 1 else "torch"
 
-    def finish(self, scale: Tensor) -> Tensor:
-        """Scales V by nu; a tile whose gradient is not finite gets no update. Returns the flags (B,) of those."""
-        broken = ~torch.isfinite(self.product)
+    def finish(self, scale: Tensor, stays: Tensor) -> None:
+        """Scales V by nu; tiles that stay as they are, flags (B,), get no update."""
         self.update.mul_(scale.to(self.update))
-        if not self._host_looks or bool(broken.any()):
-            self.update.masked_fill_(broken[:, None, None], 0.0)
-        return broken
+        if not self._host_looks or bool(stays.any()):
+            self.update.masked_fill_(stays.to(self.update.device)[:, None, None], 0.0)
 
 
 def add_updates(
@@ -106,6 +104,29 @@ def add_updates(
             whole = parameter.grad.to(update.dtype, copy=True) if whole is None else whole
             whole[part] = update
             result[parameter] = whole
+
+
+def unmoved(broken: Tensor, weights: Sequence[nn.Parameter]) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
+    """What one bad tile of a weight's gradient stops: all tiles of that weight. The host waits for nothing.
+
+    Args:
+        broken: whether the gradient of a tile is not finite, (tiles,).
+        weights: which weight each tile belongs to.
+
+    Returns:
+        Whether a tile stays as it is, (tiles,), and whether a weight has a finite gradient.
+    """
+    numbers = {weight: i for i, weight in enumerate(dict.fromkeys(weights))}
+    owners = device_table(tuple((numbers[weight],) for weight in weights), broken.device).flatten()
+    stays = torch.zeros(len(numbers), dtype=torch.long, device=broken.device).index_add_(0, owners, broken.long()) > 0
+    return stays[owners], dict(zip(numbers, (~stays).unbind(), strict=True))
+
+
+def add_flags(finite: dict[nn.Parameter, Tensor], updates: list[tuple[nn.Parameter, Tensor]], is_finite: Tensor) -> None:
+    """Adds the flag of a layer to those of its parameters; one that several layers share needs all of theirs."""
+    for parameter, _ in updates:
+        if parameter.grad is not None:
+            finite[parameter] = finite[parameter] & is_finite if parameter in finite else is_finite
 
 
 def assemble(partition: Partition, block: int, updates: dict[int, Tensor]) -> Tensor:
@@ -152,22 +173,33 @@ def rate_vector(rates: list[float | Tensor], like: Tensor) -> Tensor:
 
 
 def updates_of_layers(
-    partition: Partition, layers: Sequence[Layer], usable: Sequence[bool], tiles: dict[int, Tensor], broken: set[int]
-) -> dict[nn.Parameter, Tensor | None]:
-    """Parameters with what stands for their gradients.
+    partition: Partition,
+    layers: Sequence[Layer],
+    usable: Sequence[bool],
+    tiles: dict[int, Tensor],
+    are_finite: dict[nn.Parameter, Tensor],
+    host_looks: bool,
+) -> tuple[dict[nn.Parameter, Tensor | None], dict[nn.Parameter, Tensor] | None]:
+    """Parameters with what stands for their gradients, and whether the gradient of each is finite.
 
     Args:
         partition: of the layers.
         layers: all of them.
         usable: flags, one a layer; the parameters of the others are not in the result.
         tiles: V of each tile, by its number.
-        broken: numbers of the layers with a gradient that is not finite: their parameters have None.
+        are_finite: flags on the device, by weight.
+        host_looks: whether the host reads the flags: then a parameter whose layer has a bad gradient has None, and there are
+            no flags in the result.
     """
     result: dict[nn.Parameter, Tensor | None] = {}
+    finite: dict[nn.Parameter, Tensor] | None = None if host_looks else {}
     first = 0
-    for number, (layer, is_usable) in enumerate(zip(layers, usable, strict=True)):
+    for layer, is_usable in zip(layers, usable, strict=True):
         if is_usable:
             blocks = [assemble(partition, first + group, tiles) for group in range(layer.groups)]
-            add_updates(result, layer, layer.read_update(blocks), is_broken=number in broken)
+            update, is_finite = layer.read_update(blocks), are_finite[layer.weight]
+            add_updates(result, layer, update, is_broken=host_looks and not bool(is_finite))
+            if finite is not None:
+                add_flags(finite, update, is_finite)
         first += layer.groups
-    return result
+    return result, finite

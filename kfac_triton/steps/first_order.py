@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from ..layers.dtensor import local
+from .hold import Hold, portions
 
 
 def refuse_gradients(parameters: list[nn.Parameter]) -> None:
@@ -24,26 +26,36 @@ def refuse_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def drop_bad_gradients(
-    parameters: list[nn.Parameter], updates: dict[nn.Parameter, Tensor | None], host_looks: bool
+    parameters: list[nn.Parameter],
+    updates: dict[nn.Parameter, Tensor | None],
+    finite: dict[nn.Parameter, Tensor] | None,
+    mixed: Container[nn.Parameter] = (),
 ) -> int | Tensor:
-    """Keeps a NaN or Inf out of parameters that K-FAC does not cover: adds to updates what stands for such a gradient.
+    """Keeps a NaN or Inf out of parameters that K-FAC does not cover, or not in all rows.
 
-    Where the host looks that is None, and the parameter stays as it is; elsewhere zeros. Returns how many there are.
+    Args:
+        parameters: all of them.
+        updates: of those that K-FAC covers. Where the host looks, None is added for others whose gradient is not finite.
+        finite: None where the host looks. Elsewhere whether the gradients of those in updates are finite; others are added.
+        mixed: those in updates that go along their gradient in some rows.
+
+    Returns:
+        How many of these have a gradient that is not finite.
     """
-    others = [p for p in parameters if p.grad is not None and p not in updates]
+    covered = {p for p, update in updates.items() if update is None or p not in mixed}
+    others = [p for p in parameters if p.grad is not None and p not in covered]
     if not others:
         return 0
     gradients = [local(p.grad) for p in others if p.grad is not None]
     # The norm of largest magnitude does not overflow, and hands a NaN on.
-    finite = [torch.isfinite(x) for x in torch._foreach_norm(gradients, torch.inf)]
-    if host_looks:
-        bad = [p for p, is_finite in zip(others, finite, strict=True) if not bool(is_finite)]
+    are_finite = [torch.isfinite(x) for x in torch._foreach_norm(gradients, torch.inf)]
+    if finite is None:
+        bad = [p for p, is_finite in zip(others, are_finite, strict=True) if not bool(is_finite)]
         updates.update(dict.fromkeys(bad))
         return len(bad)
-    for p, is_finite in zip(others, finite, strict=True):
-        assert p.grad is not None
-        updates[p] = torch.where(is_finite, p.grad, 0.0)
-    return torch.stack([~is_finite.to(finite[0].device) for is_finite in finite]).sum()
+    for p, is_finite in zip(others, are_finite, strict=True):
+        finite[p] = finite[p].to(is_finite.device) & is_finite if p in finite else is_finite
+    return torch.stack([~is_finite.to(are_finite[0].device) for is_finite in are_finite]).sum()
 
 
 Work = tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]
@@ -55,12 +67,36 @@ def prepare(group: dict[str, Any], updates: dict[nn.Parameter, Tensor | None], s
     moving = [(p, along.to(p.dtype)) for p, along in pairs if along is not None]
     if group["tail"] == "adamw" or group["capturable"]:
         # They ask for this much memory when they have changed their state already: freed again, it is in the allocator's cache.
-        reserve = [torch.empty_like(p) for p, _ in moving if p.is_cuda]
-        del reserve
+        for places in portions([p for p, _ in moving], group["foreach"] is not False):
+            reserve = [torch.empty_like(moving[i][0]) for i in places if moving[i][0].is_cuda]
+            del reserve
     return [p for p, _ in moving], [along for _, along in moving], [states[p] for p, _ in moving]
 
 
-def apply(group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]) -> None:
+def _changes(group: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the tensors in a parameter's state that a step changes, beside the counter."""
+    if group["tail"] == "adamw":
+        return "exp_avg", "exp_avg_sq"
+    return ("momentum_buffer",) if group["momentum"] else ()
+
+
+def hold(groups: list[dict[str, Any]], work: list[Work], finite: dict[nn.Parameter, Tensor] | None) -> Hold | None:
+    """What keeps parameters whose gradients are not finite as they are, with its memory; None where the host looks."""
+    if finite is None:
+        return None
+    result = Hold(finite)
+    for group, (params, _, states) in zip(groups, work, strict=True):
+        result.reserve(params, states, _changes(group), group["foreach"] is not False)
+    return result
+
+
+def apply(
+    group: dict[str, Any],
+    params: list[Tensor],
+    gradients: list[Tensor],
+    states: list[dict[str, Any]],
+    held: Hold | None = None,
+) -> None:
     """One step of a group: decoupled weight decay (Loshchilov and Hutter 2019), then SGD with momentum or Adam.
 
     Args:
@@ -68,13 +104,25 @@ def apply(group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], 
         params: parameters that have a gradient.
         gradients: what to move along, one a parameter; not changed.
         states: from `initial_state`, one a parameter.
+        held: what keeps some of them as they are, where the host does not know which. Steps are then counted on the device,
+            and Adam's bias correction, which depends on the count, is computed there.
     """
     if not params:
         return
-    if group["capturable"]:
-        for i in _alike(params, group["foreach"] is not False):
-            _apply_on_device(group, [params[k] for k in i], [gradients[k] for k in i], [states[k] for k in i])
+    if group["tail"] == "sgd" and not group["capturable"] and isinstance(group["lr"], Tensor):
+        group = {**group, "lr": group["lr"].item()}  # as PyTorch's SGD does, but once
+    if held is None and not group["capturable"]:
+        _apply(group, params, gradients, states)
         return
+    on_device = group["capturable"] or group["tail"] == "adamw"
+    for i in portions(params, group["foreach"] is not False):
+        some = [params[k] for k in i], [gradients[k] for k in i], [states[k] for k in i]
+        with contextlib.nullcontext() if held is None else held.over(some[0], some[2], _changes(group)):
+            (_apply_on_device if on_device else _apply)(group, *some)
+
+
+def _apply(group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]) -> None:
+    """`apply` by PyTorch's own rules."""
     lr, decay = group["lr"], group["weight_decay"]
     if group["tail"] == "adamw":
         adamw(
@@ -95,8 +143,6 @@ def apply(group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], 
             maximize=group["maximize"],
         )
         return
-    if isinstance(lr, Tensor):
-        lr = lr.item()  # as PyTorch's SGD does, but once
     if decay:
         torch._foreach_mul_(params, 1 - lr * decay)
     torch._foreach_add_([s["step"] for s in states], 1.0)
@@ -113,14 +159,6 @@ def apply(group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], 
         nesterov=group["nesterov"],
         maximize=group["maximize"],
     )
-
-
-def _alike(params: list[Tensor], together: bool) -> list[list[int]]:
-    """Places of the parameters that one operation takes: those of one device and type, or each alone."""
-    kinds: dict[Any, list[int]] = {}
-    for i, p in enumerate(params):
-        kinds.setdefault((p.device, p.dtype) if together else i, []).append(i)
-    return list(kinds.values())
 
 
 def _apply_on_device(
@@ -166,7 +204,9 @@ def _adamw_on_device(
     torch._foreach_lerp_(means, gradients, 1 - beta1)
     torch._foreach_mul_(squares, beta2)
     torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
-    divisors = torch._foreach_sqrt(squares)
+    divisors = list(torch._foreach_sqrt(squares))
+    if divisors[0].dtype in (torch.bfloat16, torch.float16):  # to which a GPU would round the roots and rates
+        divisors = [x.float() for x in divisors]
     torch._foreach_div_(divisors, roots.unbind())
     torch._foreach_add_(divisors, group["eps"])
     torch._foreach_div_(divisors, rates.unbind())

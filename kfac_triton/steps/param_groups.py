@@ -57,7 +57,8 @@ def validate_group(group: dict[str, Any]) -> None:
 def initial_state(parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
     """State of one parameter, complete from the start: checkpoint tools ask for it before the first step.
 
-    The step is counted on the host, as PyTorch's optimizers do it, unless it has to be part of a recorded graph.
+    The step is counted on the host, as PyTorch's optimizers do it, unless it has to be part of a recorded graph. Where the
+    device alone knows which gradients are finite, `Hold` moves the counter there.
     """
     device = parameter.device if group["capturable"] else None
     state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
@@ -111,8 +112,8 @@ def follow_moves(optimizer: Optimizer) -> None:
         for p in group["params"]:
             state = optimizer.state[p]
             tensors = {key: x for key, x in state.items() if isinstance(x, Tensor)}
-            # A counter stays on the host, unless a recorded graph is to count on.
-            moving = {key: x for key, x in tensors.items() if x.dim() or group["capturable"]}
+            # A counter stays on the host, unless the device counts.
+            moving = {key: x for key, x in tensors.items() if x.dim() or group["capturable"] or x.device.type != "cpu"}
             state.update({key: x.to(p.device) for key, x in moving.items()})
 
 

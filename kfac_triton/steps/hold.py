@@ -1,0 +1,99 @@
+"""Parameters that keep their values although the host does not know which: those with a NaN or Inf in their gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layers.dtensor import local
+
+_FEW = 1 << 22  # elements: smaller portions would save little memory, and each costs some launches
+_ALIGNMENT = 64  # bytes between which copies begin
+
+State = dict[str, Any]
+
+
+def portions(params: Sequence[Tensor], together: bool) -> list[list[int]]:
+    """Places of the parameters that one operation takes: those of one device and type, or each alone.
+
+    A portion has no more elements than the largest parameter (or `_FEW`), so that temporaries stay small.
+    """
+    most = max([_FEW, *(p.numel() for p in params)])
+    result: list[list[int]] = []
+    last: dict[Any, tuple[list[int], int]] = {}
+    for i, p in enumerate(params):
+        kind = (p.device, p.dtype) if together else i
+        portion, size = last.get(kind, ([], 0))
+        if not portion or size + p.numel() > most:
+            portion, size = [], 0
+            result.append(portion)
+        portion.append(i)
+        last[kind] = portion, size + p.numel()
+    return result
+
+
+class Hold:
+    """Puts parameters back as they were, with what the tail keeps of them, if their gradient was not finite.
+
+    The device decides, and the host does not wait to hear it. Nothing is multiplied by zero (of a NaN that is a NaN): the step
+    is taken, and the old numbers are selected in place of the new ones, so that those that stay are the same bit for bit.
+
+    Args:
+        finite: whether the gradient of a parameter is finite, a bool on the device (its own or another).
+    """
+
+    def __init__(self, finite: dict[Any, Tensor]) -> None:
+        self._finite = finite
+        self._uncounted: dict[Any, Tensor] = {}  # 1 for a parameter that stays, 0 for others
+        self._room: dict[torch.device, Tensor] = {}
+
+    def reserve(self, params: Sequence[Tensor], states: Sequence[State], names: Sequence[str], together: bool) -> None:
+        """Prepares `over` for any portion of these: what needs memory must come before the first parameter moves.
+
+        Counters that were on the host until now (before the first step, or in a checkpoint) move to the parameters' device.
+        """
+        for p, state in zip(params, states, strict=True):
+            if state["step"].device != p.device:
+                state["step"] = state["step"].to(p.device)
+        for places in portions(params, together):
+            some = [params[i] for i in places]
+            flags = [self._finite[p].to(p.device) for p in some]
+            self._finite.update(zip(some, flags, strict=True))
+            self._uncounted.update(zip(some, (~torch.stack(flags)).to(torch.float32).unbind(), strict=True))
+            changing = _changing(some, [states[i] for i in places], names)
+            device, needed = changing[0].device, sum(map(_bytes, changing))
+            if device not in self._room or len(self._room[device]) < needed:
+                self._room.pop(device, None)  # first, so that both are never there
+                self._room[device] = torch.empty(needed, dtype=torch.uint8, device=device)
+
+    @contextmanager
+    def over(self, params: Sequence[Tensor], states: Sequence[State], names: Sequence[str]) -> Iterator[None]:
+        """Context of a step of one portion; `names` are the tensors of a state that it changes, beside the counter."""
+        flags = [self._finite[p] for p in params]
+        changing = _changing(params, states, names)
+        kept = self._copies(changing)
+        yield
+        for is_finite, new, old in zip(flags * (1 + len(names)), changing, kept, strict=True):
+            torch.where(is_finite, new, old, out=new)
+        torch._foreach_sub_([state["step"] for state in states], [self._uncounted[p] for p in params])
+
+    def _copies(self, tensors: list[Tensor]) -> list[Tensor]:
+        room, first, kept = self._room[tensors[0].device], 0, []
+        for x in tensors:
+            kept.append(room[first : first + x.nbytes].view(x.dtype).view(x.shape))
+            first += _bytes(x)
+        torch._foreach_copy_(kept, tensors)
+        return kept
+
+
+def _changing(params: Sequence[Tensor], states: Sequence[State], names: Sequence[str]) -> list[Tensor]:
+    """All parameters, then all tensors of the first name, and so on."""
+    return [local(x) for x in (*params, *(state[name] for name in names for state in states))]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
