@@ -39,7 +39,7 @@ class WrittenThrough(Generic[T]):
         instance._shared[self.name] = value
 
 
-class EngineFace:
+class KFACBase:
     """Mixin over an `engine` attribute."""
 
     engine: Engine

@@ -68,7 +68,7 @@ def diagnostics(engine: Engine) -> dict[str, Any]:
         "steps": engine.steps,
         "damping": engine.damping,
         "refreshes": engine.refreshes,
-        "kl_clip_scale": float(engine.nu),
+        "kl_clip_scale": float(engine.kl_clip_scale),
         "memory": curvature.memory(),
         "skipped": dict(engine.skipped),
         "without_statistics": [engine.layers[i].name for i in sorted(engine.without_statistics)],

@@ -18,12 +18,12 @@ from .capture.hooks import attach
 from .capture.statistics import Statistics
 from .cuda_graphs import require_recordable_settings
 from .curvature.curvature import Curvature
-from .curvature.factor_update import Collector
+from .curvature.factor_update import FactorUpdate
 from .curvature.preconditioning import kl_clip_scale, rate_vector, unmoved, updates_of_layers
 from .fisher.losses import likelihood_of
 from .kernels import runtime
 from .layers.partition import Partition
-from .layers.select import choose_layers, frozen_weights, refuse_sharded, require_backend
+from .layers.select import frozen_weights, refuse_sharded, require_backend, select_layers
 from .settings import Settings
 from .validation import require_module
 from .warning import warn_of_missing_statistics
@@ -51,7 +51,7 @@ class Engine:
         self.settings = settings
         likelihood = None if settings.loss is None else likelihood_of(settings.loss)
         parameters = None if parameters is None else list(parameters)
-        self.layers, self.skipped = choose_layers(model, settings, parameters)
+        self.layers, self.skipped = select_layers(model, settings, parameters)
         self._asleep = frozen_weights(model, parameters)
         require_backend(settings.backend, self.layers)
         self.partition = Partition(self.layers, settings.max_factor_size, settings.oversize)
@@ -66,13 +66,13 @@ class Engine:
         kernels_serve = settings.backend != "torch" and all(s.sums.dtype == torch.float32 for s in self.bank.stacks)
         # What waits goes straight into the factors: not where these are kept in another type, or moments need the rows.
         goes_straight = settings.factor_dtype == "float32" and not self.curvature.is_ekfac
-        may_wait = kernels_serve and not self.host_looks and goes_straight
-        self.collector = Collector(self.partition, self.bank, self.gate, settings.backend, may_wait, self.curvature.moments)
+        can_defer = kernels_serve and not self.host_looks and goes_straight
+        self.collector = FactorUpdate(self.partition, self.bank, self.gate, settings.backend, can_defer, self.curvature.moments)
         self._fisher_pass: FisherPass | None = None
         if likelihood is not None and settings.fisher != "empirical":
             self._fisher_pass = FisherPass(likelihood, settings.fisher, settings.fisher_samples, self.gate)
         self.steps = 0
-        self.nu = torch.ones((), device=self.bank.home)
+        self.kl_clip_scale = torch.ones((), device=self.bank.home)
         self.dropped_statistics = torch.zeros(len(self.layers), dtype=torch.long, device=self.bank.home)
         self.dropped_gradients = torch.zeros(len(self.partition.tiles), dtype=torch.long, device=self.bank.home)
         # Of the last step: whether parameters' gradients were finite, flags on the device, where the host does not look;
@@ -81,11 +81,11 @@ class Engine:
         self.mixed: set[nn.Parameter] = set()
         self.without_statistics = set(range(len(self.layers)))
         self.refreshes = 0
-        self.has_touched_inverses = False  # in this step
+        self.inverses_changed = False  # in this step
         self._warned: set[int] = set()
         self.is_stale = True  # factors or damping changed since the last inverses
         self.damping = settings.damping_at(0)
-        self.has_newcomers = False  # layers that got their first statistics since then
+        self.has_new_layers = False  # layers that got their first statistics since then
         self._open_gate()
 
         handles = attach(self.layers, self.statistics) + attach_functional(self.layers, self.statistics)
@@ -120,7 +120,7 @@ class Engine:
 
     @torch.compiler.disable(reason=EAGER)
     def accumulate_fisher(self, outputs: Tensor, targets: Tensor | None) -> None:
-        """Statistics of the model's own distribution; see `EngineFace.accumulate_fisher`."""
+        """Statistics of the model's own distribution; see `KFACBase.accumulate_fisher`."""
         self.require_open()
         loss = self.settings.loss
         if loss is None:
@@ -161,7 +161,7 @@ class Engine:
         self.is_stale |= damping != self.damping
         self.damping = damping
         # A layer's first statistics do not wait: until it has an inverse, its damping alone would scale the gradient up.
-        if settings.is_due("inverse_every", self.steps) or self.has_newcomers:
+        if settings.is_due("inverse_every", self.steps) or self.has_new_layers:
             self._refresh_inverses()
         updates = self._preconditioned_gradients(learning_rate)
         self.steps += 1
@@ -180,11 +180,11 @@ class Engine:
         if self.gate.empirical or self.gate.saw_loss:
             self.forget_statistics()
 
-    def has_moved(self) -> bool:
+    def changed_device(self) -> bool:
         """Whether weights are on another device than when layers were chosen; of no matter once it is closed."""
         return not self.closed and any(x.weight.device != device for x, device in zip(self.layers, self._devices, strict=True))
 
-    def has_woken(self) -> bool:
+    def has_unfrozen(self) -> bool:
         """Whether a weight that was frozen when layers were chosen is trained now; of no matter once it is closed."""
         return not self.closed and any(weight.requires_grad for weight in self._asleep)
 
@@ -210,7 +210,7 @@ class Engine:
         if self.gate.is_unrecorded:
             raise RuntimeError("a CUDA graph records this step, but not its backward pass: record forward, backward and step")
         new = [repr(self.layers[i].name) for i in sorted(self.without_statistics) if self.layers[i].weight.grad is not None]
-        if new or self.has_newcomers or self.has_woken():
+        if new or self.has_new_layers or self.has_unfrozen():
             what = f"layers {', '.join(new)} have no statistics yet" if new else "inverses are still to be made, with a wait"
             raise RuntimeError(f"a CUDA graph cannot record this step, because {what}: take a step outside of it first")
 
@@ -218,14 +218,14 @@ class Engine:
         """Opens the gate for the next step, if it takes statistics."""
         self.gate.open = self.settings.is_due("statistics_every", self.steps)
         self.gate.stride = math.ceil(1 / self.settings.stats_fraction - 1e-9)
-        self.gate.most_rows = self.settings.max_stats_tokens
+        self.gate.max_rows = self.settings.max_stats_tokens
         self.gate.step = self.steps
 
     def _update_factors(self) -> None:
         # Asked before the statistics are forgotten; a layer whose first ones come in this step is worth one wait.
         known = [s.eager_counts[0] > 0 for s in self.statistics]
         outcome = self.collector.update(self.settings)
-        self.has_touched_inverses |= self.curvature.is_ekfac
+        self.inverses_changed |= self.curvature.is_ekfac
         self.curvature.blend_moments(outcome, self.settings.ema_decay)
         self.dropped_statistics += outcome.fresh & ~outcome.accept
         may_have_news = self.host_looks or any(known[i] for i in self.without_statistics) or not any(known)
@@ -237,7 +237,7 @@ class Engine:
         """Remembers which layers have statistics by now and warns, once a layer, of gradients that came without any."""
         newcomers = {i for i in self.without_statistics if accepted[i]}
         self.without_statistics -= newcomers
-        self.has_newcomers |= bool(newcomers)
+        self.has_new_layers |= bool(newcomers)
         missing = [
             i for i in sorted(self.without_statistics - self._warned) if not fresh[i] and self.layers[i].weight.grad is not None
         ]
@@ -249,11 +249,11 @@ class Engine:
     def _refresh_inverses(self) -> None:
         if not self.is_stale:
             return
-        self.has_touched_inverses = True
+        self.inverses_changed = True
         # With newcomers, what is certified now is an inverse of nothing, or of what a checkpoint overwrote.
-        self.curvature.refresh(self.damping, restart=self.has_newcomers)
+        self.curvature.refresh(self.damping, restart=self.has_new_layers)
         self.refreshes += 1
-        self.is_stale = self.has_newcomers = False
+        self.is_stale = self.has_new_layers = False
 
     def _preconditioned_gradients(self, learning_rate: LearningRate) -> dict[nn.Parameter, Tensor | None]:
         usable = [layer.weight.grad is not None and i not in self.without_statistics for i, layer in enumerate(self.layers)]
@@ -264,11 +264,11 @@ class Engine:
         broken = ~torch.isfinite(products)
         stays, are_finite = unmoved(broken, weights)
         rates = rate_vector([learning_rate(weight) for weight in weights], products)
-        self.nu = kl_clip_scale(products.masked_fill(stays, 0.0), rates, self.settings.kl_clip)
+        self.kl_clip_scale = kl_clip_scale(products.masked_fill(stays, 0.0), rates, self.settings.kl_clip)
         self.dropped_gradients.index_add_(0, torch.cat([stack.places for stack in stacks]), broken.long())
         updates: dict[int, Tensor] = {}
         for stack, flags in zip(stacks, stays.split([len(stack.tiles) for stack in stacks]), strict=True):
-            stack.finish(self.nu, flags)
+            stack.finish(self.kl_clip_scale, flags)
             updates.update(zip(stack.tiles, stack.update, strict=True))
         result, self.finite = updates_of_layers(self.partition, self.layers, usable, updates, are_finite, self.host_looks)
         raw = [layer for layer, is_usable in zip(self.layers, usable, strict=True) if not is_usable]
@@ -283,11 +283,11 @@ class Engine:
     def mark_restored(self, layer_number: int) -> None:
         """Says that a layer's factors were written from outside, by a checkpoint."""
         self.without_statistics.discard(layer_number)
-        self.has_newcomers = self.is_stale = True
+        self.has_new_layers = self.is_stale = True
 
     def forget_inverses(self) -> None:
         """Says that inverses, and EKFAC's moments, are not of the factors as they are: the next step makes them anew."""
-        self.has_newcomers = self.is_stale = True
+        self.has_new_layers = self.is_stale = True
         for number in range(len(self.layers)):
             self.curvature.forget_moments(number)
 
@@ -298,10 +298,10 @@ class Engine:
             damping: that they were made with.
             is_stale: whether factors had changed since.
         """
-        self.has_newcomers, self.is_stale, self.damping = False, is_stale, damping
+        self.has_new_layers, self.is_stale, self.damping = False, is_stale, damping
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Module name -> copies of (A, G), bias-corrected; see `EngineFace.factors`."""
+        """Module name -> copies of (A, G), bias-corrected; see `KFACBase.factors`."""
         result = {}
         for number, layer in enumerate(self.layers):
             pairs = [[self._side(side) for side in self.partition.parts_of[i]] for i in self.partition.blocks_of(number)]

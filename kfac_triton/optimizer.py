@@ -12,13 +12,13 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from . import cuda_graphs
-from .base import EngineFace, WrittenThrough
+from .base import KFACBase, WrittenThrough
 from .engine import EAGER, Engine
 from .fisher.likelihood import Likelihood
 from .layers import Choice
 from .settings import Schedule, Settings
 from .state import state_dict as checkpoint
-from .state.layer_state import check_layers, export_layers, rebuilt, restore_layers
+from .state.layer_state import check_layers, export_layers, rebuild_engine, restore_layers
 from .state.transaction import transaction
 from .steps import first_order, param_groups
 from .steps.auto import AutoStep, auto_settings
@@ -26,7 +26,7 @@ from .steps.param_groups import OPTIONS
 from .validation import require_module
 
 
-class KFAC(EngineFace, Optimizer):
+class KFAC(KFACBase, Optimizer):
     r"""Kronecker-factored approximate curvature (Martens and Grosse 2015) with an SGD-momentum or AdamW tail.
 
     For each covered layer with weight matrix W = [weight | bias] and gradient dW the step goes along
@@ -176,7 +176,7 @@ class KFAC(EngineFace, Optimizer):
         self._dropped = torch.zeros((), dtype=torch.long, device=self.engine.bank.home)
         auto = {"damping_every": damping_every, "damping_range": damping_range, "states": []}
         self._auto = self._auto_from(auto) if is_auto else None
-        checkpoint.announce(self, self.engine, is_auto)
+        checkpoint.declare_keys(self, self.engine, is_auto)
 
     @property
     def is_auto(self) -> bool:
@@ -206,18 +206,18 @@ class KFAC(EngineFace, Optimizer):
         if len(self._parameters()) != len(self._known):  # groups were assigned: Lightning's finetuning callback resumes so
             self._known = param_groups.complete(self, self._betas)
             self._cover_anew()
-        self._known = param_groups.follow_swaps(self, self._known)
-        if self.engine.has_moved():
-            param_groups.follow_moves(self)
+        self._known = param_groups.rekey_swapped(self, self._known)
+        if self.engine.changed_device():
+            param_groups.move_state(self)
             self._cover_anew()
 
     def _cover_anew(self) -> None:
         """Finds the layers again; those that were covered before keep what is known of them."""
-        self.engine = rebuilt(self._model, self.engine, self._parameters())
+        self.engine = rebuild_engine(self._model, self.engine, self._parameters())
         self._dropped = self._dropped.to(self.engine.bank.home)
         if self._auto is not None:
             self._auto = self._auto_from(self._auto.arguments())
-        checkpoint.announce(self, self.engine, self.is_auto)
+        checkpoint.declare_keys(self, self.engine, self.is_auto)
 
     def _auto_from(self, arguments: dict[str, Any]) -> AutoStep:
         return AutoStep.from_arguments(self._model, self.engine, self._parameters(), self._decays(), arguments)
@@ -228,7 +228,7 @@ class KFAC(EngineFace, Optimizer):
         super().zero_grad(set_to_none)
         self.engine.forget_with_gradients()
         self._keep_up()
-        if self.engine.has_woken():
+        if self.engine.has_unfrozen():
             self._cover_anew()
 
     @overload
@@ -259,7 +259,7 @@ class KFAC(EngineFace, Optimizer):
                 loss = self._auto.step(closure, self._decays())
         else:
             loss = self._plain_step(closure)
-        if self.engine.has_woken():
+        if self.engine.has_unfrozen():
             self._cover_anew()
         return loss
 
@@ -301,9 +301,9 @@ class KFAC(EngineFace, Optimizer):
                 half the size, and a resumed run has fresher inverses than the uninterrupted one.
         """
         self._keep_up()
-        checkpoint.announce(self, self.engine, self.is_auto)
+        checkpoint.declare_keys(self, self.engine, self.is_auto)
         extra = self._auto.export() if self._auto is not None else []
-        return checkpoint.with_layers(super().state_dict(), self, extra, include_factors, include_inverses)
+        return checkpoint.add_layer_state(super().state_dict(), self, extra, include_factors, include_inverses)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave; inverses are made from the factors at the next step.
@@ -312,8 +312,8 @@ class KFAC(EngineFace, Optimizer):
             ValueError: if the state does not fit, a newer version wrote it, or a factor is not finite; nothing is changed then.
         """
         self._keep_up()
-        plain, by_parameter, extra = checkpoint.without_layers(state_dict)
-        layers = checkpoint.by_layer(self, by_parameter)
+        plain, by_parameter, extra = checkpoint.take_layer_state(state_dict)
+        layers = checkpoint.layer_states(self, by_parameter)
         param_groups.check_tail(self, plain)
         check_layers(self.engine, layers)
         if self._auto is not None:
@@ -351,4 +351,4 @@ class KFAC(EngineFace, Optimizer):
             self._auto = self._auto_from(state["auto"]) if state["auto"] is not None else None
             if state["closed"]:
                 self.close()
-        checkpoint.announce(self, self.engine, self.is_auto)
+        checkpoint.declare_keys(self, self.engine, self.is_auto)

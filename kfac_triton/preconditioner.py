@@ -12,15 +12,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from . import validation
-from .base import EngineFace
+from .base import KFACBase
 from .engine import EAGER, Engine
 from .settings import Settings
-from .state.layer_state import check_layers, export_layers, rebuilt, restore_layers
+from .state.layer_state import check_layers, export_layers, rebuild_engine, restore_layers
 from .state.state_dict import FORMAT, require_readable
 from .state.transaction import transaction
 
 
-class KFACPreconditioner(EngineFace):
+class KFACPreconditioner(KFACBase):
     """Replaces gradients by K-FAC's preconditioned ones, for another optimizer to step along.
 
     Either call `precondition_()` between backward and the optimizer's step, or `attach(optimizer)` once.
@@ -66,18 +66,18 @@ class KFACPreconditioner(EngineFace):
         rates: dict[nn.Parameter, float | Tensor] = {
             p: group["lr"] for optimizer in self._optimizers() for group in optimizer.param_groups for p in group["params"]
         }
-        if self.engine.has_moved():
+        if self.engine.changed_device():
             self._cover_anew()
         with transaction(self.engine):
             for parameter, update in self.engine.precondition(lambda p: rates.get(p, self.lr)).items():
                 assert parameter.grad is not None
                 parameter.grad.zero_() if update is None else parameter.grad.copy_(update)
-        if self.engine.has_woken():
+        if self.engine.has_unfrozen():
             self._cover_anew()
 
     def _cover_anew(self) -> None:
         """Finds the layers again, where they are now; those that were covered before keep what is known of them."""
-        self.engine = rebuilt(self._model, self.engine, None)
+        self.engine = rebuild_engine(self._model, self.engine, None)
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Preconditions at the start of every step of the optimizer, from now on.

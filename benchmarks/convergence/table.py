@@ -123,7 +123,7 @@ def _row(horizon: int, comparison: Comparison) -> list[str]:
 
 
 def _alone(outcomes: dict[str, Outcome]) -> list[list[str]]:
-    """Rows of a contestant that races alone."""
+    """RowSource of a contestant that races alone."""
     return [
         [
             name,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kfac_triton.cli.tuning.checks import ColdInverses, Inverses, Preconditioning, Problem, WarmInverses, damp, kernel_obstacle
-from kfac_triton.cli.tuning.covariance_check import Covariance, Rows
+from kfac_triton.cli.tuning.covariance_check import Covariance, RowSource
 from kfac_triton.kernels import ops, runtime
 
 from .shapes import Layer, Model
@@ -57,19 +57,19 @@ def make_problem(operation: str, model: Model, device: torch.device) -> Problem:
     return Preconditioning(model.name, model.gradients, device)
 
 
-def _rows(layer: Layer, model: Model, device: torch.device) -> Iterator[Rows]:
+def _rows(layer: Layer, model: Model, device: torch.device) -> Iterator[RowSource]:
     def numbers(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device).to(torch.float32 if model.itemsize == 4 else torch.bfloat16)
 
     for _ in range(layer.count):
         if layer.images is None:
-            yield Rows(numbers(layer.rows, layer.inputs), ones=layer.bias)
-            yield Rows(numbers(layer.rows, layer.outputs))
+            yield RowSource(numbers(layer.rows, layer.inputs), ones=layer.bias)
+            yield RowSource(numbers(layer.rows, layer.outputs))
             continue
         images = layer.images
         window = ops.window((images.kernel,) * 2, (images.stride,) * 2, (images.padding,) * 2)
-        yield Rows(numbers(images.batch, images.channels, images.side, images.side), window, layer.bias)
-        yield Rows(numbers(images.batch, layer.outputs, images.out_side, images.out_side), ops.window((1, 1)))
+        yield RowSource(numbers(images.batch, images.channels, images.side, images.side), window, layer.bias)
+        yield RowSource(numbers(images.batch, layer.outputs, images.out_side, images.out_side), ops.window((1, 1)))
 
 
 def contestants(problem: Problem) -> list[Contestant]:

@@ -30,10 +30,10 @@ class _Split:
     def __init__(self, members: Sequence[tuple[slice, Statistics]]) -> None:
         self._members = members
 
-    def add(self, x: Tensor, gradient: Tensor, is_ours: bool = False) -> None:
+    def add(self, x: Tensor, gradient: Tensor, owned_by_autograd: bool = False) -> None:
         """See `Statistics.add`."""
         for columns, statistics in self._members:
-            statistics.add(x, gradient[..., columns], is_ours)
+            statistics.add(x, gradient[..., columns], owned_by_autograd)
 
 
 class _Watch(TorchFunctionMode):
@@ -161,7 +161,7 @@ def attach_functional(layers: list[Layer], statistics: list[Statistics]) -> list
     """Hooks that feed the statistics of functional layers, one for all that a module is made of."""
     members: dict[nn.Module, list[tuple[Layer, Statistics]]] = defaultdict(list)
     for layer, own in zip(layers, statistics, strict=True):
-        if layer.functional:
+        if layer.applies_weight_itself:
             members[layer.module].append((layer, own))
     for module in members:
         remove_inert(module, "_forward_pre_hooks", AttentionHook())

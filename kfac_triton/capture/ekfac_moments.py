@@ -48,7 +48,7 @@ class Moments:
             a_part, g_part = self._partition.parts[tile.a], self._partition.parts[tile.g]
             inputs = _matrix(*a_part.sources(rows), place.total.dtype)
             gradients = _matrix(*g_part.sources(rows), place.total.dtype)
-            if a_part.ones:
+            if a_part.has_bias_column:
                 inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
             a, g = inputs @ place.a_vectors[: a_part.size], gradients @ place.g_vectors[: g_part.size]
             if not self.fresh:

@@ -42,17 +42,17 @@ class FisherPass:
         gate = self._gate
         terms = self._likelihood.terms(outputs, targets)
         try:
-            gate.listening, gate.saw_loss = True, False
+            gate.records, gate.saw_loss = True, False
             gate.terms = terms
             gate.weight.fill_(1.0)
             gate.compiled_terms.copy_(terms) if isinstance(terms, Tensor) else gate.compiled_terms.fill_(terms)
             for vector in self._vectors(outputs, targets):
                 torch.autograd.grad(outputs, [gate.probe], vector * scale, retain_graph=True, allow_unused=True)
                 if self._kind == "ggn":  # all columns together make one set of terms
-                    gate.counting = False
+                    gate.counts_terms = False
                     gate.compiled_terms.zero_()
         finally:
-            gate.listening, gate.counting, gate.terms = False, True, None
+            gate.records, gate.counts_terms, gate.terms = False, True, None
             gate.weight.zero_()
             gate.compiled_terms.zero_()
 

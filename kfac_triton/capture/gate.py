@@ -15,14 +15,14 @@ class Gate:
 
     Attributes:
         open: whether forward passes are tapped.
-        listening: whether an eager backward pass through a tap leaves statistics.
-        counting: whether such a pass counts rows and terms and adds to A: not from the second class column of a GGN on.
+        records: whether an eager backward pass through a tap leaves statistics.
+        counts_terms: whether such a pass counts rows and terms and adds to A: not from the second class column of a GGN on.
         terms: loss terms of the Fisher pass that runs; None counts them by the shapes of a layer's rows.
-        weight: what a compiled pass, which cannot ask `listening`, multiplies its statistics by: 0 or 1.
+        weight: what a compiled pass, which cannot ask `records`, multiplies its statistics by: 0 or 1.
         compiled_terms: `terms` for compiled passes.
         probe: requires a gradient and gets none: asking for it runs a backward pass through all taps, and past all weights.
         stride: one row in so many is taken, at most. (A fraction would be a number that torch.compile cannot trace as dynamic.)
-        most_rows: most rows that a pass takes of a layer.
+        max_rows: most rows that a pass takes of a layer.
         step: shifts the rows that are taken.
         scaler: the `torch.amp.GradScaler` that scales the loss, if one does.
         scale: its scale as it was when the first statistics of the step were taken.
@@ -33,14 +33,14 @@ class Gate:
     def __init__(self, device: torch.device | None = None, empirical: bool = True) -> None:
         self.open = True
         self.empirical = empirical
-        self.listening = empirical
-        self.counting = True
+        self.records = empirical
+        self.counts_terms = True
         self.terms: int | Tensor | None = None
         self.weight = torch.full((), float(empirical), device=device)
         self.compiled_terms = torch.zeros((), device=device)
         self.probe = torch.zeros((), device=device, requires_grad=True)
         self.stride = 1
-        self.most_rows: int | None = None
+        self.max_rows: int | None = None
         self.step = 0
         self.scaler: Any = None
         self.scale: Tensor | None = None
@@ -49,7 +49,7 @@ class Gate:
     def notice(self) -> None:
         """Takes note of an eager backward pass."""
         self.is_unrecorded |= not runtime.is_recording()
-        self.saw_loss |= self.empirical or not self.listening
+        self.saw_loss |= self.empirical or not self.records
         if self.scaler is not None and self.scale is None:
             scale = self.scaler._get_scale_async()
             self.scale = None if scale is None else scale.clone()
@@ -58,6 +58,6 @@ class Gate:
         """The step is over, or its gradients were thrown away."""
         self.scale, self.saw_loss, self.is_unrecorded = None, False, False
 
-    def every(self, rows: int) -> int:
+    def stride_for(self, rows: int) -> int:
         """One row in how many is taken."""
-        return self.stride if not self.most_rows else max(self.stride, -(-rows // self.most_rows))
+        return self.stride if not self.max_rows else max(self.stride, -(-rows // self.max_rows))

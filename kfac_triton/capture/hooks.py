@@ -33,7 +33,7 @@ class Tap(torch.autograd.Function):
         """Adds to the statistics and hands the gradient on."""
         (x,) = ctx.saved_tensors
         with torch.no_grad():
-            ctx.statistics.add(local(x), local(gradient), is_ours=x.requires_grad)
+            ctx.statistics.add(local(x), local(gradient), owned_by_autograd=x.requires_grad)
         return gradient, None, None, None
 
 
@@ -107,9 +107,9 @@ def attach(layers: list[Layer], statistics: list[Statistics]) -> list[RemovableH
             remove_inert(module, "_forward_hooks", CaptureHook())
             remove_inert(module, "_forward_pre_hooks", CastHook())
     pairs = [
-        (module, own.second if layer.is_second(use) else own)
+        (module, own.tied if layer.uses_weight_transposed(use) else own)
         for layer, own in zip(layers, statistics, strict=True)
-        if not layer.functional
+        if not layer.applies_weight_itself
         for use, module in enumerate(layer.modules)
     ]
     casts = [

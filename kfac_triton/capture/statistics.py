@@ -15,7 +15,7 @@ from .ekfac_moments import Moments
 from .gate import Gate
 
 
-class Shared(NamedTuple):
+class SharedCounts(NamedTuple):
     """One layer's part of what all layers share, so that one operation clears it for all.
 
     Attributes:
@@ -28,7 +28,7 @@ class Shared(NamedTuple):
     beta: Tensor
 
 
-class Entry(NamedTuple):
+class FactorSum(NamedTuple):
     """A factor of the layer, and where its passes are summed."""
 
     part: Part
@@ -56,10 +56,10 @@ class Statistics:
         self,
         layer: Layer,
         gate: Gate,
-        entries: list[Entry],
-        shared: Shared,
+        entries: list[FactorSum],
+        shared: SharedCounts,
         backend: str,
-        may_wait: bool,
+        can_defer: bool,
         moments: Moments | None = None,
     ) -> None:
         self.layer = layer
@@ -68,13 +68,13 @@ class Statistics:
         self.dense = sorted((e for e in entries if not e.part.diagonal), key=lambda e: not e.part.is_input)
         self.diagonal = sorted((e for e in entries if e.part.diagonal), key=lambda e: not e.part.is_input)
         self.moments = moments
-        self.passes: list[Rows] = []
+        self.deferred: list[Rows] = []
         self.summed = False
-        self.second: Statistics | None = None
+        self.tied: Statistics | None = None
         self.device_counts = shared.counts
         self.eager_counts: list[float] = [0, 0, 0]
         self._backend = backend
-        self._may_wait = may_wait and not self.diagonal
+        self._may_wait = can_defer and not self.diagonal
         self._alpha = torch.ones_like(shared.beta)
         self._beta = shared.beta
         self._last_backward = -1
@@ -84,41 +84,42 @@ class Statistics:
         """Rows of A and loss terms of all passes, (2,)."""
         return self.device_counts[:2] + torch.tensor(self.eager_counts[:2], device=self.device_counts.device)
 
-    def add(self, x: Tensor, gradient: Tensor, is_ours: bool = False) -> None:
+    def add(self, x: Tensor, gradient: Tensor, owned_by_autograd: bool = False) -> None:
         """Adds one backward pass through the layer.
 
         Args:
             x: input of the module.
             gradient: with respect to its output.
-            is_ours: whether nobody but autograd holds x; a batch that the user may overwrite before the step cannot wait.
+            owned_by_autograd: whether nobody but autograd holds x; a batch that the user may overwrite before the step must be
+                summed at once.
         """
         gate, is_compiling = self.gate, torch.compiler.is_compiling()
         if not is_compiling:
             gate.notice()
-            if not gate.listening:
+            if not gate.records:
                 return
         rows = self.layer.rows(x, gradient)
         if self.moments is not None and not is_compiling:
             self.moments.add(rows)
-        every = gate.every(rows.input_count)
+        every = gate.stride_for(rows.input_count)
         if every > 1:
             rows = rows.sample(every, 0 if is_compiling else gate.step % every)
         if is_compiling:  # cannot tell a second call in one backward pass, and counts every one
-            self._sum(rows, gate.counting, gate.weight)
+            self._sum(rows, gate.counts_terms, gate.weight)
             terms = rows.terms if gate.empirical else gate.compiled_terms
             self._count_on_device(rows.input_count * gate.weight, terms, rows.share)
             self.device_counts[3].add_(gate.weight)
             return
-        if is_ours and self._may_wait and gate.counting and not self.summed and self._is_small(rows):
-            self.passes.append(rows)
+        if owned_by_autograd and self._may_wait and gate.counts_terms and not self.summed and self._is_small(rows):
+            self.deferred.append(rows)
         else:
-            for waiting in self.passes:  # all or none: a step that fails has to find the old factor in the sums' buffers
+            for waiting in self.deferred:  # all or none: a step that fails has to find the old factor in the sums' buffers
                 self._sum(waiting, with_inputs=True)
-            self.passes = []
-            self._sum(rows, with_inputs=gate.counting)
+            self.deferred = []
+            self._sum(rows, with_inputs=gate.counts_terms)
             self.summed = True
         is_new = self._is_new_backward()
-        if not gate.counting:
+        if not gate.counts_terms:
             return
         self.eager_counts[0] += rows.input_count
         if not is_new:
@@ -133,7 +134,7 @@ class Statistics:
     def clear(self) -> None:
         """Forgets everything, but for what it shares."""
         self.eager_counts = [0, 0, 0]
-        self.passes = []
+        self.deferred = []
         self.summed = False
         if self.moments is not None:
             self.moments.fresh = False
@@ -146,10 +147,10 @@ class Statistics:
     def _is_small(self, rows: Rows) -> bool:
         return _bytes(rows.inputs + rows.gradients) <= _bytes([e.total for e in self.dense])
 
-    def read(self, entries: list[Entry], rows: Rows) -> tuple[list[Tensor], list[int], list[bool]]:
+    def read(self, entries: list[FactorSum], rows: Rows) -> tuple[list[Tensor], list[int], list[bool]]:
         """(sources, windows, ones column) of some dense factors, as `kernels.ops.covariance_ema` takes them."""
         found = [e.part.sources(rows) for e in entries]
-        return [x for x, _ in found], [i for _, window in found for i in window], [e.part.ones for e in entries]
+        return [x for x, _ in found], [i for _, window in found for i in window], [e.part.has_bias_column for e in entries]
 
     def _sum(self, rows: Rows, with_inputs: bool, weight: Tensor | None = None) -> None:
         """Adds to the sums. All of them in a pass that counts, those of G alone in another."""
@@ -173,8 +174,8 @@ class Statistics:
         if part.is_input and self.layer.constant_input:
             return torch.full_like(total, rows.input_count)
         source, window = part.sources(rows)
-        squares = squared_rows(source, window, part.size - part.ones, total.dtype)
-        if not part.ones:
+        squares = squared_rows(source, window, part.size - part.has_bias_column, total.dtype)
+        if not part.has_bias_column:
             return squares
         return torch.cat([squares, squares.new_full((1,), rows.input_count)])
 

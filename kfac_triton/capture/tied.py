@@ -10,10 +10,10 @@ from torch import Tensor
 from ..kernels.device_tables import device_table
 from ..layers.tied import TiedLayer
 from .gate import Gate
-from .statistics import Entry, Shared, Statistics
+from .statistics import FactorSum, SharedCounts, Statistics
 
 
-class SecondUse:
+class TiedStatistics:
     """Sums of the embedding use of one `TiedLayer`, of the sizes of the layer's own.
 
     Args:
@@ -27,17 +27,18 @@ class SecondUse:
         shared: what has to be cleared for them after a step.
     """
 
-    def __init__(self, layer: TiedLayer, gate: Gate, entries: list[Entry], backend: str) -> None:
+    def __init__(self, layer: TiedLayer, gate: Gate, entries: list[FactorSum], backend: str) -> None:
         # A of an embedding stands on the side of G, and G on that of A; the bias's column has no part in it.
         self._pairs = []
         for entry in entries:
             part = entry.part
-            mirrored = replace(part, block=0, is_input=not part.is_input, stop=part.stop - part.ones, ones=False)
+            stop = part.stop - part.has_bias_column
+            mirrored = replace(part, block=0, is_input=not part.is_input, stop=stop, has_bias_column=False)
             shape = (mirrored.size,) if part.diagonal else (mirrored.size, mirrored.size)
-            self._pairs.append((entry, Entry(mirrored, -1, entry.total.new_zeros(shape))))
+            self._pairs.append((entry, FactorSum(mirrored, -1, entry.total.new_zeros(shape))))
         total = entries[0].total
         own = [second for _, second in self._pairs]
-        self.shared = Shared(torch.zeros(4, device=total.device), total.new_zeros(len(own)))
+        self.shared = SharedCounts(torch.zeros(4, device=total.device), total.new_zeros(len(own)))
         self.statistics = Statistics(layer.second(), gate, own, self.shared, backend, False)
 
     def join(self, counts: Tensor, summed: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..kernels import runtime
 
 
-class LateFlags:
+class AsyncFlags:
     """Flags that a device computed, read by the host without waiting: those of the last `send` that has arrived.
 
     In a CUDA graph the host asks for none: what it decided would be recorded. It may read those of the replays after them.

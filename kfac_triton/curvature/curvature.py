@@ -14,7 +14,7 @@ from .damping import SplitDamping, pi_split
 from .eigenbasis import EigenStack
 from .factor_bank import FactorBank
 from .factor_stack import newest_weight
-from .factor_update import Outcome
+from .factor_update import Accepted
 from .inverse import InverseStack
 from .preconditioning import GradientStack
 from .solvers import EigenSolve, InverseSolve, Spectrum
@@ -191,7 +191,7 @@ class Curvature:
             if moments is not None:
                 moments.ready = True
 
-    def blend_moments(self, outcome: Outcome, ema_decay: float) -> None:
+    def blend_moments(self, outcome: Accepted, ema_decay: float) -> None:
         """EKFAC: the moving average of the second moments, with the factors' weights (see `newest_weight`)."""
         if not self.is_ekfac:
             return

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..capture.ekfac_moments import Moments
 from ..capture.gate import Gate
-from ..capture.statistics import Entry, Shared, Statistics
-from ..capture.tied import SecondUse
+from ..capture.statistics import FactorSum, SharedCounts, Statistics
+from ..capture.tied import TiedStatistics
 from ..fisher import scales
 from ..kernels import ops
 from ..kernels.device_tables import device_table
@@ -25,7 +25,7 @@ from .factor_bank import FactorBank
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Accepted:
     """What became of the layers' statistics.
 
     Attributes:
@@ -45,12 +45,12 @@ class Outcome:
 class _Pool:
     """What layers share: their parts, and the tensors, a pair a device, that these are views of."""
 
-    parts: list[Shared]
+    parts: list[SharedCounts]
     whole: list[Tensor]
 
 
-def _shared(layers: list[Layer], entries: list[list[Entry]]) -> _Pool:
-    parts: dict[int, Shared] = {}
+def _shared(layers: list[Layer], entries: list[list[FactorSum]]) -> _Pool:
+    parts: dict[int, SharedCounts] = {}
     whole = []
     kinds = dict.fromkeys((layer.weight.device, factor_dtype(layer.weight)) for layer in layers)
     for device, dtype in kinds:
@@ -59,13 +59,13 @@ def _shared(layers: list[Layer], entries: list[list[Entry]]) -> _Pool:
         lengths = [len(entries[i]) for i in members]
         betas = torch.zeros(sum(lengths), dtype=dtype, device=device)
         parts.update(
-            (i, Shared(counts[k], piece)) for k, (i, piece) in enumerate(zip(members, betas.split(lengths), strict=True))
+            (i, SharedCounts(counts[k], piece)) for k, (i, piece) in enumerate(zip(members, betas.split(lengths), strict=True))
         )
         whole += [counts, betas]
     return _Pool([parts[i] for i in range(len(layers))], whole)
 
 
-class Collector:
+class FactorUpdate:
     """Statistics of all layers since the last step.
 
     Args:
@@ -73,7 +73,7 @@ class Collector:
         bank: their factors.
         gate: switch of the hooks.
         backend: of the kernels.
-        may_wait: whether small passes wait for the step, to go into the factors in one launch for all layers.
+        can_defer: whether small passes wait for the step, to go into the factors in one launch for all layers.
         moments: EKFAC's, one a layer.
     """
 
@@ -83,34 +83,34 @@ class Collector:
         bank: FactorBank,
         gate: Gate,
         backend: str,
-        may_wait: bool,
+        can_defer: bool,
         moments: Sequence[Moments | None],
     ) -> None:
         self.bank = bank
         layers = partition.layers
-        entries: list[list[Entry]] = [[] for _ in layers]
+        entries: list[list[FactorSum]] = [[] for _ in layers]
         layer_of_slot, is_input = [0] * len(partition.parts), [False] * len(partition.parts)
         for part, slot in zip(partition.parts, bank.slots, strict=True):
             number = partition.blocks[part.block].layer_number
-            entries[number].append(Entry(part, slot, bank.sum_of(slot)))
+            entries[number].append(FactorSum(part, slot, bank.sum_of(slot)))
             layer_of_slot[slot], is_input[slot] = number, part.is_input
         self._shared = _shared(layers, entries)
         self.statistics = [
-            Statistics(layer, gate, entries[i], self._shared.parts[i], backend, may_wait, moments[i])
+            Statistics(layer, gate, entries[i], self._shared.parts[i], backend, can_defer, moments[i])
             for i, layer in enumerate(layers)
         ]
-        self._second_uses: dict[int, SecondUse] = {}
+        self._second_uses: dict[int, TiedStatistics] = {}
         for i, layer in enumerate(layers):
             if isinstance(layer, TiedLayer):
-                use = self._second_uses[i] = SecondUse(layer, gate, entries[i], backend)
-                self.statistics[i].second = use.statistics
+                use = self._second_uses[i] = TiedStatistics(layer, gate, entries[i], backend)
+                self.statistics[i].tied = use.statistics
                 self._shared.whole.extend(use.shared)
         self.gate = gate
         self._backend = backend
         self.layer_of_slot = torch.tensor(layer_of_slot, device=bank.home)
         self._is_input = torch.tensor(is_input, device=bank.home)
 
-    def update(self, settings: Settings) -> Outcome:
+    def update(self, settings: Settings) -> Accepted:
         """Blends the statistics into the factors and forgets them; those of a layer with a NaN or Inf are dropped."""
         home, layers = self.bank.home, len(self.statistics)
         eager = device_table(
@@ -138,17 +138,17 @@ class Collector:
         accept = accepted[self.layer_of_slot]
         rate = self.bank.weights(accept, settings.ema_decay)
         keep, gain = 1 - rate, rate * scale
-        flags = tuple((int(bool(s.passes)),) for s in self.statistics)
+        flags = tuple((int(bool(s.deferred)),) for s in self.statistics)
         waited = (device_table(flags, home).flatten() > 0)[self.layer_of_slot]
-        if any(s.passes for s in self.statistics):
+        if any(s.deferred for s in self.statistics):
             self.bank.back_up(waited & ~summed[self.layer_of_slot])
             self._blend_passes(keep, gain, accept)
-        if not all(s.passes for s in self.statistics) or any(s.summed for s in self.statistics):
+        if not all(s.deferred for s in self.statistics) or any(s.summed for s in self.statistics):
             keep = torch.where(waited, 1.0, keep)  # it has been weighted already
             self.bank.blend(keep, gain, accept & summed[self.layer_of_slot], self.gate.step, self._backend)
         moments = [s.moments is not None and s.moments.fresh for s in self.statistics]
         self.forget()
-        return Outcome(fresh, accepted, moments, moment_scale)
+        return Accepted(fresh, accepted, moments, moment_scale)
 
     def forget(self) -> None:
         """Drops the statistics since the last step."""
@@ -167,7 +167,7 @@ class Collector:
 
     def _finite_passes(self, layers: int) -> Tensor:
         """Flags (layers,) of what waited."""
-        rows = [(i, source) for i, s in enumerate(self.statistics) for r in s.passes for source in r.inputs + r.gradients]
+        rows = [(i, source) for i, s in enumerate(self.statistics) for r in s.deferred for source in r.inputs + r.gradients]
         broken = torch.zeros(layers, dtype=torch.long, device=self.bank.home)
         for device in {source.device for _, source in rows}:
             members = [(i, source) for i, source in rows if source.device == device]
@@ -182,7 +182,7 @@ class Collector:
     def _blend_passes(self, keep: Tensor, gain: Tensor, accept: Tensor) -> None:
         """The rows that waited, straight into the factors: one launch per pass, not per layer."""
         for number in itertools.count():
-            members = [(s, s.passes[number]) for s in self.statistics if len(s.passes) > number]
+            members = [(s, s.deferred[number]) for s in self.statistics if len(s.deferred) > number]
             if not members:
                 break
             for device in {s.dense[0].total.device for s, _ in members}:

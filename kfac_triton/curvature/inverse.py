@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..kernels import ops
 from ..kernels.certificate import MULTIPLIED, damped, inverse_residual, mirror, probe_error, root_residual, rounding_error
-from .async_flags import LateFlags
+from .async_flags import AsyncFlags
 from .triangular import symmetric_product, triangular_inverse
 
 # K-FAC trains as well with an energy error of 0.3 as with none; below 1 the inverse is positive definite.
@@ -111,7 +111,7 @@ class InverseStack:
         self.fallbacks = torch.zeros(batch, dtype=torch.long, device=factors.device)
         self.raised = torch.zeros_like(self.fallbacks)
         self._backend = backend
-        self._refused = None if wait else LateFlags(batch, factors.device)
+        self._refused = None if wait else AsyncFlags(batch, factors.device)
         self._is_cold = True
 
     def refresh(self, factors: Tensor, damping: Tensor) -> None:
@@ -150,7 +150,7 @@ class InverseStack:
         self.residual[index], self.damping[index] = residual, damping
         self._is_cold = not bool((self.residual <= ACCEPT).all())
 
-    def _refresh_without_waiting(self, factors: Tensor, damping: Tensor, refused: LateFlags) -> None:
+    def _refresh_without_waiting(self, factors: Tensor, damping: Tensor, refused: AsyncFlags) -> None:
         late = refused.receive()
         values, residual = self.values.clone(), torch.empty_like(self.residual)
         self._invert(factors, damping, values, residual)

@@ -68,8 +68,8 @@ class GradientStack:
         a, g = self._partition.parts[tile.a], self._partition.parts[tile.g]
         if weight is None or (a.whole and g.whole):
             return weight, bias
-        weight = weight.flatten(1)[g.start : g.stop, a.start : a.stop - a.ones]
-        return weight, bias[g.start : g.stop] if bias is not None and a.ones else None
+        weight = weight.flatten(1)[g.start : g.stop, a.start : a.stop - a.has_bias_column]
+        return weight, bias[g.start : g.stop] if bias is not None and a.has_bias_column else None
 
     def _gather_backend(self, gradients: list[Tensor]) -> str:
         """Gradients with gaps, or of several types, are copied one by one whatever the backend."""

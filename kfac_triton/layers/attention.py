@@ -47,7 +47,7 @@ class AttentionLayer(LinearLayer):
     """
 
     module_type = nn.MultiheadAttention
-    functional: ClassVar[bool] = True
+    applies_weight_itself: ClassVar[bool] = True
 
     def __init__(self, name: str, module: nn.Module, weight_sharing: str, loss_terms: str, place: _Place) -> None:
         super().__init__(name, module, weight_sharing, loss_terms)

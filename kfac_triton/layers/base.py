@@ -63,7 +63,7 @@ class Layer(ABC):
         diagonal_gradients: whether G is.
         constant_input: whether a is 1, and G (the Fisher matrix itself) takes all of the damping.
         autocasts: whether the module's forward is one operation that autocast runs in low precision.
-        functional: whether the module's forward applies the weight by `F.linear`, so that no module's hook sees it.
+        applies_weight_itself: whether the module's forward applies the weight by `F.linear`, so that no module's hook sees it.
         modules: those that share the weight; one, as a rule.
         output_blocks: equal blocks along its diagonal that G is cut into.
     """
@@ -73,7 +73,7 @@ class Layer(ABC):
     diagonal_gradients: bool = False
     constant_input: ClassVar[bool] = False
     autocasts: ClassVar[bool] = False
-    functional: ClassVar[bool] = False
+    applies_weight_itself: ClassVar[bool] = False
     output_blocks: int = 1
 
     def __init__(self, name: str, module: nn.Module, weight_sharing: str, loss_terms: str) -> None:
@@ -166,7 +166,7 @@ class Layer(ABC):
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
         """Rows of A and G from the module's input and the gradient with respect to its output."""
 
-    def is_second(self, use: int) -> bool:
+    def uses_weight_transposed(self, use: int) -> bool:
         """Whether the use-th module applies the weight in another way, and is summed apart."""
         return False
 

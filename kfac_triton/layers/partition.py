@@ -41,7 +41,7 @@ class Part:
         is_input: whether it is part of A, else of G.
         start, stop: range of the side, the bias column of W included.
         diagonal: whether only the diagonal is kept.
-        ones: whether the last place is the bias's, whose input is 1.
+        has_bias_column: whether the last place is the bias's, whose input is 1.
         unit: columns a channel; `start` and `stop` without the bias are multiples.
         whole: whether it is the whole side.
         group: channel group of the block. Known here, so that a graph of torch.compile does not depend on the block's number.
@@ -52,7 +52,7 @@ class Part:
     start: int
     stop: int
     diagonal: bool
-    ones: bool
+    has_bias_column: bool
     unit: int
     whole: bool
     group: int = 0
@@ -67,7 +67,7 @@ class Part:
         if self.whole or source.dim() == 1:
             return source
         unit = self.unit if source.dim() > 2 else 1  # mean patches are rows already
-        return source[:, self.start // unit : (self.stop - self.ones) // unit]
+        return source[:, self.start // unit : (self.stop - self.has_bias_column) // unit]
 
     def sources(self, rows: Rows) -> tuple[Tensor, tuple[int, ...]]:
         """Its columns of what a backward pass left, and how to read rows from them."""
@@ -143,20 +143,21 @@ def _output_parts(block: int, layer: Layer, largest: int | None, oversize: str) 
 
 
 def _parts(
-    block: int, is_input: bool, size: int, diagonal: bool, ones: bool, unit: int, largest: int | None, oversize: str
+    block: int, is_input: bool, size: int, diagonal: bool, has_bias_column: bool, unit: int, largest: int | None, oversize: str
 ) -> list[Part]:
     def part(start: int, stop: int, diagonal: bool) -> Part:
-        return Part(block, is_input, start, stop, diagonal, ones and stop == size, unit, whole=stop - start == size)
+        return Part(block, is_input, start, stop, diagonal, has_bias_column and stop == size, unit, whole=stop - start == size)
 
     if diagonal or largest is None or size <= largest or (oversize == "diagonal"):
         too_large = largest is not None and size > largest
         return [part(0, size, diagonal or too_large)]
-    if unit + ones > largest:
+    least = unit + has_bias_column
+    if least > largest:
         raise ValueError(
-            f"max_factor_size must be at least {unit + ones} to cut a side of {size} into blocks of whole channels, but is "
+            f"max_factor_size must be at least {least} to cut a side of {size} into blocks of whole channels, but is "
             f"{largest}; raise it, or pass oversize='diagonal'"
         )
-    units = (size - ones) // unit
-    count = -(-units * unit // ((largest - ones) // unit * unit))  # equal blocks, as few as fit
+    units = (size - has_bias_column) // unit
+    count = -(-units * unit // ((largest - has_bias_column) // unit * unit))  # equal blocks, as few as fit
     bounds = [units * i // count * unit for i in range(count)] + [size]
     return [part(start, stop, False) for start, stop in itertools.pairwise(bounds)]

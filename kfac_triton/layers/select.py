@@ -14,7 +14,7 @@ from .partition import factor_dtype
 from .registry import find_layers, weights_of
 
 
-def choose_layers(
+def select_layers(
     model: nn.Module, settings: Settings, parameters: Iterable[nn.Parameter] | None
 ) -> tuple[list[Layer], dict[str, str]]:
     """Layers with a weight among the parameters (None: any), and why the others of a supported type are none.

@@ -54,6 +54,6 @@ class TiedLayer(LinearLayer):
         sharing, terms = "reduce" if self.reduce else "expand", "tokens" if self.tokens else "examples"
         return EmbeddingLayer(self.name, embedding, sharing, terms)
 
-    def is_second(self, use: int) -> bool:
+    def uses_weight_transposed(self, use: int) -> bool:
         """Whether that module is an embedding."""
         return isinstance(self.modules[use], nn.Embedding)

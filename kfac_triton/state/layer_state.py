@@ -115,7 +115,7 @@ def keys_of(engine: Engine) -> tuple[str, ...]:
     return (*FACTORS, UPDATES, STEPS, *INVERSES[engine.curvature.kind], CERTIFICATES, REFRESHED, *moments)
 
 
-def rebuilt(model: nn.Module, engine: Engine, parameters: Iterable[nn.Parameter] | None) -> Engine:
+def rebuild_engine(model: nn.Module, engine: Engine, parameters: Iterable[nn.Parameter] | None) -> Engine:
     """An engine of the layers that the model has now, with what the old one, which is closed, knows of them.
 
     A layer whose factors have another size now (its bias is trained, too) begins anew. Of a closed one a closed one is made.

@@ -61,7 +61,7 @@ def _parted(values: LayerState, count: int) -> list[LayerState]:
     return [{key: parts[i] for key, parts in pieces.items()} for i in range(count)]
 
 
-def with_layers(
+def add_layer_state(
     state_dict: dict[str, Any],
     optimizer: Any,
     extra: Sequence[dict[str, Tensor]] = (),
@@ -80,7 +80,7 @@ def with_layers(
     return {**state_dict, "state": state}
 
 
-def without_layers(state_dict: dict[str, Any]) -> tuple[dict[str, Any], _ByNumber, _ByNumber]:
+def take_layer_state(state_dict: dict[str, Any]) -> tuple[dict[str, Any], _ByNumber, _ByNumber]:
     """(state dict, state of layers, what lr="auto" keeps), the last two by number of the parameter.
 
     The base class would cast both to the parameter's type.
@@ -110,8 +110,8 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def announce(optimizer: Optimizer, engine: Engine, is_auto: bool) -> None:
-    """Names in the state of each parameter what `with_layers` will put there: checkpoint tools load nothing else."""
+def declare_keys(optimizer: Optimizer, engine: Engine, is_auto: bool) -> None:
+    """Names in the state of each parameter what `add_layer_state` will put there: checkpoint tools load nothing else."""
     weights = _layers_by_weight(optimizer, engine)
     for index, parameter in enumerate(parameters_of(optimizer)):
         keys = (*keys_of(engine), FORMAT_KEY) if index in weights else ()
@@ -127,7 +127,7 @@ def saved_step(state_dict: dict[str, Any]) -> int | None:
     return next((int(x[STEPS]) for x in state_dict["state"].values() if isinstance(x.get(STEPS), Tensor)), None)
 
 
-def by_layer(optimizer: Any, states: _ByNumber) -> dict[str, LayerState]:
+def layer_states(optimizer: Any, states: _ByNumber) -> dict[str, LayerState]:
     """State by module name from state by number of the weight."""
     result: dict[str, LayerState] = {}
     for index, names in _layers_by_weight(optimizer, optimizer.engine).items():

@@ -19,9 +19,9 @@ def transaction(engine: Engine) -> Iterator[None]:
     The old factors wait in the buffers of the sums, which nobody reads before the next backward pass: no memory is needed for
     them, nor to put them back.
     """
-    host = {name: getattr(engine, name) for name in ("steps", "damping", "is_stale", "has_newcomers", "refreshes")}
+    host = {name: getattr(engine, name) for name in ("steps", "damping", "is_stale", "has_new_layers", "refreshes")}
     missing, updates = set(engine.without_statistics), None
-    engine.has_touched_inverses = False
+    engine.inverses_changed = False
     try:
         updates = engine.bank.updates.clone()
         yield
@@ -32,7 +32,7 @@ def transaction(engine: Engine) -> Iterator[None]:
         engine.without_statistics = missing
         for name, value in host.items():
             setattr(engine, name, value)
-        if engine.has_touched_inverses:
+        if engine.inverses_changed:
             engine.forget_inverses()
         engine.forget_statistics()
         engine.restore_step(engine.steps)

@@ -89,7 +89,7 @@ def complete(optimizer: Optimizer, betas: tuple[float, float]) -> list[nn.Parame
     return parameters_of(optimizer)
 
 
-def follow_swaps(optimizer: Optimizer, known: Sequence[Tensor]) -> list[Tensor]:
+def rekey_swapped(optimizer: Optimizer, known: Sequence[Tensor]) -> list[Tensor]:
     """Hands on the state of parameters that others have taken the place of in the groups (accelerate does that).
 
     Args:
@@ -106,7 +106,7 @@ def follow_swaps(optimizer: Optimizer, known: Sequence[Tensor]) -> list[Tensor]:
     return now
 
 
-def follow_moves(optimizer: Optimizer) -> None:
+def move_state(optimizer: Optimizer) -> None:
     """Moves the tail's state to where the parameters are now."""
     for group in optimizer.param_groups:
         for p in group["params"]:

@@ -32,9 +32,9 @@ def _factors(backend: str, batches: list[Tensor], whose: list[bool], **settings:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 4))
     with KFAC(model, lr=0.1, backend=backend, **settings) as optimizer:
-        for x, is_ours in zip(batches, whose, strict=True):
-            model(x.clone().requires_grad_(is_ours)).square().mean().backward()
-        waited = [len(s.passes) for s in optimizer.engine.statistics]
+        for x, owned_by_autograd in zip(batches, whose, strict=True):
+            model(x.clone().requires_grad_(owned_by_autograd)).square().mean().backward()
+        waited = [len(s.deferred) for s in optimizer.engine.statistics]
         optimizer.step()
         return [side for pair in optimizer.factors().values() for side in pair], waited
 

@@ -11,7 +11,7 @@ from kfac_triton import __version__
 from kfac_triton.cli import main
 from kfac_triton.cli.tuning import doctor
 from kfac_triton.cli.tuning.checks import ColdInverses, Preconditioning, WarmInverses, kernel_obstacle, worst
-from kfac_triton.cli.tuning.covariance_check import Covariance, Rows
+from kfac_triton.cli.tuning.covariance_check import Covariance, RowSource
 from kfac_triton.kernels import operators, ops, runtime
 from kfac_triton.kernels.covariance import launch as covariance_launch
 
@@ -100,7 +100,7 @@ def test_an_error_that_is_no_number_is_not_right():
 
 
 def test_what_a_kernel_cannot_serve_is_said():
-    problem = Covariance("float64 rows", [Rows(torch.randn(8, 4, dtype=torch.float64))])
+    problem = Covariance("float64 rows", [RowSource(torch.randn(8, 4, dtype=torch.float64))])
     assert "inputs[0] is torch.float64" in kernel_obstacle(problem)
     assert doctor.choice(problem) == ("torch", kernel_obstacle(problem))
     assert covariance_launch.can_use(*problem.calls()[0]) == kernel_obstacle(problem)
@@ -125,7 +125,7 @@ def test_every_problem_starts_from_poison():
         ColdInverses("c", {16: 2}, CPU),
         WarmInverses("w", {16: 2}, CPU),
         Preconditioning("p", {(16, 32): 2}, CPU),
-        Covariance("a", [Rows(torch.randn(8, 4))]),
+        Covariance("a", [RowSource(torch.randn(8, 4))]),
     ):
         problem.check("torch")
         problem.prepare()
@@ -136,7 +136,7 @@ def test_every_problem_starts_from_poison():
 def test_patches_are_those_of_the_operation():
     """The oracle unfolds; a border, a stride and a dilation of its own kind in each dimension."""
     images = torch.randint(-3, 4, (3, 2, 9, 8)).float()
-    rows = Rows(images, ops.window((3, 2), (2, 1), (1, 0), (1, 2)), ones=True)
+    rows = RowSource(images, ops.window((3, 2), (2, 1), (1, 0), (1, 2)), ones=True)
     problem = Covariance("conv", [rows], whole=True)
     assert rows.columns == 2 * 3 * 2 + 1
     assert rows.row_count == sum(len(piece) for piece in rows.pieces(torch.float32))

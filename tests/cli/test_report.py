@@ -14,7 +14,7 @@ from torch import nn
 from kfac_triton import KFAC
 from kfac_triton.cli import main
 from kfac_triton.cli.report import command as report
-from kfac_triton.cli.report.command import choose_layers, columns_of, render, signs
+from kfac_triton.cli.report.command import columns_of, render, select_layers, signs
 from kfac_triton.cli.report.picture import NOT_FINITE, as_size, figure_of, panels_of, steps_of
 from kfac_triton.scalars import append_log, read_log
 
@@ -266,7 +266,7 @@ def test_pattern_and_last(log: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert re.findall(r"^(\d) ", printed, re.MULTILINE) == ["2", "4"]
     assert list(tmp_path.iterdir()) == []
     assert main(["report", str(log), "--output", "none"]) == 0
-    root = choose_layers([{"layers": {"": HEALTHY, "child": HEALTHY}}], "root")
+    root = select_layers([{"layers": {"": HEALTHY, "child": HEALTHY}}], "root")
     assert list(root[0]["layers"]) == ["root"]
 
 

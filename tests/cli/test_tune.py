@@ -10,8 +10,8 @@ from kfac_triton.cli import main
 from kfac_triton.cli.tuning import stopwatch, tune
 from kfac_triton.cli.tuning.search import (
     SPACE,
-    Outcome,
-    Slot,
+    BestConfig,
+    ConfigEntry,
     every_candidate,
     neighbours,
     problem_for,
@@ -25,7 +25,7 @@ from kfac_triton.kernels import ops, runtime, tuning
 
 CPU = torch.device("cpu")
 PRESENT = {"BLOCK": 16, "BLOCK_K": 16}
-SLOT = Slot("covariance", 0, 40, 20, PRESENT)
+SLOT = ConfigEntry("covariance", 0, 40, 20, PRESENT)
 INTERPRETED = runtime.Target("interpreter", "interpreter", 4)
 
 
@@ -54,7 +54,7 @@ def run_search(clock, exhaustive=True):
 def test_the_fastest_of_all_combinations_wins():
     clock = FakeClock(SECONDS)
     outcome, lines = run_search(clock)
-    assert outcome == Outcome(SLOT, {"BLOCK": 32, "BLOCK_K": 32}, seconds=1.0, before=4.0)
+    assert outcome == BestConfig(SLOT, {"BLOCK": 32, "BLOCK_K": 32}, seconds=1.0, before=4.0)
     assert clock.timed[0] == (16, 16) and sorted(clock.timed) == sorted(SECONDS)
     assert len(lines) == 4 and "covariance {'BLOCK': 16, 'BLOCK_K': 16} 4000000 us" in lines
 
@@ -124,7 +124,7 @@ def test_nothing_right_leaves_the_present_configuration(monkeypatch):
 
 
 def test_a_kernel_that_the_problem_does_not_launch_is_left_alone():
-    slot = Slot("newton_schulz_step", 0, None, 20, {"BLOCK": 16})  # for matrices beyond those of the fused kernel
+    slot = ConfigEntry("newton_schulz_step", 0, None, 20, {"BLOCK": 16})  # for matrices beyond those of the fused kernel
     outcome = search(slot, problem_for(slot.kernel, 20, CPU), lambda problem: pytest.fail("timed"), print, True)
     assert outcome.best == slot.config and "does not launch it" in outcome.note
 
@@ -188,7 +188,7 @@ def test_files_keep_what_was_not_searched(whole, tmp_path):
     base.write_text(json.dumps(BASE))
     path.parent.mkdir()
     path.write_text(json.dumps({"mine": [{"up_to": None, "B": 2}]}))
-    write(path, base, [Outcome(SLOT, {"BLOCK": 64, "BLOCK_K": 32}, seconds=1.0)], whole)
+    write(path, base, [BestConfig(SLOT, {"BLOCK": 64, "BLOCK_K": 32}, seconds=1.0)], whole)
     written = tuning.load(path)
     assert written["covariance"] == [{"up_to": 40, "BLOCK": 64, "BLOCK_K": 32}, BASE["covariance"][1]]
     assert written["mine"] == [{"up_to": None, "B": 2}]

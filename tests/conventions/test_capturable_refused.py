@@ -11,7 +11,7 @@ from support.helpers import mlp
 from support.recording import WARM, Case, Run, recorded
 from torch import Tensor, nn
 
-from kfac_triton.curvature.async_flags import LateFlags
+from kfac_triton.curvature.async_flags import AsyncFlags
 from kfac_triton.kernels import device_tables, runtime
 
 
@@ -126,7 +126,7 @@ def test_tables_of_a_graph_are_its_own_and_are_kept() -> None:
 
 
 def test_late_flags_are_not_asked_for_in_a_graph_and_can_be_after_it() -> None:
-    flags, refused = LateFlags(2, torch.device("cpu")), torch.tensor([True, False])
+    flags, refused = AsyncFlags(2, torch.device("cpu")), torch.tensor([True, False])
     flags.send(refused)
     with recorded() as tape:
         assert flags.receive() == []

@@ -7,7 +7,7 @@ import torch
 from support.helpers import energy_error
 from torch import Tensor
 
-from kfac_triton.curvature.async_flags import LateFlags
+from kfac_triton.curvature.async_flags import AsyncFlags
 from kfac_triton.curvature.inverse import ACCEPT, InverseStack
 from kfac_triton.settings import METHODS
 
@@ -75,7 +75,7 @@ def test_the_first_refresh_and_one_after_a_restart_wait() -> None:
 
 
 def test_flags_are_given_once() -> None:
-    flags = LateFlags(3, torch.device("cpu"))
+    flags = AsyncFlags(3, torch.device("cpu"))
     assert flags.receive() == []
     flags.send(torch.tensor([False, True, True]))
     assert flags.receive() == [1, 2]

@@ -133,7 +133,7 @@ def test_a_compiled_step_is_an_eager_step() -> None:
             optimizer.zero_grad()
             tokens = torch.randint(10, (2, TOKENS))
             nn.functional.cross_entropy(run(tokens), tokens).backward()
-            assert all(bool(s.passes) != compiled for s in optimizer.engine.statistics)
+            assert all(bool(s.deferred) != compiled for s in optimizer.engine.statistics)
             optimizer.step()
         trained.append(nn.utils.parameters_to_vector(model.parameters()).detach())
     assert relative_error(trained[1], trained[0]) <= 1e-5

@@ -29,7 +29,7 @@ def test_parts_and_tiles_cover_every_side_once(inputs: int, outputs: int, bias: 
         parts = [p for p in partition.parts if p.is_input == is_input]
         assert [p.start for p in parts] == [0] + [p.stop for p in parts[:-1]]
         assert parts[-1].stop == size
-        assert parts[-1].ones == (bias and is_input)
+        assert parts[-1].has_bias_column == (bias and is_input)
         if size <= largest:
             assert len(parts) == 1
             assert not parts[0].diagonal

@@ -268,7 +268,7 @@ def test_what_can_be_tied() -> None:
     (layer,), _ = tied(decoder(True), embedding(), decoder(True), embedding())
     assert type(layer) is TiedLayer
     assert not layer.has_bias
-    assert [layer.is_second(i) for i in range(4)] == [False, True, False, True]
+    assert [layer.uses_weight_transposed(i) for i in range(4)] == [False, True, False, True]
     (layer,), _ = tied(embedding(), embedding())
     assert type(layer) is EmbeddingLayer
     (layer,), _ = tied(decoder(), decoder())

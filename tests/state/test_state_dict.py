@@ -206,7 +206,7 @@ def test_state_follows_a_parameter_and_leaves_the_one_before() -> None:
     optimizer = torch.optim.SGD([old, last], lr=0.1)
     optimizer.state[old]["momentum_buffer"] = torch.ones(2)
     optimizer.param_groups[0]["params"][0] = new
-    now = param_groups.follow_swaps(optimizer, [old, last])
+    now = param_groups.rekey_swapped(optimizer, [old, last])
     assert [id(p) for p in now] == [id(new), id(last)]
     assert set(optimizer.state) == {new}  # and none made up for one that had no state
 
@@ -217,7 +217,7 @@ def test_state_follows_to_another_device_but_for_counters_of_the_host(capturable
     p = nn.Parameter(torch.ones(2, device="meta"))
     optimizer = torch.optim.Adam([p], capturable=capturable)
     optimizer.state[p].update(step=torch.zeros(()), exp_avg=torch.ones(2), name=None)
-    param_groups.follow_moves(optimizer)
+    param_groups.move_state(optimizer)
     assert optimizer.state[p]["step"].device.type == ("meta" if capturable else "cpu")
     assert optimizer.state[p]["exp_avg"].device.type == "meta"
 

@@ -172,7 +172,7 @@ def test_a_rate_in_a_tensor_of_one_element_is_that_rate(shape: tuple[int, ...], 
             optimizer.zero_grad()
             model(torch.randn(8, 4)).square().mean().backward()
             optimizer.step()
-        assert optimizer.engine.nu < 1
+        assert optimizer.engine.kl_clip_scale < 1
         trained.append(nn.utils.parameters_to_vector(model.parameters()).detach())
     torch.testing.assert_close(trained[1], trained[0], rtol=1e-5, atol=1e-7)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kfac_triton.curvature.async_flags import LateFlags
+from kfac_triton.curvature.async_flags import AsyncFlags
 from kfac_triton.kernels.operators import OPERATORS
 from kfac_triton.kernels.runtime import triton
 
@@ -74,7 +74,7 @@ class NobodyWaits(TorchDispatchMode):
 @contextmanager
 def nobody_waits() -> Iterator[None]:
     """Inside, no operator waits and no Python number is read from a tensor, but for flags that arrived by themselves."""
-    receive = LateFlags.receive
+    receive = AsyncFlags.receive
 
     def refuse(name: str) -> Any:
         def read(self: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -85,7 +85,7 @@ def nobody_waits() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, NobodyWaits():
         originals = {name: getattr(torch.Tensor, name) for name in READING}
 
-        def receive_allowed(flags: LateFlags) -> list[int]:
+        def receive_allowed(flags: AsyncFlags) -> list[int]:
             with pytest.MonkeyPatch.context() as inner:
                 for name, original in originals.items():
                     inner.setattr(torch.Tensor, name, original)
@@ -93,5 +93,5 @@ def nobody_waits() -> Iterator[None]:
 
         for name in READING:
             patch.setattr(torch.Tensor, name, refuse(name))
-        patch.setattr(LateFlags, "receive", receive_allowed)
+        patch.setattr(AsyncFlags, "receive", receive_allowed)
         yield

@@ -190,7 +190,7 @@ def _number(loss: float) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells in aligned columns: text to the left, numbers to the right."""
+    """RowSource of cells in aligned columns: text to the left, numbers to the right."""
     columns = []
     for cells in zip(*rows, strict=True):
         width = max(map(len, cells))

@@ -61,9 +61,9 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
             f'run: pip install "kfac-triton[demo]", or give --output {NO_FILE}'
         )
     log = _read(parser, arguments.log)
-    entries = choose_layers(log.entries, arguments.layers)
+    entries = select_layers(log.entries, arguments.layers)
     if not layer_names(entries):
-        known = ", ".join(layer_names(choose_layers(log.entries, "*"))[:20])
+        known = ", ".join(layer_names(select_layers(log.entries, "*"))[:20])
         parser.error(f"argument --layers: {arguments.layers!r} matches no layer of the log; it has {known}")
 
     print(render(entries, arguments.log.name))
@@ -92,12 +92,12 @@ def _read(parser: argparse.ArgumentParser, path: Path) -> Log:
     if not log.entries:
         state = "is empty" if log.unfinished is None else "has no whole line"
         parser.error(f"argument LOG: {str(path)!r} {state}; let the training log a step first")
-    if not layer_names(choose_layers(log.entries, "*")):
+    if not layer_names(select_layers(log.entries, "*")):
         parser.error(f"argument LOG: {str(path)!r} has no layers; pass optimizer.diagnostics() to append_log")
     return log
 
 
-def choose_layers(entries: Sequence[Mapping[str, Any]], pattern: str) -> list[dict[str, Any]]:
+def select_layers(entries: Sequence[Mapping[str, Any]], pattern: str) -> list[dict[str, Any]]:
     """The entries with only the layers whose names fit a pattern of the shell's kind."""
     chosen = []
     for entry in entries:
@@ -242,7 +242,7 @@ def _short(value: float | None) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells in aligned columns: the first and the last hold text, the others numbers."""
+    """RowSource of cells in aligned columns: the first and the last hold text, the others numbers."""
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     lines = []
     for first, *cells, last in rows:

@@ -18,7 +18,7 @@ from .checks import EMA_DECAY, Problem, worst
 _CHUNK = 1 << 26  # elements of a patch matrix at a time
 
 
-class Rows(NamedTuple):
+class RowSource(NamedTuple):
     """Where rows of X come from: a matrix, or images and a window; and whether a column of ones follows."""
 
     source: Tensor
@@ -71,7 +71,7 @@ class Covariance(Problem):
 
     operation = "covariance_ema"
 
-    def __init__(self, name: str, rows: Sequence[Rows], whole: bool = False) -> None:
+    def __init__(self, name: str, rows: Sequence[RowSource], whole: bool = False) -> None:
         """The layers; whole: their numbers are small integers."""
         super().__init__(name, rows[0].source.device)
         self.rows = list(rows)
@@ -85,7 +85,7 @@ class Covariance(Problem):
         self.storage = [torch.zeros(padded(side), padded(side), device=self.device) for side in self.sides]
         self.prepare()
 
-    def _start(self, layer: Rows) -> Tensor:
+    def _start(self, layer: RowSource) -> Tensor:
         root = torch.randn(layer.columns, 4, dtype=torch.float64, device=self.device)
         root = root.round() if self.whole else root
         return (root @ root.T).float()  # in float64, where the order of the sums leaves no trace in the float32

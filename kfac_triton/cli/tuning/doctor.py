@@ -15,7 +15,7 @@ from ... import __version__
 from ...kernels import operators, ops, runtime, tuning
 from ..arguments import usable_device
 from .checks import ColdInverses, Preconditioning, Problem, WarmInverses, kernel_obstacle
-from .covariance_check import Covariance, Rows
+from .covariance_check import Covariance, RowSource
 
 _HARDWARE_SIDES = (64, 200, 513)  # fused, tiled with a rest, and odd
 _INTERPRETED_SIDES = (16, 72)  # fused and tiled; the interpreter takes seconds for more
@@ -83,20 +83,20 @@ def problems(device: torch.device, sides: Sequence[int] = ()) -> Iterator[Proble
     yield Preconditioning("inverse roots", shapes, device)
 
 
-def _layers(sides: Sequence[int], device: torch.device, dtype: torch.dtype, whole: bool = False) -> Iterator[Rows]:
+def _layers(sides: Sequence[int], device: torch.device, dtype: torch.dtype, whole: bool = False) -> Iterator[RowSource]:
     def numbers(*shape: int) -> Tensor:
         values = torch.randn(*shape, device=device)
         return (2 * values).round().clamp(-3, 3) if whole else values.to(dtype)
 
     for side in sides:
-        yield Rows(numbers(3 * side, side), ones=side % 2 == 0)
-    yield Rows(numbers(sides[0], 2 * sides[0]).T, ones=True)
+        yield RowSource(numbers(3 * side, side), ones=side % 2 == 0)
+    yield RowSource(numbers(sides[0], 2 * sides[0]).T, ones=True)
 
 
-def _images(device: torch.device) -> Iterator[Rows]:
+def _images(device: torch.device) -> Iterator[RowSource]:
     images = torch.randn(4, 5, 9, 8, device=device)
-    yield Rows(images, ops.window((3, 3), (2, 1), (1, 1)), ones=True)
-    yield Rows(images.contiguous(memory_format=torch.channels_last), ops.window((1, 1)))
+    yield RowSource(images, ops.window((3, 3), (2, 1), (1, 1)), ones=True)
+    yield RowSource(images.contiguous(memory_format=torch.channels_last), ops.window((1, 1)))
 
 
 def examine(problem: Problem, backend: str) -> Finding:

@@ -19,7 +19,7 @@ from ...kernels import ops, runtime, tuning
 from ...kernels.runtime import Target
 from ...kernels.tuning import Config
 from .checks import ColdInverses, Preconditioning, Problem, WarmInverses
-from .covariance_check import Covariance, Rows
+from .covariance_check import Covariance, RowSource
 
 # Values that a key of kernels/configs/*.json may take, by the beginning of its name, the longest first. A key without a list
 # here, such as a register limit, stays as it is.
@@ -40,7 +40,7 @@ OnCandidate = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Slot:
+class ConfigEntry:
     """One entry of a configuration file: a kernel, and the sides that the entry is for."""
 
     kernel: str
@@ -51,7 +51,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BestConfig:
     """What the search found for a slot.
 
     Attributes:
@@ -64,7 +64,7 @@ class Outcome:
         note: why nothing was searched, if so.
     """
 
-    slot: Slot
+    slot: ConfigEntry
     best: Config
     seconds: float | None = None
     before: float | None = None
@@ -73,7 +73,7 @@ class Outcome:
     note: str = ""
 
 
-def slots(target: Target, kernels: Sequence[str], largest: int) -> list[Slot]:
+def slots(target: Target, kernels: Sequence[str], largest: int) -> list[ConfigEntry]:
     """The entries of the target's configuration file, each with a side to be timed at: the largest that it serves.
 
     Args:
@@ -88,7 +88,7 @@ def slots(target: Target, kernels: Sequence[str], largest: int) -> list[Slot]:
             side = max(largest, bound + 16) if entry["up_to"] is None else min(entry["up_to"], max(largest, bound + 1))
             bound = entry["up_to"]
             present = {key: value for key, value in entry.items() if key != "up_to"}
-            found.append(Slot(kernel, index, entry["up_to"], side, present))
+            found.append(ConfigEntry(kernel, index, entry["up_to"], side, present))
     return found
 
 
@@ -125,12 +125,12 @@ def problem_for(kernel: str, side: int, device: torch.device) -> Problem:
     if kernel == "covariance_patches":
         channels, edge = max(1, side // 9), 6 if small else 14
         images = torch.randn(max(1, rows // edge**2), channels, edge, edge, device=device).bfloat16()
-        return Covariance(kernel, [Rows(images, ops.window((3, 3), (1, 1), (1, 1)))] * (1 if small else 4))
+        return Covariance(kernel, [RowSource(images, ops.window((3, 3), (1, 1), (1, 1)))] * (1 if small else 4))
     if kernel in ("covariance", "covariance_fp32", "covariance_unaligned"):
         columns = side | 1 if kernel == "covariance_unaligned" else max(16, side // 16 * 16)
         dtype = torch.float32 if kernel == "covariance_fp32" else torch.bfloat16
         layers = max(1, min(count, _WORK // (rows * side**2)))
-        return Covariance(kernel, [Rows(torch.randn(rows, columns, device=device).to(dtype)) for _ in range(layers)])
+        return Covariance(kernel, [RowSource(torch.randn(rows, columns, device=device).to(dtype)) for _ in range(layers)])
     if kernel.startswith("newton_schulz"):
         return ColdInverses(kernel, {side: count}, device)
     if kernel.startswith("factored"):
@@ -154,7 +154,7 @@ def trial(kernel: str, config: Config) -> Iterator[list[str]]:
         yield asked
 
 
-def search(slot: Slot, problem: Problem, clock: Clock, on_candidate: OnCandidate, exhaustive: bool) -> Outcome:
+def search(slot: ConfigEntry, problem: Problem, clock: Clock, on_candidate: OnCandidate, exhaustive: bool) -> BestConfig:
     """Finds the fastest configuration for a slot that computes the right result.
 
     Args:
@@ -170,7 +170,7 @@ def search(slot: Slot, problem: Problem, clock: Clock, on_candidate: OnCandidate
         except Exception as error:
             _raise_if_device_is_lost(problem.device, slot.config, error)
     if slot.kernel not in asked:
-        return Outcome(slot, slot.config, note=f"a problem of side {slot.side} does not launch it")
+        return BestConfig(slot, slot.config, note=f"a problem of side {slot.side} does not launch it")
 
     times: dict[tuple[int, ...], float | None] = {}
     counts = {"failed": 0, "wrong": 0}
@@ -193,7 +193,7 @@ def search(slot: Slot, problem: Problem, clock: Clock, on_candidate: OnCandidate
             best, fastest = candidate, seconds
             if not exhaustive:
                 candidates = neighbours(best, slot.config)
-    return Outcome(slot, best, fastest, before, counts["failed"], counts["wrong"])
+    return BestConfig(slot, best, fastest, before, counts["failed"], counts["wrong"])
 
 
 def _try(kernel: str, config: Config, problem: Problem, clock: Clock) -> tuple[float | None, str]:
@@ -218,7 +218,7 @@ def _raise_if_device_is_lost(device: torch.device, config: Config, error: Except
         raise RuntimeError(f"the device stopped working at configuration {config}; start again without it") from error
 
 
-def write(path: Path, base: Path, outcomes: Sequence[Outcome], whole: bool) -> None:
+def write(path: Path, base: Path, outcomes: Sequence[BestConfig], whole: bool) -> None:
     """Writes a configuration file with what was found.
 
     Args:

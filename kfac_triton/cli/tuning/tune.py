@@ -13,7 +13,7 @@ import torch
 from ...kernels import runtime, tuning
 from ..arguments import at_least, usable_device
 from .checks import Problem, kernel_obstacle
-from .search import OnCandidate, Outcome, Slot, every_candidate, problem_for, search, slots, write
+from .search import BestConfig, ConfigEntry, OnCandidate, every_candidate, problem_for, search, slots, write
 from .stopwatch import Stopwatch, captured
 
 NO_KERNEL = 2  # exit status
@@ -94,18 +94,18 @@ def median_time(problem: Problem) -> float:
     return statistics.median(times)
 
 
-def _search(slot: Slot, device: torch.device, on_candidate: OnCandidate, exhaustive: bool) -> Outcome:
+def _search(slot: ConfigEntry, device: torch.device, on_candidate: OnCandidate, exhaustive: bool) -> BestConfig:
     try:
         problem = problem_for(slot.kernel, slot.side, device)
     except ValueError as error:
-        return Outcome(slot, slot.config, note=str(error))
+        return BestConfig(slot, slot.config, note=str(error))
     obstacle = kernel_obstacle(problem)
     if obstacle is not None:
-        return Outcome(slot, slot.config, note=obstacle)
+        return BestConfig(slot, slot.config, note=obstacle)
     return search(slot, problem, median_time, on_candidate, exhaustive)
 
 
-def render(outcomes: Sequence[Outcome]) -> str:
+def render(outcomes: Sequence[BestConfig]) -> str:
     """One line an entry."""
     lines = []
     for outcome in outcomes:
