@@ -15,7 +15,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from ..kernels import ops
+from ..kernels import ops, runtime
 from ..kernels.certificate import MULTIPLIED, damped, inverse_residual, mirror, probe_error, root_residual, rounding_error
 from .async_flags import AsyncFlags
 from .triangular import symmetric_product, triangular_inverse
@@ -25,7 +25,8 @@ ACCEPT = 0.3
 _PIECE = 2**23  # bytes of a stack that are inverted at a time
 _DOUBLINGS = 20  # of Newton-Schulz; what takes more than 16 is beyond float32, and every one is a launch
 # Newton steps of a warm refresh. Where the host does not look, each is launched, needed or not: a start that needs more than
-# the fewer is better factored anew.
+# the fewer is better factored anew, which the host does in the next step. In a replayed CUDA graph it cannot, and launches cost
+# little: there a start that is left behind would stay behind, and K-FAC would train on old inverses.
 _REFINEMENTS, _BLIND_REFINEMENTS = 8, 4
 
 
@@ -170,7 +171,8 @@ class InverseStack:
             tolerance = 0.1 * self.tolerance
             ops.newton_schulz_inverse(factors, damping, values, residual, tolerance, _DOUBLINGS, backend=self._backend)
         elif self.method == "factored":
-            steps = _REFINEMENTS if self._refused is None else _BLIND_REFINEMENTS
+            is_blind = self._refused is not None and not runtime.is_recording()
+            steps = _BLIND_REFINEMENTS if is_blind else _REFINEMENTS
             ops.factored_newton_refresh(factors, damping, values, residual, self.tolerance, steps, backend=self._backend)
         else:
             invert = eigh if self.method == "eigh" else _cholesky_inverse

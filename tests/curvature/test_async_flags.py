@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kfac_triton.curvature.async_flags import AsyncFlags
 from kfac_triton.curvature.inverse import ACCEPT, InverseStack
+from kfac_triton.kernels import runtime
 from kfac_triton.settings import METHODS
 
 NAMED_METHODS = [method for method in METHODS if method != "auto"]
@@ -58,6 +59,27 @@ def test_what_is_certified_is_what_waiting_would_have_given(method: str) -> None
             stack.refresh(factors, damping)
         assert torch.equal(waiting.values, late.values)
         assert torch.equal(waiting.residual, late.residual)
+
+
+def test_a_recorded_refresh_takes_the_steps_that_no_host_can_make_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small eigenvalue grows by 9/4 a step at most: four steps are too few for a jump by 100.
+
+    In a replayed graph, where no host factors the matrix anew, they would be too few at every replay after it.
+    """
+    basis = torch.linalg.qr(torch.randn(24, 24))[0]
+    before, after = ((basis * torch.linspace(1, top, 24)) @ basis.T for top in (1.0, 100.0))
+    damping = torch.full((1,), 0.01)
+    refused = []
+    for recording in (False, True):
+        stack = InverseStack(before[None], "factored", 0.05, "torch", wait=False)
+        stack.refresh(before[None], damping)
+        monkeypatch.setattr(runtime, "is_recording", lambda recording=recording: recording)
+        stack.refresh(after[None], damping)
+        monkeypatch.undo()
+        refused.append(stack.fallbacks.item())
+        if recording:
+            assert energy_error(after + 0.01 * torch.eye(24), _inverses(stack)[0]) < ACCEPT
+    assert refused == [1, 0]
 
 
 def test_the_first_refresh_and_one_after_a_restart_wait() -> None:
