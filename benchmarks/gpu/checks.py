@@ -1,0 +1,131 @@
+"""The part `smoke`: kernels against float64, under compute-sanitizer too, and K-FAC on kernels against K-FAC on PyTorch."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from kfac_triton.kernels import library
+
+from . import engines
+from .findings import Bench
+from .others import Problem, examine, kernel_obstacle, problems
+from .processes import ROOT, environment
+from .workloads import Variant, task, training_step
+
+OPERATIONS = {
+    "covariance": "covariance_ema",
+    "cold": "newton_schulz_inverse",
+    "warm": "factored_newton_refresh",
+    "precondition": "precondition",
+}
+MORE_SIDES = (7, 33, 129, 1000)  # to check on a GPU, beside those of `kfac-triton doctor`
+SANITIZER_SIDES = (33, 72)  # small, for every access is looked at
+SANITIZER_SECONDS = 105
+FIRST_STEPS = 3
+
+
+def run(bench: Bench, names: Sequence[str]) -> None:
+    """Says a verdict for each name."""
+    for name in names:
+        kind, _, what = name.partition(":")
+        if name in OPERATIONS:
+            _kernels(bench, OPERATIONS[name])
+        elif kind == "engine":
+            bench.attempt(name, partial(engines.compare, bench, what))
+        elif kind == "compile":
+            bench.attempt(name, partial(_first_steps, bench, what))
+        elif not bench.on_gpu:
+            bench.say(f"compute-sanitizer {name}", skipped="no GPU")
+        else:
+            bench.attempt(f"compute-sanitizer {name}", partial(_sanitize, bench, name))
+
+
+def _kernels(bench: Bench, operation: str) -> None:
+    device = torch.device(bench.device)
+    for sides in ((), MORE_SIDES) if bench.on_gpu else ((),):
+        torch.manual_seed(0)
+        for problem in problems(device, sides):
+            if problem.operation == operation:
+                what = f"{operation} of {problem.name}" + (f" {sides}" if sides else "")
+                obstacle = kernel_obstacle(problem)
+                facts = {"torch_only": obstacle} if obstacle else {}
+                _check(bench, what, problem, "torch" if obstacle else "triton", facts)
+                prefers_library = library.OPERATORS[operation].prefers_library
+                if prefers_library is not None and prefers_library(device):
+                    _check(bench, f"{what}, by the library", problem, "auto", {})
+
+
+def _check(bench: Bench, what: str, problem: Problem, backend: str, facts: dict[str, Any]) -> None:
+    """Says the error against float64, and whether a second run has the same: what moves is a race between threads."""
+    finding = examine(problem, backend)
+    again = math.nan
+    if not finding.complaint:
+        problem.prepare()
+        problem.run(backend)
+        again = problem.error()
+    bench.say(
+        what,
+        verdict="right" if finding.right else "WRONG",
+        error=finding.error,
+        allowed=finding.allowed,
+        repeats=finding.error == again,
+        s=finding.seconds,
+        **({"complaint": finding.complaint} if finding.complaint else {}),
+        **facts,
+    )
+
+
+def _first_steps(bench: Bench, name: str) -> None:
+    """Seconds of the first steps, which compile kernels; later parts find them in Triton's cache."""
+    workload = task(bench, name)
+    start = time.perf_counter()
+    step, _ = training_step(workload, Variant("K-FAC"))
+    losses = [step() for _ in range(FIRST_STEPS)]
+    bench.wait()
+    bench.say(f"three first steps of {name}", s=time.perf_counter() - start, loss=float(losses[-1]))
+
+
+def _sanitize(bench: Bench, tool: str) -> None:
+    """Small problems under compute-sanitizer's memcheck or racecheck."""
+    if shutil.which("compute-sanitizer") is None:
+        bench.say(f"compute-sanitizer {tool}", skipped="compute-sanitizer is not on the path")
+        return
+    command = ["compute-sanitizer", "--tool", tool, "--print-limit", "5", sys.executable, "-m", "gpu.checks", bench.device]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=SANITIZER_SECONDS, env=environment(), check=False
+    )
+    (bench.folder / f"{tool}.txt").write_text(done.stdout[-200_000:] + done.stderr[-20_000:], encoding="utf-8")
+    bench.say(f"compute-sanitizer {tool}", **judge(done.stdout, done.stderr))
+
+
+def judge(output: str, errors: str) -> dict[str, Any]:
+    """What compute-sanitizer found, and the verdict: every problem solved, and a summary that counts nothing."""
+    lines = output.splitlines()
+    right, wrong = (sum(f" {word} " in line for line in lines) for word in ("True", "False"))
+    summaries = [line for line in lines if "SUMMARY" in line]
+    clean = bool(summaries) and all(re.search(r"SUMMARY: 0 (errors|hazards)", line) for line in summaries)
+    shown = [line for line in lines if "SUMMARY" in line or "Invalid" in line or "hazard" in line][:4]
+    verdict = "right" if clean and right and not wrong else "WRONG"
+    return {"verdict": verdict, "checked": right, "summary": shown or errors[-200:]}
+
+
+def solve_small_problems(device: torch.device) -> None:
+    """Prints a line for each problem: what compute-sanitizer watches."""
+    torch.manual_seed(0)
+    for problem in problems(device, SANITIZER_SIDES):
+        finding = examine(problem, "triton")
+        print(finding.operation, finding.problem, finding.right, f"{finding.error:.1e}", finding.complaint, flush=True)
+
+
+if __name__ == "__main__":
+    solve_small_problems(torch.device(sys.argv[1]))

@@ -1,0 +1,70 @@
+"""A few steps of K-FAC with its kernels and without, from the same weights on the same batch: factors and losses must agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kfac_triton import KFAC
+
+from .findings import Bench
+
+STEPS = 6  # inverses are refreshed from their predecessors from the second one on
+ALLOWED_FACTORS = 5e-3  # relative difference of the worst factor, after products of TF32 and of float32
+ALLOWED_LOSS = 0.02, 1e-3  # relative, absolute
+
+
+def compare(bench: Bench, kind: str) -> None:
+    """Says how far apart they end."""
+    device = torch.device(bench.device)
+    (parameters, factors, loss, troubles), (others, other_factors, other_loss, _) = (
+        _train(kind, device, backend) for backend in ("auto", "torch")
+    )
+    off = max(_relative(a, b) for a, b in zip(factors, other_factors, strict=True))
+    relative, absolute = ALLOWED_LOSS
+    right = off < ALLOWED_FACTORS and abs(loss - other_loss) < relative * abs(other_loss) + absolute
+    bench.say(
+        f"engine {kind}",
+        verdict="right" if right else "WRONG",
+        factors_off=off,
+        parameters_off=_relative(parameters, others),
+        loss=loss,
+        loss_torch=other_loss,
+        **troubles,
+    )
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+
+
+def _train(kind: str, device: torch.device, backend: str) -> tuple[Tensor, list[Tensor], float, dict[str, Any]]:
+    """Parameters, factors, the last loss, and what the diagnostics count of refused inverses and dropped gradients."""
+    model, inputs = _network(kind, device)
+    target = torch.randint(10, (len(inputs),), generator=torch.Generator().manual_seed(1)).to(device)
+    optimizer = KFAC(model, lr=0.05, damping=0.03, backend=backend, inverse="factored", inverse_tolerance=1e-3)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs), target)
+        loss.backward()
+        optimizer.step()
+    troubles = {name: value for name, value in optimizer.diagnostics().items() if "fallback" in name or "dropped" in name}
+    factors = [factor for pair in optimizer.factors().values() for factor in pair]
+    return nn.utils.parameters_to_vector(model.parameters()).detach(), factors, loss.item(), troubles
+
+
+def _network(kind: str, device: torch.device) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    if kind == "mlp":
+        layers = [nn.Linear(200, 513), nn.Tanh(), nn.Linear(513, 64), nn.Tanh(), nn.Linear(64, 10)]
+        shape: tuple[int, ...] = (256, 200)
+    elif kind == "conv":
+        layers = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, 2), nn.ReLU(), nn.Flatten()]
+        layers, shape = [*layers, nn.Linear(24 * 49, 10)], (64, 3, 16, 16)
+    else:
+        layers = [nn.Linear(40, 96), nn.LayerNorm(96), nn.GELU(), nn.Linear(96, 96), nn.LayerNorm(96), nn.Linear(96, 10)]
+        shape = (4096, 40)
+    return nn.Sequential(*layers).to(device), torch.randn(shape, device=device)

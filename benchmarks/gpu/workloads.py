@@ -1,0 +1,118 @@
+"""What is trained for time, and a training step of it with an optimizer."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kfac_triton import KFAC
+
+from . import vision_models
+from .findings import Bench
+from .others import DAMPING, KL_CLIP, LEARNING_RATE, Task, autoencoder, gpt2
+
+Step = Callable[[], Tensor]
+_RARELY = 10**6  # steps; more than any measurement does
+# After three steps with statistics and inverses K-FAC computes neither again: what is left is preconditioning and the update.
+FROZEN: dict[str, Any] = {"statistics_every": _RARELY, "inverse_every": _RARELY, "warmup": 3}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An optimizer and how the training step is run.
+
+    Attributes:
+        name: for tables.
+        kfac: K-FAC or AdamW.
+        settings: of the optimizer.
+        precision: of float32 products by the library: "highest", or "high" for TF32.
+        compiled: whether the model goes through torch.compile.
+    """
+
+    name: str
+    kfac: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
+    precision: str = "highest"
+    compiled: bool = False
+
+
+def task(bench: Bench, name: str) -> Task:
+    """A model, its batch and its loss: "autoencoder", "gpt", "resnet50" or "vit_b"; a toy where the bench wants it small."""
+    torch.manual_seed(0)
+    device = torch.device(bench.device)
+    if name in vision_models.NAMES:
+        model, batch = vision_models.build(name, device, bench.small)
+        description = f"{name}, {len(batch)} images {batch.shape[-1]} wide, bfloat16 autocast on a GPU"
+        return Task(name, description, model, batch, _classification_loss)
+    return {"autoencoder": autoencoder, "gpt": gpt2}[name](device, bench.small)
+
+
+def _classification_loss(model: torch.nn.Module, images: Tensor) -> Tensor:
+    """Of made-up labels: example i of class i."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
+        logits = model(images)
+    return F.cross_entropy(logits.float(), torch.arange(len(images), device=images.device) % logits.shape[1])
+
+
+def training_step(task: Task, variant: Variant) -> tuple[Step, torch.optim.Optimizer]:
+    """A step of a copy of the task's model, and its optimizer."""
+    model = copy.deepcopy(task.model)
+    if variant.kfac:
+        settings: dict[str, Any] = {"lr": LEARNING_RATE, "tail": "adamw", "damping": DAMPING, "kl_clip": KL_CLIP}
+        settings |= {"statistics_every": 1, "inverse_every": 1, "loss_terms": task.loss_terms}
+        if hasattr(model, "positions"):
+            settings["skip"] = "positions"  # which are added, and nothing is multiplied by them
+        optimizer: torch.optim.Optimizer = KFAC(model, **settings | variant.settings)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, **variant.settings)
+    called: Any = torch.compile(model) if variant.compiled else model
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = task.loss(called, task.batch)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step, optimizer
+
+
+def clock(bench: Bench, step: Callable[[], object], seconds: float) -> tuple[float, float]:
+    """(milliseconds a step, milliseconds of them until the host is done), the median of three series.
+
+    Steps follow each other without a wait, from an idle device to an idle device. The host is done when the last step returns.
+    """
+    for _ in range(4):
+        step()
+    bench.wait()
+    start = time.perf_counter()
+    step()
+    bench.wait()
+    steps = max(3, min(50, int(seconds / max(1e-4, time.perf_counter() - start)))) // 3 + 1
+    series = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        host = time.perf_counter() - start
+        bench.wait()
+        series.append((1e3 * (time.perf_counter() - start) / steps, 1e3 * host / steps))
+    return sorted(series)[1]
+
+
+def certificates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Of K-FAC's iterative inverses: how many were refused and computed by Cholesky, and the worst residual."""
+    if not isinstance(optimizer, KFAC):
+        return {}
+    stacks: list[Any] = [inverse for inverse in optimizer.engine.curvature.inverses if hasattr(inverse, "fallbacks")]
+    if not stacks:
+        return {}
+    refused = sum(int(stack.fallbacks.sum()) for stack in stacks)
+    return {"fallbacks": refused, "worst_residual": max(float(stack.residual.max()) for stack in stacks)}
