@@ -7,19 +7,24 @@ from pathlib import Path
 
 from .findings import Line, read
 
+_GROUPED = ("train", "profile")  # parts with several lines about a subject
 _ANNOTATION = "Optimizer."  # a range that the profiler sets over kernels, whose time is theirs and counts once
 
 
 def merge(files: Sequence[Path]) -> list[Line]:
     """All findings, each with the name of its run, in the order in which they were made first.
 
-    A training problem and a profile are replaced as a whole, for their lines belong together; anything else line by line.
+    A training problem and a profile are replaced as a whole, for their lines belong together; anything else line by line,
+    within a file too.
     """
     merged: dict[tuple[str, str], list[Line]] = {}
     for name, file in zip(run_names(files), files, strict=True):
         found: dict[tuple[str, str], list[Line]] = {}
         for line in _with_subjects(read(file)):
-            found.setdefault((line["part"], line["subject"]), []).append({"run": name, **line})
+            lines = found.setdefault((line["part"], line["subject"]), [])
+            if line["part"] not in _GROUPED:
+                lines.clear()
+            lines.append({"run": name, **line})
         merged |= found
     return [line for lines in merged.values() for line in lines]
 
