@@ -1,4 +1,4 @@
-"""Checks the kernels on a device, then times them and the optimizer's step there: `make gpu`.
+"""Checks the kernels on a device, then times them and the optimizer's step there, beside kfac-pytorch's.
 
 Needs PyTorch and Triton alone. Ends in time: what no longer fits into `--budget` is left out, and the report says so.
 
@@ -44,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--operations", nargs="+", choices=cost_model.OPERATIONS, default=list(cost_model.OPERATIONS))
     parser.add_argument("--budget", type=float, default=420.0, help="seconds for everything (default: %(default)s)")
     parser.add_argument("--peer", type=Path, help="folder with the package kfac, such as a checkout of kfac-pytorch")
-    parser.add_argument("--output", type=Path, help="folder for the results (default: benchmarks/results/DEVICE-DATE)")
+    parser.add_argument("--output", type=Path, help="folder for the results (default: benchmarks/results/DEVICE-DATE-kernels)")
     options = parser.parse_args(arguments)
     options.device = torch.device(options.device)
     if options.device.type == "cuda" and not torch.cuda.is_available():
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     # The folder's name says what was measured.
     name = re.sub(r"[^A-Za-z0-9]+", "-", machine["device"]).strip("-").lower()
-    folder = options.output or RESULTS / f"{name}-{report['date']}"
+    folder = options.output or RESULTS / f"{name}-{report['date']}-kernels"
     for path in reports.write(folder, json.loads(json.dumps(report)), rates):
         print(f"Written: {path}")
     for line in report["left_out"]:

