@@ -8,8 +8,9 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from gpu import (
     training,
     vision_models,
 )
-from gpu.findings import ERRORS, FILE, Bench, is_bad, read
+from gpu.findings import FILE, Bench, is_bad, read
 from gpu.processes import LOG, run_together
 
 from kfac_triton.cli.digits import mnist_images
@@ -37,51 +38,6 @@ from kfac_triton.cli.problems import Preconditioning
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path, "a part", device="cpu", quick=True)
-
-
-# Findings.
-
-
-def test_a_finding_is_a_line_at_once(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.say("speed", ms=1.23456, note="x")
-    bench.say("other", part="step", error=math.nan)
-    first, second = read(bench.folder / FILE)
-    assert first == {"part": "a part", "what": "speed", "ms": 1.23456, "note": "x"}
-    assert second["part"] == "step" and math.isnan(second["error"])
-    assert capsys.readouterr().out.splitlines()[0] == "[a part] speed: ms 1.235, note x"
-
-
-def test_an_exception_is_a_finding_and_the_next_one_goes_on(bench: Bench) -> None:
-    def fail() -> None:
-        raise ValueError("no luck\nwith details")
-
-    assert bench.attempt("first", fail) is None
-    assert bench.attempt("second", lambda: 3) == 3
-    (line,) = read(bench.folder / FILE)
-    assert line["FAILED"] == "ValueError: no luck" and line["what"] == "first"
-    assert "with details" in (bench.folder / ERRORS).read_text()
-
-
-@pytest.mark.parametrize(
-    ("facts", "bad"),
-    [
-        ({"FAILED": "x"}, True),
-        ({"verdict": "WRONG"}, True),
-        ({"repeats": False}, True),
-        ({"verdict": "right", "repeats": True}, False),
-    ],
-)
-def test_what_is_bad(facts: dict[str, Any], bad: bool) -> None:
-    assert is_bad({"part": "p", "what": "w", **facts}) is bad
-
-
-def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
-    file = tmp_path / FILE
-    file.write_text('{"part": "env", "what": "copy"}\n{"part": "env", "wh')
-    assert [line["what"] for line in read(file)] == ["copy"]
-    file.write_text('{"part": "env", "wh\n{"part": "env", "what": "copy"}\n')
-    with pytest.raises(ValueError, match="line 1, is no finding"):
-        read(file)
 
 
 # Processes.
@@ -279,6 +235,28 @@ def test_training_is_judged_by_adamws_loss(bench: Bench) -> None:
     for line, run in zip(verdicts, trained, strict=True):
         hit = training.reached([tuple(point) for point in run["curve"]], best["loss"])
         assert (line["of_steps"] == hit[0] / 6) if hit else (line["reached"] == "no")
+
+
+def test_a_recorded_step_trains_as_an_eager_one(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the graph that replays by calling: batches and rates must come through tensors that stay in place."""
+
+    def stand_in(step: Callable[[], Any], warm_up: Callable[[], object]) -> tuple[Any, Any]:
+        warm_up()
+        return SimpleNamespace(replay=step), None
+
+    chosen = training.problem(bench, "text")
+    source = chosen.batches()
+    batches = [next(source) for _ in range(chosen.steps)]
+    eager = training.Trial(bench, chosen, True, chosen.kfac[0], 12, batches).run()
+    monkeypatch.setattr(training, "capture", stand_in)
+    monkeypatch.setattr(Bench, "on_gpu", True)
+    monkeypatch.setattr(Bench, "wait", lambda self: None)
+    trial = training.Trial(bench, chosen, True, chosen.kfac[0], 12, batches)
+    places = [trial.batch[0].data_ptr(), *(group["lr"].data_ptr() for group in trial.optimizer.param_groups)]
+    replayed = trial.run()
+    assert places == [trial.batch[0].data_ptr(), *(group["lr"].data_ptr() for group in trial.optimizer.param_groups)]
+    assert [point[0] for point in replayed] == [point[0] for point in eager] == [8, 12]
+    assert [point[2] for point in replayed] == pytest.approx([point[2] for point in eager], rel=1e-4)
 
 
 def test_without_adamws_loss_there_is_no_race(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

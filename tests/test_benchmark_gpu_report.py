@@ -1,4 +1,4 @@
-"""The report of `make gpu`, from made-up findings."""
+"""Findings of `make gpu`, and the report of made-up ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,57 @@ from typing import Any
 import pytest
 from gpu import __main__ as command
 from gpu import merging, picture, report, tables
-from gpu.findings import FILE
+from gpu.findings import ERRORS, FILE, Bench, is_bad, read
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path, "a part", device="cpu", quick=True)
+
+
+def test_a_finding_is_a_line_at_once(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.say("speed", ms=1.23456, note="x")
+    bench.say("other", part="step", error=math.nan)
+    first, second = read(bench.folder / FILE)
+    assert first == {"part": "a part", "what": "speed", "ms": 1.23456, "note": "x"}
+    assert second["part"] == "step" and math.isnan(second["error"])
+    assert capsys.readouterr().out.splitlines()[0] == "[a part] speed: ms 1.235, note x"
+
+
+def test_an_exception_is_a_finding_and_the_next_one_goes_on(bench: Bench) -> None:
+    def fail() -> None:
+        raise ValueError("no luck\nwith details")
+
+    assert bench.attempt("first", fail) is None
+    assert bench.attempt("second", lambda: 3) == 3
+    (line,) = read(bench.folder / FILE)
+    assert line["FAILED"] == "ValueError: no luck" and line["what"] == "first"
+    assert "with details" in (bench.folder / ERRORS).read_text()
+
+
+@pytest.mark.parametrize(
+    ("facts", "bad"),
+    [
+        ({"FAILED": "x"}, True),
+        ({"verdict": "WRONG"}, True),
+        ({"repeats": False}, True),
+        ({"verdict": "right", "repeats": True}, False),
+    ],
+)
+def test_what_is_bad(facts: dict[str, Any], bad: bool) -> None:
+    assert is_bad({"part": "p", "what": "w", **facts}) is bad
+
+
+def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    file = tmp_path / FILE
+    file.write_text('{"part": "env", "what": "copy"}\n{"part": "env", "wh')
+    assert [line["what"] for line in read(file)] == ["copy"]
+    file.write_text('{"part": "env", "wh\n{"part": "env", "what": "copy"}\n')
+    with pytest.raises(ValueError, match="line 1, is no finding"):
+        read(file)
+
+
+# The report.
 
 FIRST = (
     {"part": "env", "what": "machine", "gpu": "Some GPU 9000", "torch": "2.0", "date": "2030-01-02"},
@@ -75,6 +125,7 @@ SECOND = (
         "s": 1.0,
     },
     {"part": "step", "what": "gpt: K-FAC", "ms": 44.0, "host_ms": 45.0, "over_AdamW": 1.1, "loss": 2.5},
+    {"part": "ops", "what": "precondition gpt2: bmm", "ms": 6.0},
     {"part": "train", "what": "vit: AdamW {'lr': 0.1}", "FAILED": "RuntimeError: no memory"},
     {"part": "graph", "what": "autoencoder K-FAC", "FAILED": "RuntimeError: cannot capture"},
 )
@@ -122,6 +173,8 @@ def test_a_later_run_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
     assert kfac[1] == "44" and kfac[-1] == "second"
     assert kfac[3:5] == ["-", "-"], "ratios are within a run, and AdamW was not in this one"
     assert rows_of(page, "AdamW")[0][-1] == "first"
+    (race,) = rows_of(page, "gpt2")
+    assert race == ["gpt2", "2", "25%", "9 (4.5)", "6", "8 (4)", "-", "first, second"], "no ratio across runs"
     (check,) = rows_of(page, "precondition of inverses")
     assert check[-2:] == ["right", "second"]
     assert "missed" not in page, "a training problem is replaced as a whole"

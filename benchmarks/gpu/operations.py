@@ -1,4 +1,4 @@
-"""The part `ops`: the four operations over layers of real models, against what a user would write."""
+"""The part `ops`: operations over layers of real models, against what a user would write."""
 
 from __future__ import annotations
 
