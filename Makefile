@@ -61,8 +61,8 @@ bench: $(VENV)/.installed-bench  ## the cost model, then kernel benchmarks on th
 # For a GPU machine without network: the PyTorch and Triton that it has, nothing installed. The report is written whatever failed.
 gpu:  ## on a GPU machine: results checked, operations, steps and training timed; report in benchmarks/results/
 	rm -rf build/gpu
-	PYTHONPATH=.:benchmarks $(PYTHON) -m gpu all --out build/gpu $(GPU); status=$$?; \
-	PYTHONPATH=.:benchmarks $(PYTHON) -m gpu report build/gpu/hour.jsonl && exit $$status
+	$(PYTHON) -m benchmarks.gpu all --out build/gpu $(GPU); status=$$?; \
+	$(PYTHON) -m benchmarks.gpu report build/gpu/hour.jsonl && exit $$status
 
 # Every Triton that kernels may meet has its golden table: 3.6.0 comes with PyTorch 2.11, 3.7.1 with 2.13, 3.8.0 with 2.14, and
 # 3.9.0 is the newest.

@@ -1,10 +1,10 @@
 """Measures this package on a GPU, in parts. Needs PyTorch and Triton alone; run from the repository's root.
 
-PYTHONPATH=.:benchmarks python3 -m gpu all --out DIR
-PYTHONPATH=.:benchmarks python3 -m gpu step graph --names autoencoder --out DIR
-PYTHONPATH=.:benchmarks python3 -m gpu all --device cpu --quick --out DIR
-PYTHONPATH=.:benchmarks python3 -m gpu report DIR/hour.jsonl
-PYTHONPATH=.:benchmarks python3 -m gpu digits FILE
+python3 -m benchmarks.gpu all --out DIR
+python3 -m benchmarks.gpu step graph --names autoencoder --out DIR
+python3 -m benchmarks.gpu all --device cpu --quick --out DIR
+python3 -m benchmarks.gpu report DIR/hour.jsonl
+python3 -m benchmarks.gpu digits FILE
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     epilog = "parts: " + "; ".join(f"{name}: {part.about}" for name, part in PARTS.items())
     epilog += ". all: those but " + ", ".join(name for name, part in PARTS.items() if not part.default)
     epilog += ". `report --help` and `digits --help` describe the two other commands."
-    parser = argparse.ArgumentParser("python -m gpu", description=(__doc__ or "").splitlines()[0], epilog=epilog)
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0], epilog=epilog)
     parser.add_argument("part", nargs="+", choices=[*PARTS, "all"], metavar="PART", help="what to measure, or all")
     parser.add_argument("--out", type=Path, required=True, help=f"folder for {FILE} and what else is written")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="(default: %(default)s)")
@@ -161,7 +161,7 @@ def _run(options: argparse.Namespace, name: str, seconds: float) -> None:
     if not names and part.names:
         print(f"-- {name}: left out, it knows nothing of those names", flush=True)
         return
-    command = [sys.executable, "-m", "gpu", name, "--child", "--out", str(options.out), "--device", options.device]
+    command = [sys.executable, "-m", "benchmarks.gpu", name, "--child", "--out", str(options.out), "--device", options.device]
     command += ["--quick"] if options.quick else []
     command += ["--digits", str(options.digits.resolve())] if options.digits else []
     groups = [[n] for n in names] if part.together else [names]
@@ -178,7 +178,7 @@ def _measure(options: argparse.Namespace) -> int:
     bench = Bench(options.out, name, options.device, options.quick, options.digits)
 
     def measure() -> None:
-        getattr(importlib.import_module(f"gpu.{module}"), function)(bench, options.names)
+        getattr(importlib.import_module(f"{__package__}.{module}"), function)(bench, options.names)
 
     bench.attempt("part", measure)
     return 0

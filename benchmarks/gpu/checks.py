@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kfac_triton.kernels import library
+from kfac_triton.kernels import operators
 
 from . import engines
 from .findings import Bench
@@ -60,7 +60,7 @@ def _kernels(bench: Bench, operation: str) -> None:
                 obstacle = kernel_obstacle(problem)
                 facts = {"torch_only": obstacle} if obstacle else {}
                 _check(bench, what, problem, "torch" if obstacle else "triton", facts)
-                prefers_library = library.OPERATORS[operation].prefers_library
+                prefers_library = operators.OPERATORS[operation].prefers_library
                 if prefers_library is not None and prefers_library(device):
                     _check(bench, f"{what}, by the library", problem, "auto", {})
 
@@ -100,7 +100,8 @@ def _sanitize(bench: Bench, tool: str) -> None:
     if shutil.which("compute-sanitizer") is None:
         bench.say(f"compute-sanitizer {tool}", skipped="compute-sanitizer is not on the path")
         return
-    command = ["compute-sanitizer", "--tool", tool, "--print-limit", "5", sys.executable, "-m", "gpu.checks", bench.device]
+    child = [sys.executable, "-m", "benchmarks.gpu.checks", bench.device]
+    command = ["compute-sanitizer", "--tool", tool, "--print-limit", "5", *child]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=SANITIZER_SECONDS, env=environment(), check=False
     )

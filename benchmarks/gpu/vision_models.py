@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from convergence.models import ViT
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..convergence.models import ViT
 
 NAMES = ("resnet50", "vit_b")
 BATCH, SIDE, CLASSES = 32, 224, 1000

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu import __main__ as command
-from gpu import merging, picture, report, tables
-from gpu.findings import ERRORS, FILE, Bench, is_bad, read
+
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import merging, picture, report, tables
+from benchmarks.gpu.findings import ERRORS, FILE, Bench, is_bad, read
 
 
 @pytest.fixture
