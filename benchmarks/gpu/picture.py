@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .findings import Line
-from .tables import OURS, REFERENCE, races, step_groups
+from .tables import LIBRARY, OURS, REFERENCE, races, step_groups
 
 Bar = tuple[str, float]
 
@@ -24,7 +24,8 @@ def operation_bars(lines: list[Line]) -> list[Bar]:
     """For each operation and layer set the fastest of those that a user would write, over the kernel."""
     bars = []
     for (operation, layers), contestants in races(lines).items():
-        peers = {n: line["over"] for n, line in contestants.items() if n not in (OURS, REFERENCE) and "over" in line}
+        own = (OURS, REFERENCE, LIBRARY)
+        peers = {n: line["over"] for n, line in contestants.items() if n not in own and "over" in line}
         if peers:
             fastest = min(peers, key=peers.__getitem__)
             bars.append((f"{operation}, {layers}: {fastest}", peers[fastest]))

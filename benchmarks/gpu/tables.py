@@ -8,7 +8,7 @@ from typing import Any
 from .findings import Line, is_bad
 from .merging import without_annotations
 
-OURS, REFERENCE = "kernel", "torch reference"  # among the contestants of an operation
+OURS, REFERENCE, LIBRARY = "kernel", "torch reference", "auto (library, TF32)"  # among the contestants of an operation
 BASE, FUSED, COMPILED = "AdamW", "AdamW fused, tf32", "AdamW fused, compiled"  # among the variants of a step
 _KERNELS = 12  # of a profile that are shown
 

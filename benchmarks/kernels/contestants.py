@@ -11,12 +11,13 @@ from torch import Tensor
 
 from kfac_triton.cli.tuning.checks import ColdInverses, Inverses, Preconditioning, Problem, WarmInverses, damp, kernel_obstacle
 from kfac_triton.cli.tuning.covariance_check import Covariance, RowSource
-from kfac_triton.kernels import ops, runtime
+from kfac_triton.kernels import operators, ops, runtime
 
 from .shapes import Layer, Model
 
 OURS = "kernel"
 REFERENCE = "torch reference"
+LIBRARY = "auto (library, TF32)"  # where the operation, left to choose, takes a library's products and not the kernel
 # Eigendecompositions run one after the other; beyond this sum of cubed sides they would take the time of all others.
 _MOST_EIGH_CUBES = 1e11
 
@@ -73,7 +74,7 @@ def _rows(layer: Layer, model: Model, device: torch.device) -> Iterator[RowSourc
 
 
 def contestants(problem: Problem) -> list[Contestant]:
-    """The kernel, the plain-torch reference behind the same call, and what a user would write."""
+    """The kernel, its plain-torch reference, a library where the same call takes that, and what a user would write."""
     obstacle = kernel_obstacle(problem)
     if obstacle is None and runtime.INTERPRETED:
         obstacle = "it would run in the interpreter, whose times mean nothing"
@@ -81,6 +82,9 @@ def contestants(problem: Problem) -> list[Contestant]:
         Contestant(OURS, lambda: problem.run("triton"), problem.error, problem.prepare, obstacle, problem.resets),
         Contestant(REFERENCE, lambda: problem.run("torch"), problem.error, problem.prepare, None, problem.resets, tf32=False),
     ]
+    prefers_library = operators.OPERATORS[problem.operation].prefers_library
+    if prefers_library is not None and prefers_library(problem.device):
+        ours.append(Contestant(LIBRARY, problem.run, problem.error, problem.prepare, None, problem.resets))
     if isinstance(problem, Covariance):
         return ours + list(_covariances(problem))
     if isinstance(problem, Inverses):

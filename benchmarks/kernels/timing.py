@@ -13,7 +13,7 @@ import torch
 from kfac_triton.cli.tuning.checks import Problem
 from kfac_triton.cli.tuning.stopwatch import Stopwatch, captured
 
-from .contestants import OURS, REFERENCE, Contestant, contestants, make_problem
+from .contestants import LIBRARY, OURS, REFERENCE, Contestant, contestants, make_problem
 from .cost_model import OPERATIONS, Rates, passes
 from .shapes import Model
 
@@ -70,7 +70,7 @@ def race(operation: str, model: Model, device: torch.device, rates: Rates, secon
     ours = next((row["best_seconds"] for row in rows if row["contestant"] == OURS and "best_seconds" in row), None)
     for row in rows:
         if "best_seconds" in row:
-            if row["contestant"] in (OURS, REFERENCE):  # the others run other algorithms, with floors of their own
+            if row["contestant"] in (OURS, REFERENCE, LIBRARY):  # the others run other algorithms, with floors of their own
                 row["share_of_floor"] = floor / row["best_seconds"]
             if ours is not None:
                 row["over_ours"] = row["best_seconds"] / ours

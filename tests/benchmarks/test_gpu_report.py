@@ -206,7 +206,8 @@ def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_bars_are_ratios(tmp_path: Path) -> None:
-    lines = merging.merge([write(tmp_path / "first", *FIRST)])
+    library = {"part": "ops", "what": f"precondition gpt2: {tables.LIBRARY}", "ms": 1.0}
+    lines = merging.merge([write(tmp_path / "first", *FIRST, library)])
     assert picture.step_bars(lines) == [("gpt: K-FAC", 1.25), ("gpt: K-FAC, compiled, tf32", 0.75)]
     assert picture.operation_bars(lines) == [("precondition, gpt2: bmm", 2.5)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -17,6 +18,7 @@ from benchmarks.kernels.cost_model import DEVICES, OPERATIONS
 from benchmarks.kernels.shapes import QUICK, Model
 from benchmarks.steps import timing as step_timing
 from kfac_triton.cli.tuning.checks import Problem
+from kfac_triton.kernels import operators
 
 CPU = torch.device("cpu")
 RATES = DEVICES["H100"]
@@ -87,6 +89,18 @@ def test_all_contestants_are_right_on_every_layer_set() -> None:
                     assert problem.is_right(contestant.error()), (operation, model.name, contestant.name)
                     names.append(contestant.name)
             assert len(names) >= 3
+
+
+def test_what_a_call_takes_by_itself_races_too_where_it_is_not_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = dataclasses.replace(operators.OPERATORS["precondition"], prefers_library=lambda device: True)
+    problem = make_problem("precondition", QUICK[0], CPU)
+    assert kernel_contestants.LIBRARY not in {contestant.name for contestant in contestants(problem)}
+    monkeypatch.setitem(operators.OPERATORS, "precondition", operator)
+    calls: list[str] = []
+    monkeypatch.setattr(Problem, "run", lambda problem, backend="auto": calls.append(backend))
+    found = {contestant.name: contestant for contestant in contestants(problem)}
+    found[kernel_contestants.LIBRARY].run()
+    assert calls == ["auto"]
 
 
 def race_of(monkeypatch: pytest.MonkeyPatch, *others: Contestant) -> dict[str, kernel_timing.Row]:
