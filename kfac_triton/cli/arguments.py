@@ -1,6 +1,7 @@
 """Argument types that the commands share."""
 
 import argparse
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -54,3 +55,14 @@ def writable_file(suffix: str) -> Callable[[str], Path | None]:
         return path
 
     return parse
+
+
+def picture_file(text: str) -> Path | None:
+    """Argument type: a PNG file that can be written, where matplotlib is there to draw it; None for `none`."""
+    path = writable_file(".png")(text)
+    if path is not None and importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError(
+            "the picture needs matplotlib, which is not installed; "
+            f'run: pip install "kfac-triton[demo]", or give --output {NO_FILE}'
+        )
+    return path

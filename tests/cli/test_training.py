@@ -73,24 +73,25 @@ def test_diverged_run_stops_and_has_infinite_loss():
     run.advance(20)
     assert run.diverged
     assert len(run.batch_losses) == len(run.seconds) == 2
-    assert run.training_loss() == math.inf
+    assert run.loss_on(IMAGES) == math.inf
 
 
 def test_halving_follows_the_rules():
     steps = []
-    tuning = tune(linear_run, (1e-4, 1e-3, 1e-2, 1e-1), 8, steps.append)
+    lr, winner, trials = tune(linear_run, (1e-4, 1e-3, 1e-2, 1e-1), 8, steps.append)
     reference = {lr: linear_run(lr) for lr in (1e-4, 1e-3, 1e-2, 1e-1)}
     for lr, run in reference.items():
         run.advance(8 if lr in (1e-2, 1e-1) else 2)
     # On this easy problem a larger rate is better: the two largest go on, the largest wins.
-    assert {lr: trial[0] for lr, trial in tuning.trials.items()} == {1e-4: 2, 1e-3: 2, 1e-2: 8, 1e-1: 8}
-    assert {lr: trial[1] for lr, trial in tuning.trials.items()} == {
-        lr: pytest.approx(run.training_loss()) for lr, run in reference.items()
+    assert {lr: trial[0] for lr, trial in trials.items()} == {1e-4: 2, 1e-3: 2, 1e-2: 8, 1e-1: 8}
+    assert {lr: trial[1] for lr, trial in trials.items()} == {
+        lr: pytest.approx(run.loss_on(IMAGES)) for lr, run in reference.items()
     }
-    assert tuning.lr == 1e-1
-    assert tuning.edge == "highest"
-    assert tuning.run.batch_losses == reference[1e-1].batch_losses
-    assert len(steps) == 2 * 2 + 2 * 8
+    assert lr == 1e-1
+    assert training.Result("SGD", {"lr": lr}, winner, trials, 0.0).edge == "highest"
+    assert winner.batch_losses == reference[1e-1].batch_losses
+    assert len(steps) == 2 * 2 + 2 * 8 == training.Contestant(linear_run, tuple(trials), {}).total_steps(8)
+    assert steps[0] == f"lr 0.0001, loss {reference[1e-4].batch_losses[0]:.1f}"
 
 
 def test_last_loss_decides_not_the_first_round():
@@ -98,29 +99,42 @@ def test_last_loss_decides_not_the_first_round():
         """A run whose full training loss is looked up by the number of steps."""
 
         def __init__(self, losses):
-            self.table, self.batch_losses = losses, []
+            self.table, self.batch_losses, self.images = losses, [], None
 
         def advance(self, steps, on_step):
             self.batch_losses = [0.0] * steps
 
-        def training_loss(self):
+        def loss_on(self, images):
             return self.table[len(self.batch_losses)]
 
     table = {1: {2: 9.0, 8: 0.0}, 2: {2: 4.0, 8: 3.0}, 3: {2: 3.0, 8: 3.5}, 4: {2: 9.5, 8: 0.0}}
-    tuning = tune(lambda lr: Scripted(table[lr]), (1, 2, 3, 4), 8, lambda loss: None)
-    assert (tuning.lr, tuning.edge) == (2, None)
+    lr, run, trials = tune(lambda lr: Scripted(table[lr]), (1, 2, 3, 4), 8, lambda text: None)
+    assert lr == 2
+    assert training.Result("SGD", {"lr": lr}, run, trials, 0.0).edge is None
 
 
 def test_diverged_rates_drop_out():
-    tuning = tune(linear_run, (1e-3, 1e-2, TOO_LARGE, 2 * TOO_LARGE), 40, lambda loss: None)
-    assert tuning.lr == 1e-2
-    assert tuning.trials[TOO_LARGE] == (2, math.inf)
+    lr, _, trials = tune(linear_run, (1e-3, 1e-2, TOO_LARGE, 2 * TOO_LARGE), 40, lambda text: None)
+    assert lr == 1e-2
+    assert trials[TOO_LARGE] == (2, math.inf)
 
 
 def test_all_rates_diverged():
-    tuning = tune(linear_run, (TOO_LARGE, 2 * TOO_LARGE), 40, lambda loss: None)
-    assert tuning.run.diverged
-    assert steps_to(tuning.run.losses, tuning.run.losses[-1]) is None
+    _, run, _ = tune(linear_run, (TOO_LARGE, 2 * TOO_LARGE), 40, lambda text: None)
+    assert run.diverged
+    assert steps_to(run.losses, run.losses[-1]) is None
+
+
+def test_one_learning_rate_is_fixed():
+    """It takes all its steps, nothing is tuned, and its only value is no edge of a grid."""
+    lr, run, trials = tune(linear_run, (1e-2,), 8, lambda text: None)
+    reference = linear_run(1e-2)
+    reference.advance(8)
+    assert run.batch_losses == reference.batch_losses
+    assert trials == {lr: (8, reference.loss_on(IMAGES))}
+    result = training.Result("SGD", {"lr": lr}, run, trials, 0.0)
+    assert not result.is_tuned and result.edge is None and result.train_loss == trials[lr][1]
+    assert training.Contestant(linear_run, (1e-2,), {}).total_steps(8) == 8
 
 
 @pytest.mark.parametrize(
@@ -134,10 +148,9 @@ def test_steps_to_target(target, expected):
 def test_all_contestants_start_alike(monkeypatch):
     monkeypatch.setattr(training, "build_autoencoder", lambda seed: build_tiny(seed))
     contest = training.Race(training.Images(IMAGES, IMAGES), batch=3, seed=0)
-    results = [contest.run_kfac(training.KFACSettings(), 4, lambda loss: None)]
-    results += [contest.run_first_order(name, 8, lambda loss: None) for name in training.FIRST_ORDER]
-    assert len({result.run.batch_losses[0] for result in results}) == 1
-    assert [len(result.run.batch_losses) for result in results] == [4, 8, 8]
+    results = [contest.run(name, 8, lambda text: None) for name in training.CONTESTANTS]
+    assert len({round(result.run.batch_losses[0], 5) for result in results}) == 1
+    assert [len(result.run.batch_losses) for result in results] == [8, 8, 8, 8]
     for result in results:
         expected = training.full_loss(result.run.model, IMAGES)
         assert result.train_loss == result.held_out_loss == pytest.approx(expected)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..output import COLORS, tidy
 from .digits import SIDE
-from .training import Result
+from .training import AUTO, Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLORS = ("#c0392b", "#1f5f99", "#7f8c8d", "#e08e0b")
 SAMPLES = 14
 
 
@@ -23,17 +23,15 @@ def draw(results: Sequence[Result], held_out: Tensor, title: str, path: Path) ->
     """Write the picture as a PNG.
 
     Args:
-        results: The contestants, at most four.
+        results: The contestants, at most as many as there are colors.
         held_out: Held-out images `[N, 784]`; the first ones are shown.
         title: Line on top.
         path: File to write.
     """
     # Imported here: matplotlib is an extra, and importing kfac_triton must not need it.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7.6), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=12)
     axes = figure.subplot_mosaic(
         [["by steps", "by seconds"], ["strip", "strip"]], height_ratios=(4.2, 0.85 * (1 + len(results)))
@@ -49,25 +47,24 @@ def _draw_curves(by_steps: Axes, by_seconds: Axes, results: Sequence[Result]) ->
 
     for result, color in zip(results, COLORS, strict=False):
         losses = result.run.losses
-        label = f"{result.name}, lr {result.settings['lr']:g}" if "lr" in result.settings else result.name
-        by_steps.plot(range(1, len(losses) + 1), losses, color=color, label=label, linewidth=1.8)
-        by_seconds.plot(result.run.seconds, losses, color=color, label=label, linewidth=1.8)
+        label = f"{result.name}, lr {result.settings['lr']}" if result.name != AUTO else AUTO
+        style: dict[str, Any] = {"color": color, "label": label, "linewidth": 1.8}
+        by_steps.plot(range(1, len(losses) + 1), losses, **style)
+        by_seconds.plot(result.run.seconds, losses, **style)
     by_steps.set(xlabel="steps", ylabel="training loss (nats per image)", yscale="log")
     by_seconds.set(xlabel="seconds of training")
     by_steps.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     by_steps.yaxis.set_major_formatter(ScalarFormatter())
     by_steps.yaxis.set_minor_formatter(NullFormatter())
     by_seconds.legend(frameon=False)
-    for axes in (by_steps, by_seconds):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+    tidy(by_steps, by_seconds)
 
 
+@torch.no_grad()
 def _draw_strip(axes: Axes, results: Sequence[Result], images: Tensor) -> None:
     rows = {"held out": images}
-    with torch.no_grad():
-        for result in results:
-            rows[f"{result.name}\n{len(result.run.losses)} steps"] = torch.sigmoid(result.run.model(images))
+    for result in results:
+        rows[f"{result.name}\n{len(result.run.losses)} steps"] = torch.sigmoid(result.run.model(images))
     strip = torch.cat([side_by_side(pixels) for pixels in rows.values()])
     axes.imshow(strip.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.set_yticks([SIDE * (row + 0.5) for row in range(len(rows))], labels=list(rows))

@@ -1,9 +1,11 @@
-"""Training runs that differ in the optimizer alone, and the tuning of a learning rate."""
+"""Training runs that differ in the optimizer alone, and the search for a learning rate."""
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,9 @@ from ... import KFAC
 from ...fisher.distributions import Bernoulli
 from .autoencoder import build_autoencoder, full_loss, reconstruction_loss
 from .digits import Images
+
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+Trials = dict[Any, tuple[int, float]]
 
 
 class Reconstruction(Bernoulli):
@@ -22,41 +27,48 @@ class Reconstruction(Bernoulli):
         return reconstruction_loss(logits, images)
 
 
-MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
-OnStep = Callable[[float], None]
-AUTO = "K-FAC auto"
-
-
 @dataclass(frozen=True)
-class KFACSettings:
-    """K-FAC's settings in the race: fixed, the same for every seed and data set.
+class Contestant:
+    """An optimizer and its settings.
 
-    They were chosen once, on digits with seed 0. Fresh curvature pays here: with a factor average over two steps
-    (`ema_decay` 0.5) instead of twenty (0.95), K-FAC needs 61 instead of 92 steps to a loss of 75.3.
+    Attributes:
+        make: Makes the optimizer of a model, with the learning rate and the settings as keyword arguments.
+        rates: Learning rates to try, in rising order; a single one is fixed.
+        settings: All other settings.
     """
 
-    lr: float = 1.0
-    momentum: float = 0.9
-    damping: float = 3.0
-    kl_clip: float = 4.0
-    ema_decay: float = 0.5
-    statistics_every: int = 1
-    inverse_every: int = 1
+    make: Callable[..., torch.optim.Optimizer]
+    rates: tuple[Any, ...]
+    settings: dict[str, Any]
+
+    def total_steps(self, steps: int) -> int:
+        """Steps of all its runs where the best one takes `steps`."""
+        return len(self.rates) * first_round(steps) + len(self.rates[:2]) * (steps - first_round(steps))
 
 
-@dataclass(frozen=True)
-class AutoSettings:
-    """K-FAC's without a learning rate: damping is that to begin with, and the Fisher the model's own (one label draw)."""
-
-    damping: float = 3.0
-    ema_decay: float = 0.5
-
-
-FIRST_ORDER: dict[str, tuple[Callable[[nn.Module, float], torch.optim.Optimizer], tuple[float, ...]]] = {
-    "Adam": (lambda model, lr: torch.optim.Adam(model.parameters(), lr=lr), (3e-4, 1e-3, 3e-3, 1e-2)),
-    "SGD": (
-        lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True),
+AUTO = "K-FAC auto"
+CONTESTANTS = {
+    # K-FAC's settings are the same for every seed and data set; they were chosen once, on digits with seed 0. Fresh curvature
+    # pays here: with a factor average over two steps (ema_decay 0.5) instead of twenty (0.95), K-FAC needs 61 instead of 92
+    # steps to a loss of 75.3.
+    "K-FAC": Contestant(
+        KFAC,
+        (1.0,),
+        {"momentum": 0.9, "damping": 3.0, "kl_clip": 4.0, "ema_decay": 0.5, "statistics_every": 1, "inverse_every": 1},
+    ),
+    "Adam": Contestant(
+        lambda model, **settings: torch.optim.Adam(model.parameters(), **settings), (3e-4, 1e-3, 3e-3, 1e-2), {}
+    ),
+    "SGD": Contestant(
+        lambda model, **settings: torch.optim.SGD(model.parameters(), nesterov=True, **settings),
         (1e-4, 3e-4, 1e-3, 3e-3),
+        {"momentum": 0.9},
+    ),
+    # Damping adapts from this value; the Fisher is the model's own, with one label draw.
+    AUTO: Contestant(
+        lambda model, **settings: KFAC(model, fisher="mc", loss=Reconstruction(), **settings),
+        ("auto",),
+        {"damping": 3.0, "ema_decay": 0.5},
     ),
 }
 
@@ -90,7 +102,7 @@ class TrainingRun:
     @property
     def diverged(self) -> bool:
         """Whether the last loss is not finite."""
-        return bool(self.batch_losses) and not math.isfinite(self.batch_losses[-1])
+        return not all(map(math.isfinite, self.batch_losses[-1:]))
 
     @property
     def losses(self) -> list[float]:
@@ -98,7 +110,7 @@ class TrainingRun:
         windows = (self.batch_losses[max(0, end - self.epoch) : end] for end in range(1, len(self.batch_losses) + 1))
         return [sum(window) / len(window) for window in windows]
 
-    def advance(self, steps: int, on_step: OnStep | None = None) -> None:
+    def advance(self, steps: int, on_step: Callable[[float], None] = lambda loss: None) -> None:
         """Train until `steps` steps are done in all, or the loss is not finite."""
         while len(self.batch_losses) < steps and not self.diverged:
             images = next(self._batches)
@@ -106,11 +118,9 @@ class TrainingRun:
             start = time.perf_counter()
             loss = self._take_step(images)
             self._synchronize()
-            elapsed = time.perf_counter() - start
-            self.seconds.append(elapsed + (self.seconds[-1] if self.seconds else 0.0))
+            self.seconds.append(time.perf_counter() - start + sum(self.seconds[-1:]))
             self.batch_losses.append(loss.item())
-            if on_step is not None:
-                on_step(self.batch_losses[-1])
+            on_step(self.batch_losses[-1])
 
     def _take_step(self, images: Tensor) -> Tensor:
         if isinstance(self.optimizer, KFAC) and self.optimizer.is_auto:
@@ -122,18 +132,15 @@ class TrainingRun:
         self.optimizer.step()
         return loss
 
-    def training_loss(self) -> float:
-        """Loss on all training images; infinite if it is not finite, so that it loses every comparison."""
-        if self.diverged:
-            return math.inf
-        loss = full_loss(self.model, self.images)
+    def loss_on(self, images: Tensor) -> float:
+        """Loss over all these images; infinite if it is not finite, so that it loses every comparison."""
+        loss = math.inf if self.diverged else full_loss(self.model, images)
         return loss if math.isfinite(loss) else math.inf
 
     def close(self) -> None:
-        """Remove what the optimizer hooked into the model, if it did."""
-        close = getattr(self.optimizer, "close", None)
-        if close is not None:
-            close()
+        """Remove what K-FAC hooked into the model."""
+        if isinstance(self.optimizer, KFAC):
+            self.optimizer.close()
 
     def _synchronize(self) -> None:
         if self.images.device.type != "cpu":
@@ -141,23 +148,48 @@ class TrainingRun:
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """What `tune` found.
+class Result:
+    """A contestant at the end of the race.
 
     Attributes:
-        lr: The winner.
-        run: Its run, `steps` long unless it diverged.
-        trials: For every learning rate the steps it ran and its loss on all training images then.
-        edge: Which end of the grid the winner sits at, `"lowest"` or `"highest"`; None inside the grid.
+        name: Of the optimizer.
+        settings: Its settings, with the learning rate that won.
+        run: Its run with that learning rate, as long as asked for unless it diverged.
+        trials: For every learning rate, in rising order, the steps it ran and its loss on all training images then.
+        held_out_loss: On all held-out images.
     """
 
-    lr: float
+    name: str
+    settings: dict[str, Any]
     run: TrainingRun
-    trials: dict[float, tuple[int, float]]
-    edge: str | None
+    trials: Trials
+    held_out_loss: float
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the learning rate was searched for."""
+        return len(self.trials) > 1
+
+    @property
+    def train_loss(self) -> float:
+        """On all training images."""
+        return self.trials[self.settings["lr"]][1]
+
+    @property
+    def edge(self) -> str | None:
+        """Which end of the grid the learning rate sits at, `"lowest"` or `"highest"`; None inside the grid, or without one."""
+        rates = list(self.trials)
+        return {rates[0]: "lowest", rates[-1]: "highest"}.get(self.settings["lr"]) if self.is_tuned else None
 
 
-def tune(start: Callable[[float], TrainingRun], grid: Sequence[float], steps: int, on_step: OnStep) -> Tuning:
+def first_round(steps: int) -> int:
+    """Steps for which every learning rate is tried."""
+    return max(1, steps // 4)
+
+
+def tune(
+    start: Callable[[Any], TrainingRun], grid: Sequence[Any], steps: int, on_step: Callable[[str], None]
+) -> tuple[Any, TrainingRun, Trials]:
     """Find the best learning rate by successive halving, with the state of every run kept.
 
     All learning rates train for a quarter of the steps, the best two of them go on to the end; the lowest loss on all
@@ -167,105 +199,60 @@ def tune(start: Callable[[float], TrainingRun], grid: Sequence[float], steps: in
         start: Starts a run with a learning rate.
         grid: Learning rates in rising order.
         steps: Steps of the winner.
-        on_step: Called with the mini-batch loss after every step.
+        on_step: Called after every step with the learning rate and the mini-batch loss, as text.
+
+    Returns:
+        The winner, its run, and what became of every learning rate: see `Result`.
     """
     runs = {lr: start(lr) for lr in grid}
-    trials: dict[float, tuple[int, float]] = {}
+    trials: Trials = {}
 
-    def train(rates: Sequence[float], until: int) -> list[float]:
+    def train(rates: Sequence[Any], until: int) -> list[Any]:
         """Train these and return them, best first."""
         for lr in rates:
-            runs[lr].advance(until, on_step)
-            trials[lr] = (len(runs[lr].batch_losses), runs[lr].training_loss())
+            runs[lr].advance(until, partial(show, lr))
+            trials[lr] = (len(runs[lr].batch_losses), runs[lr].loss_on(runs[lr].images))
         return sorted(rates, key=lambda lr: trials[lr][1])
 
-    finalists = train(grid, max(1, steps // 4))[:2]
+    def show(lr: Any, loss: float) -> None:
+        on_step(f"lr {lr}, loss {loss:.1f}")
+
+    finalists = train(grid, first_round(steps))[:2]
     finalists = [lr for lr in finalists if math.isfinite(trials[lr][1])] or finalists[:1]
     winner = train(finalists, steps)[0]
-    edge = {grid[0]: "lowest", grid[-1]: "highest"}.get(winner)
-    return Tuning(winner, runs[winner], trials, edge)
+    return winner, runs[winner], trials
 
 
 @dataclass(frozen=True)
-class Result:
-    """A contestant at the end of the race.
-
-    Attributes:
-        name: Of the optimizer.
-        settings: Its settings, the tuned learning rate included.
-        run: Its training run.
-        train_loss: On all training images.
-        held_out_loss: On all held-out images.
-        tuning: How its learning rate was found; None for fixed settings.
-    """
-
-    name: str
-    settings: dict[str, float]
-    run: TrainingRun
-    train_loss: float
-    held_out_loss: float
-    tuning: Tuning | None = None
-
-
 class Race:
     """The same task for every contestant: initial weights, images and their order are fixed by the seed.
 
-    Args:
+    Attributes:
         images: Training and held-out images, on the device to train on.
         batch: Mini-batch size.
         seed: Fixes the initial weights and the order of the images.
     """
 
-    def __init__(self, images: Images, batch: int, seed: int):
-        self.images = images
-        self.batch = batch
-        self.seed = seed
+    images: Images
+    batch: int
+    seed: int
 
-    def start(self, make_optimizer: MakeOptimizer) -> TrainingRun:
-        """A run that has not made a step yet."""
-        model = build_autoencoder(self.seed).to(self.images.train.device)
-        return TrainingRun(model, make_optimizer, self.images.train, self.batch, self.seed)
+    def run(self, name: str, steps: int, on_step: Callable[[str], None]) -> Result:
+        """Train one of `CONTESTANTS`, with the best of its learning rates; see `tune`."""
+        contestant = CONTESTANTS[name]
 
-    def run_kfac(self, settings: KFACSettings, steps: int, on_step: OnStep) -> Result:
-        """Train with K-FAC and these settings."""
+        def start(lr: Any) -> TrainingRun:
+            model = build_autoencoder(self.seed).to(self.images.train.device)
+            make = partial(contestant.make, lr=lr, **contestant.settings)
+            return TrainingRun(model, make, self.images.train, self.batch, self.seed)
 
-        def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-            return KFAC(model, **asdict(settings))
-
-        self._warm_up(make_optimizer)
-        run = self.start(make_optimizer)
-        run.advance(steps, on_step)
-        return self._finish("K-FAC", asdict(settings), run)
-
-    def run_auto(self, settings: AutoSettings, steps: int, on_step: OnStep) -> Result:
-        """Train with K-FAC that chooses learning rate, momentum and damping by itself."""
-
-        def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-            return KFAC(model, lr="auto", fisher="mc", loss=Reconstruction(), **asdict(settings))
-
-        self._warm_up(make_optimizer)
-        run = self.start(make_optimizer)
-        run.advance(steps, on_step)
-        return self._finish(AUTO, asdict(settings), run)
-
-    def run_first_order(self, name: str, steps: int, on_step: OnStep) -> Result:
-        """Tune the learning rate of `"Adam"` or `"SGD"` and return the best run."""
-        make, grid = FIRST_ORDER[name]
-        self._warm_up(lambda model: make(model, grid[0]))
-        tuning = tune(lambda lr: self.start(lambda model: make(model, lr)), grid, steps, on_step)
-        settings = {"lr": tuning.lr} | ({"momentum": 0.9} if name == "SGD" else {})
-        return self._finish(name, settings, tuning.run, tuning)
-
-    def _warm_up(self, make_optimizer: MakeOptimizer) -> None:
-        """Two steps of a throwaway run, so that no contestant is billed for compiled kernels and thread pools."""
-        run = self.start(make_optimizer)
-        run.advance(2)
+        # Two steps of a throwaway run, so that no contestant is billed for compiled kernels and thread pools.
+        warm_up = start(contestant.rates[0])
+        warm_up.advance(2)
+        warm_up.close()
+        lr, run, trials = tune(start, contestant.rates, steps, on_step)
         run.close()
-
-    def _finish(self, name: str, settings: dict[str, float], run: TrainingRun, tuning: Tuning | None = None) -> Result:
-        run.close()
-        held_out_loss = math.inf if run.diverged else full_loss(run.model, self.images.held_out)
-        return Result(name, settings, run, run.training_loss(), held_out_loss, tuning)
+        return Result(name, {"lr": lr} | contestant.settings, run, trials, run.loss_on(self.images.held_out))
 
 
 def steps_to(losses: Sequence[float], target: float) -> int | None:
