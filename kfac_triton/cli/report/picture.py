@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...curvature.inverse import ACCEPT
 from ...scalars import as_number
+from ..output import COLORS, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,32 +20,12 @@ if TYPE_CHECKING:
 Entry = Mapping[str, Any]
 Series = Sequence[float | None]  # a value for each entry; None where the log has none
 
-COLORS = ("#1f5f99", "#c0392b", "#7f8c8d", "#27ae60", "#8e44ad")
 NAMED_LAYERS = 10
 NOT_FINITE = "not finite"
 STEP_RULES = ("kl_clip_scale", "reduction_ratio", "damping")
-PER_LAYER = ("cosine", "update_norm")
+PER_LAYER = ("cosine", "update_norm")  # panels of a line for each layer; these share one legend
 _WIDE = 20  # largest over smallest value from which on an axis is logarithmic
 _FEW = 40  # entries up to which each is marked: a single one has no line
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Lines over steps.
-
-    Attributes:
-        title: what they show.
-        lines: label -> series.
-        per_layer: whether the labels are layers, which share one legend.
-        level: of a dashed line, if any.
-        broken: for each entry, whether something that the lines leave out is not finite; may be empty.
-    """
-
-    title: str
-    lines: Mapping[str, Series]
-    per_layer: bool = False
-    level: float | None = None
-    broken: Sequence[bool] = ()
 
 
 def draw(entries: Sequence[Entry], title: str, path: Path) -> None:
@@ -61,53 +41,61 @@ def figure_of(entries: Sequence[Entry], title: str) -> Figure:
         title: line on top.
     """
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from numpy import linspace
 
-    panels, memory = panels_of(entries), last_memory(entries)
+    panels, memory, layers = panels_of(entries), last_memory(entries), layer_names(entries)
     count = len(panels) + bool(memory)
     columns = min(2, count)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(5.6 * columns, 0.8 + 2.5 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=12)
     axes = [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
-    steps, layers = steps_of(entries), layer_names(entries)
-    depth = colormaps["viridis"](linspace(0, 0.92, len(layers)))  # its upper end is too pale on white
-    colors = dict(zip(layers, depth, strict=True))
-    for axis, panel in zip(axes, panels, strict=False):
-        _draw_panel(axis, steps, panel, colors if panel.per_layer else dict(zip(panel.lines, cycle(COLORS), strict=False)))
+    # The upper end of this color map is too pale on white.
+    depth = {name: colormaps["viridis"](0.85 * number / max(1, len(layers) - 1)) for number, name in enumerate(layers)}
+    handles: dict[str, Any] = {}
+    for axis, (panel, lines) in zip(axes, panels.items(), strict=False):
+        colors = depth if panel in PER_LAYER else dict(zip(lines, cycle(COLORS), strict=False))
+        _draw_panel(axis, panel, steps_of(entries), lines, colors)
+        if panel in PER_LAYER:
+            handles |= {str(line.get_label()): line for line in axis.get_lines()}
+        else:
+            axis.legend(frameon=False, fontsize=8)
     if memory:
         _draw_memory(axes[-1], memory)
-    drawn = [axis for axis, panel in zip(axes, panels, strict=False) if panel.per_layer]
-    if drawn:
-        _draw_layer_legend(figure, drawn, layers)
+    # One legend for all panels of layers; of many layers it names some, evenly spaced: the color says the depth.
+    shown = [name for name in layers if name in handles]
+    if shown:
+        places = sorted({round(n * (len(shown) - 1) / (NAMED_LAYERS - 1)) for n in range(NAMED_LAYERS)})
+        shown = [shown[place] for place in places] if len(shown) > NAMED_LAYERS else shown
+        title = "layers" if len(layers) <= NAMED_LAYERS else f"some of {len(layers)} layers"
+        style: dict[str, Any] = {"loc": "outside lower center", "ncols": min(5, len(shown)), "frameon": False, "fontsize": 8}
+        figure.legend([handles[name] for name in shown], shown, title=title, title_fontsize=8, **style)
     return figure
 
 
-def panels_of(entries: Sequence[Entry]) -> list[Panel]:
-    """What there is to draw over steps, without panels that would be empty."""
+def panels_of(entries: Sequence[Entry]) -> dict[str, dict[str, Series]]:
+    """Title -> label -> series: what there is to draw over steps, without panels that would be empty."""
     keys = dict.fromkeys(key for entry in entries for key in entry)
-    losses = {key: _top(entries, key) for key in keys if key.endswith("loss")}
-    rules = {key: _top(entries, key) for key in STEP_RULES}
+    rules = [key for key in STEP_RULES if any(as_number(entry.get(key)) is not None for entry in entries)]
     condition = [_over_layers(entry, "condition") for entry in entries]
     residual = [_over_layers(entry, "residual") for entry in entries]
-    panels = [
-        Panel("loss", losses),
-        Panel(", ".join(key for key, series in rules.items() if _drawable(series)), rules),
-        Panel(
-            "condition",
-            {"largest": _reduced(condition, max), "median over layers": _reduced(condition, median)},
-            broken=_broken(condition),
-        ),
-        Panel("residual", {"largest": _reduced(residual, max)}, level=ACCEPT, broken=_broken(residual)),
-    ]
-    for key in PER_LAYER:
-        lines = {name: [as_number(_layer(entry, name).get(key)) for entry in entries] for name in layer_names(entries)}
-        panels.append(Panel(key, lines, per_layer=True))
-    lean = (replace(panel, lines={n: series for n, series in panel.lines.items() if _drawable(series)}) for panel in panels)
-    return [panel for panel in lean if panel.lines]
+
+    def of_layer(name: str, key: str) -> Series:
+        return [as_number(entry.get("layers", {}).get(name, {}).get(key)) for entry in entries]
+
+    panels: dict[str, dict[str, Series]] = {
+        "loss": {key: [as_number(entry.get(key)) for entry in entries] for key in keys if key.endswith("loss")},
+        ", ".join(rules): {key: [as_number(entry.get(key)) for entry in entries] for key in rules},
+        "condition": {
+            "largest": [max(values, default=None) for values in condition],
+            "median over layers": [median(values) if values else None for values in condition],
+        },
+        "residual": {"largest": [max(values, default=None) for values in residual]},
+        **{key: {name: of_layer(name, key) for name in layer_names(entries)} for key in PER_LAYER},
+    }
+    for title, lines in panels.items():
+        panels[title] = {label: series for label, series in lines.items() if any(value is not None for value in series)}
+    return {title: lines for title, lines in panels.items() if lines}
 
 
 def steps_of(entries: Sequence[Entry]) -> list[float]:
@@ -126,14 +114,16 @@ def layer_names(entries: Sequence[Entry]) -> list[str]:
     return list(dict.fromkeys(name for entry in entries for name in entry.get("layers", {})))
 
 
+def numbers_of(values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among some values."""
+    numbers = {str(key): as_number(value) for key, value in values.items()}
+    return {key: number for key, number in numbers.items() if number is not None}
+
+
 def last_memory(entries: Sequence[Entry]) -> dict[str, float]:
     """Bytes by kind, of the last entry that says; kinds without any are left out."""
-    for entry in reversed(entries):
-        memory = entry.get("memory")
-        if isinstance(memory, Mapping) and memory:
-            sizes = {str(kind): as_number(size) for kind, size in memory.items()}
-            return {kind: size for kind, size in sizes.items() if size}
-    return {}
+    memories = [entry["memory"] for entry in entries if entry.get("memory") and isinstance(entry["memory"], Mapping)]
+    return {kind: size for kind, size in numbers_of(memories[-1]).items() if size} if memories else {}
 
 
 def as_size(count: float) -> str:
@@ -145,65 +135,38 @@ def as_size(count: float) -> str:
     return f"{count:.3g} TiB"
 
 
-def _top(entries: Sequence[Entry], key: str) -> Series:
-    return [as_number(entry.get(key)) for entry in entries]
-
-
-def _layer(entry: Entry, name: str) -> Mapping[str, Any]:
-    layer: Mapping[str, Any] = entry.get("layers", {}).get(name, {})
-    return layer
-
-
 def _over_layers(entry: Entry, prefix: str) -> list[float]:
-    """For each layer the largest of the values whose names begin so; not of layers that have no statistics yet."""
-    worst = []
-    for layer in entry.get("layers", {}).values():
-        numbers = [as_number(value) for key, value in layer.items() if key.startswith(prefix)]
-        values = [number for number in numbers if number is not None]
-        if values and layer.get("updates") != 0:
-            worst.append(math.nan if any(map(math.isnan, values)) else max(values))
-    return worst
+    """For each layer the largest of the values whose names begin so, NaN as infinity; not of layers without statistics."""
+    layers = [numbers_of(layer) for layer in entry.get("layers", {}).values() if layer.get("updates") != 0]
+    values = [[value for key, value in layer.items() if key.startswith(prefix)] for layer in layers]
+    return [max(math.inf if math.isnan(value) else value for value in of_layer) for of_layer in values if of_layer]
 
 
-def _reduced(by_entry: Sequence[Sequence[float]], reduce: Callable[[Sequence[float]], float]) -> Series:
-    """Over the finite values of each entry; NaN where there is none of them."""
-    finite = [[value for value in values if math.isfinite(value)] for values in by_entry]
-    return [reduce(good) if good else (math.nan if values else None) for good, values in zip(finite, by_entry, strict=True)]
-
-
-def _broken(by_entry: Sequence[Sequence[float]]) -> list[bool]:
-    return [not all(map(math.isfinite, values)) for values in by_entry]
-
-
-def _drawable(series: Series) -> bool:
-    return any(value is not None for value in series)
-
-
-def _draw_panel(axes: Axes, steps: Sequence[float], panel: Panel, colors: Mapping[str, Any]) -> None:
+def _draw_panel(axes: Axes, title: str, steps: Sequence[float], lines: Mapping[str, Series], colors: Mapping[str, Any]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     marker = "." if len(steps) <= _FEW else None
-    for label, series in panel.lines.items():
+    for label, series in lines.items():
         axes.plot(*_with_breaks(steps, series), color=colors[label], label=label, linewidth=1.4, marker=marker)
-    columns = zip(steps, panel.broken or [False] * len(steps), *panel.lines.values(), strict=True)
-    broken = [step for step, hidden, *values in columns if hidden or any(v is not None and not _is_finite(v) for v in values)]
+    points = [
+        (step, value) for series in lines.values() for step, value in zip(steps, series, strict=True) if value is not None
+    ]
+    broken = sorted({step for step, value in points if not math.isfinite(value)})
     if broken:
         # At the foot of the panel, since such a value has no height.
         foot = axes.get_xaxis_transform()
-        axes.plot(broken, [0.03] * len(broken), "x", color=COLORS[1], transform=foot, label=NOT_FINITE, clip_on=False)
-    values = [v for series in panel.lines.values() for v in series if v is not None and _is_finite(v)]
-    if panel.level is not None:
-        axes.axhline(panel.level, color=COLORS[2], linestyle="--", linewidth=1, label=f"accepted up to {panel.level:g}")
-        values.append(panel.level)
-    _choose_scale(axes, values)
-    axes.set_title(panel.title, fontsize=10, loc="left")
+        axes.plot(broken, [0.03] * len(broken), "kx", transform=foot, label=NOT_FINITE, clip_on=False)
+    values = [value for _, value in points if value and math.isfinite(value)]
+    if title == "residual":
+        axes.axhline(ACCEPT, color="gray", linestyle="--", linewidth=1, label=f"accepted up to {ACCEPT:g}")
+        values.append(ACCEPT)
+    if values and max(map(abs, values)) >= _WIDE * min(map(abs, values)):
+        axes.set_yscale("log") if min(values) > 0 else axes.set_yscale("symlog", linthresh=1)
+    axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel("step", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if not panel.per_layer:
-        axes.legend(frameon=False, fontsize=8)
+    tidy(axes)
 
 
 def _is_finite(value: float | None) -> bool:
@@ -212,42 +175,18 @@ def _is_finite(value: float | None) -> bool:
 
 def _with_breaks(steps: Sequence[float], series: Series) -> tuple[list[float], list[float]]:
     """Points of the line; it breaks where a resumed run went back to an earlier step. Missing values are passed over."""
-    xs: list[float] = []
-    ys: list[float] = []
+    points: list[tuple[float, float]] = []
     for step, value in zip(steps, series, strict=True):
         if value is None:
             continue
-        if xs and step <= xs[-1]:
-            xs.append(step)
-            ys.append(math.nan)
-        xs.append(step)
-        ys.append(value if math.isfinite(value) else math.nan)
-    return xs, ys
-
-
-def _choose_scale(axes: Axes, values: Sequence[float]) -> None:
-    sizes = [abs(value) for value in values if value]
-    if not sizes or max(sizes) < _WIDE * min(sizes):
-        return
-    if min(values) > 0:
-        axes.set_yscale("log")
-    elif max(sizes) > 100:
-        axes.set_yscale("symlog", linthresh=1)
-
-
-def _draw_layer_legend(figure: Figure, drawn: Sequence[Axes], layers: Sequence[str]) -> None:
-    """One for all panels of layers; of many layers it names some, evenly spaced: the color says the depth."""
-    handles = {line.get_label(): line for axes in drawn for line in axes.get_lines()}
-    shown = [name for name in layers if name in handles]
-    if len(shown) > NAMED_LAYERS:
-        shown = [shown[round(number * (len(shown) - 1) / (NAMED_LAYERS - 1))] for number in range(NAMED_LAYERS)]
-    title = "layers" if len(layers) <= NAMED_LAYERS else f"some of {len(layers)} layers"
-    style: dict[str, Any] = {"loc": "outside lower center", "ncols": min(5, len(shown)), "frameon": False, "fontsize": 8}
-    figure.legend([handles[name] for name in shown], shown, title=title, title_fontsize=8, **style)
+        if points and step <= points[-1][0]:
+            points.append((step, math.nan))
+        points.append((step, value if math.isfinite(value) else math.nan))
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _draw_memory(axes: Axes, memory: Mapping[str, float]) -> None:
-    bars = axes.barh(list(memory), list(memory.values()), color=COLORS[0])
+    bars = axes.barh(list(memory), list(memory.values()), color=COLORS[1])
     axes.bar_label(bars, [f" {as_size(size)}" for size in memory.values()], fontsize=8)
     axes.invert_yaxis()
     axes.set_title("memory", fontsize=10, loc="left")
