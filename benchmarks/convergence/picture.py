@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from kfac_triton.cli.output import tidy
+
 from .contest import ADAMW, KFAC_NAME
 from .problems import Problem
 from .race import Outcome
@@ -28,11 +30,9 @@ def draw(standings: Sequence[Standing], path: Path) -> None:
         path: File to write.
     """
     # Imported here: matplotlib is an extra.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6 * len(standings), 7.2), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(2, len(standings), squeeze=False)
     for (problem, outcomes), (by_steps, by_seconds) in zip(standings, panels.T, strict=True):
         by_steps.set_title(problem.title, fontsize=10)
@@ -60,8 +60,7 @@ def _draw_problem(by_steps: Axes, by_seconds: Axes, outcomes: dict[str, Outcome]
         target = _target(list(outcomes[ADAMW].finals.values())) if ADAMW in outcomes else math.inf
         if math.isfinite(target):
             axes.axhline(target, color=COLORS[ADAMW][0], linewidth=0.9, linestyle=":")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
 
 
 def _target(runs: Sequence[Run]) -> float:

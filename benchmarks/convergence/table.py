@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from kfac_triton.cli.demo.training import steps_to
+from kfac_triton.cli.output import table
 
 from .contest import ADAMW, KFAC_NAME, Config
 from .problems import Problem
@@ -76,12 +77,12 @@ def render(problem: Problem, outcomes: dict[str, Outcome]) -> str:
     for name, outcome in outcomes.items():
         lines += [f"Warning: {name}'s {edge} of its grid: a better one may lie beyond." for edge in outcome.edges]
     if set(outcomes) < {ADAMW, KFAC_NAME}:
-        return "\n".join([*lines, "", _table([_ALONE, *_alone(outcomes)])])
+        return "\n".join([*lines, "", table([_ALONE, *_alone(outcomes)])])
     rows = [_COMPARED]
     comparisons = compare(outcomes[ADAMW], outcomes[KFAC_NAME])
     for horizon, group in comparisons.items():
         rows += [_row(horizon, comparison) for comparison in group]
-    lines += ["", f"Target: AdamW's final {problem.loss_name}. K-FAC's steps and seconds to it, over AdamW's:", _table(rows)]
+    lines += ["", f"Target: AdamW's final {problem.loss_name}. K-FAC's steps and seconds to it, over AdamW's:", table(rows)]
     for horizon, group in comparisons.items():
         steps, seconds = median_ratios(group)
         lines.append(
@@ -164,11 +165,3 @@ def _ratio(ratio: float) -> str:
     if math.isnan(ratio):
         return "-"
     return f"{ratio:.2f}" if math.isfinite(ratio) else "never"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    columns = []
-    for cells in zip(*rows, strict=True):
-        width = max(map(len, cells))
-        columns.append([cell.rjust(width) for cell in cells])
-    return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))

@@ -15,13 +15,9 @@ def at_least(minimum: int) -> Callable[[str], int]:
     """Argument type: a whole number of at least `minimum`."""
 
     def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if value < minimum:
+        if not text.isdecimal() or int(text) < minimum:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}; give one")
-        return value
+        return int(text)
 
     return parse
 

@@ -16,7 +16,7 @@ from kfac_triton.cli.demo.command import choose_targets, closing_sentences, rend
 from kfac_triton.cli.demo.training import Race, Result
 from kfac_triton.cli.output import progress
 
-TINY = ("demo", "--data", "curves", "--steps", "8", "--train", "64", "--batch", "16", "--output", "none")
+TINY = ("demo", "--data", "curves", "--steps", "4", "--train", "64", "--batch", "16", "--output", "none")
 
 
 def result(name, losses, lr=0.1, tuned=True, others=(0.05, 0.2)):
@@ -44,6 +44,7 @@ def test_package_runs_as_a_module(capsys, monkeypatch):
     [
         (["--steps", "3"], r"argument --steps: '3' is not a whole number of at least 4"),
         (["--steps", "many"], r"argument --steps: 'many' is not a whole number"),
+        (["--steps", "4.5"], r"argument --steps: '4.5' is not a whole number"),
         (["--batch", "0"], r"argument --batch: '0' is not a whole number of at least 1"),
         (["--seed", "-1"], r"argument --seed: '-1'"),
         (["--train", "8", "--batch", "9"], r"argument --batch: 9 is more than --train 8; lower it"),
@@ -91,6 +92,7 @@ def test_missing_packages_are_said_before_training(capsys, monkeypatch, tmp_path
         (70.0, 470.0, [100, 200, 300, 400]),
         (1.03, 1.09, [1.04, 1.06, 1.08]),
         (5.0, 5.0, []),
+        (0.0, 1.0, [0.5]),
     ],
 )
 def test_round_numbers(low, high, expected):
@@ -146,16 +148,16 @@ def test_tiny_demo_from_end_to_end(tmp_path, capsys):
 
     found = json.loads(report.read_text())
     assert found["versions"]["kfac_triton"] == __version__
-    assert (found["data"], found["steps"], found["seed"], found["device"]) == ("curves", 8, 0, "cpu")
+    assert (found["data"], found["steps"], found["seed"], found["device"]) == ("curves", 4, 0, "cpu")
     optimizers = found["optimizers"]
-    assert {name: len(optimizer["losses"]) for name, optimizer in optimizers.items()} == {"K-FAC": 8, "Adam": 8, "SGD": 8}
+    assert {name: len(optimizer["losses"]) for name, optimizer in optimizers.items()} == dict.fromkeys(("K-FAC", "Adam", "SGD"), 4)
     assert len({optimizer["losses"][0] for optimizer in optimizers.values()}) == 1, "different starts"
     for optimizer in optimizers.values():
         assert optimizer["seconds"] == sorted(optimizer["seconds"])
         assert 0 < optimizer["train_loss"] < optimizer["losses"][0]
     adam = optimizers["Adam"]
-    assert [trial["steps"] for trial in adam["learning_rates"]].count(2) == 2
-    assert min(trial["train_loss"] for trial in adam["learning_rates"] if trial["steps"] == 8) == adam["train_loss"]
+    assert [trial["steps"] for trial in adam["learning_rates"]].count(1) == 2
+    assert min(trial["train_loss"] for trial in adam["learning_rates"] if trial["steps"] == 4) == adam["train_loss"]
     assert len(found["targets"]) == len(adam["steps_to_target"])
 
     pixels = image.imread(picture)
@@ -172,12 +174,12 @@ def test_the_demo_with_auto(tmp_path, capsys):
     assert main([*TINY, "--quiet", "--auto", "--output", str(picture), "--json", str(report)]) == 0
     printed = capsys.readouterr().out
     assert "K-FAC auto: lr auto, damping 3.0, ema_decay 0.5 (fixed)" in printed
-    assert re.search(r'With lr="auto" K-FAC ended at a training loss of [\d.]+ after 8 steps,\s+with\s+hand-tuned', printed)
+    assert re.search(r'With lr="auto" K-FAC ended at a training loss of [\d.]+ after 4 steps,\s+with\s+hand-tuned', printed)
     optimizers = json.loads(report.read_text())["optimizers"]
     auto = optimizers["K-FAC auto"]
     assert auto["losses"][0] == pytest.approx(optimizers["Adam"]["losses"][0], rel=1e-5)
     assert auto["train_loss"] < auto["losses"][0]
-    assert auto["learning_rates"] == [{"lr": "auto", "steps": 8, "train_loss": auto["train_loss"]}]
+    assert auto["learning_rates"] == [{"lr": "auto", "steps": 4, "train_loss": auto["train_loss"]}]
     assert auto["at_edge_of_grid"] is None
 
 

@@ -156,6 +156,17 @@ def test_all_contestants_start_alike(monkeypatch):
         assert result.train_loss == result.held_out_loss == pytest.approx(expected)
 
 
+def test_the_seed_fixes_the_label_draws_too(monkeypatch):
+    monkeypatch.setattr(training, "build_autoencoder", lambda seed: build_tiny(seed))
+    losses = {}
+    for seed, again in ((0, 0), (0, 1), (1, 0)):
+        torch.seed()
+        race = training.Race(training.Images(IMAGES, IMAGES), batch=3, seed=seed)
+        losses[seed, again] = race.run(training.AUTO, 4, lambda text: None).run.batch_losses
+    assert losses[0, 0] == losses[0, 1] != losses[1, 0]
+
+
 def build_tiny(seed):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4))

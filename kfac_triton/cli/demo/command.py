@@ -18,7 +18,7 @@ from .autoencoder import WIDTHS
 from .digits import HELD_OUT, MissingDataError, load_images
 from .training import AUTO, CONTESTANTS, Race, Result, first_round, steps_to
 
-# K-FAC takes a third of the steps of Adam and SGD, but at least so many, or all: its loss goes up before it falls fast.
+# K-FAC takes a third of the steps of Adam and SGD, but at least so many, or all: the KL clip makes its first steps short.
 _KFAC_STEPS = 100
 _WIDTH = 100
 
@@ -99,16 +99,13 @@ def choose_targets(results: Sequence[Result]) -> dict[float, str]:
     return dict(sorted((finals | dict.fromkeys(between, "")).items()))
 
 
-def round_numbers_between(low: float, high: float, at_most: int = 4) -> list[float]:
-    """Multiples of a 1, 2 or 5 times a power of ten strictly between two numbers, as many as fit into `at_most`."""
+def round_numbers_between(low: float, high: float) -> list[float]:
+    """At most four numbers strictly between two others: multiples of a 1, 2 or 5 times a power of ten."""
     if high <= low:
         return []
-    power = 10.0 ** math.floor(math.log10((high - low) / 10))
-    for unit in (factor * power * scale for scale in (1, 10, 100) for factor in (1, 2, 5)):
-        first, last = math.floor(low / unit) + 1, math.ceil(high / unit) - 1
-        if last - first + 1 <= at_most:
-            return [unit * multiple for multiple in range(first, last + 1)]
-    return []
+    power = 10.0 ** math.floor(math.log10(high - low))
+    unit = next(factor * power for factor in (0.5, 1, 2, 5) if high - low <= 4 * factor * power)
+    return [unit * multiple for multiple in range(math.floor(low / unit) + 1, math.ceil(high / unit))]
 
 
 def render(results: Sequence[Result], targets: dict[float, str]) -> str:

@@ -225,12 +225,12 @@ def tune(
 
 @dataclass(frozen=True)
 class Race:
-    """The same task for every contestant: initial weights, images and their order are fixed by the seed.
+    """The same task for every contestant: initial weights, images, their order and what is drawn are fixed by the seed.
 
     Attributes:
         images: Training and held-out images, on the device to train on.
         batch: Mini-batch size.
-        seed: Fixes the initial weights and the order of the images.
+        seed: Fixes the initial weights, the order of the images and the global random state.
     """
 
     images: Images
@@ -246,6 +246,7 @@ class Race:
             make = partial(contestant.make, lr=lr, **contestant.settings)
             return TrainingRun(model, make, self.images.train, self.batch, self.seed)
 
+        torch.manual_seed(self.seed)  # for the label draws of K-FAC auto
         # Two steps of a throwaway run, so that no contestant is billed for compiled kernels and thread pools.
         warm_up = start(contestant.rates[0])
         warm_up.advance(2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import accumulate, cycle
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -100,13 +100,11 @@ def panels_of(entries: Sequence[Entry]) -> dict[str, dict[str, Series]]:
 
 def steps_of(entries: Sequence[Entry]) -> list[float]:
     """Where each entry lies: at its "step" or "steps", else where the one before lies; at its number if no entry has either."""
-    known = [as_number(entry.get("step", entry.get("steps"))) for entry in entries]
-    if not any(map(_is_finite, known)):
+    values = [as_number(entry.get("step", entry.get("steps"))) for entry in entries]
+    known = [math.nan if value is None else value for value in values]
+    if not any(map(math.isfinite, known)):
         return [float(number + 1) for number in range(len(entries))]
-    steps: list[float] = []
-    for step in known:
-        steps.append(step if step is not None and math.isfinite(step) else steps[-1] if steps else 0.0)
-    return steps
+    return list(accumulate(known, lambda last, step: step if math.isfinite(step) else last, initial=0.0))[1:]
 
 
 def layer_names(entries: Sequence[Entry]) -> list[str]:
@@ -167,10 +165,6 @@ def _draw_panel(axes: Axes, title: str, steps: Sequence[float], lines: Mapping[s
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(labelsize=8)
     tidy(axes)
-
-
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _with_breaks(steps: Sequence[float], series: Series) -> tuple[list[float], list[float]]:
