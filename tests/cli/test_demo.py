@@ -150,7 +150,7 @@ def test_tiny_demo_from_end_to_end(tmp_path, capsys):
     assert found["versions"]["kfac_triton"] == __version__
     assert (found["data"], found["steps"], found["seed"], found["device"]) == ("curves", 4, 0, "cpu")
     optimizers = found["optimizers"]
-    assert {name: len(optimizer["losses"]) for name, optimizer in optimizers.items()} == dict.fromkeys(("K-FAC", "Adam", "SGD"), 4)
+    assert {name: len(optimizer["losses"]) for name, optimizer in optimizers.items()} == {"K-FAC": 4, "Adam": 4, "SGD": 4}
     assert len({optimizer["losses"][0] for optimizer in optimizers.values()}) == 1, "different starts"
     for optimizer in optimizers.values():
         assert optimizer["seconds"] == sorted(optimizer["seconds"])

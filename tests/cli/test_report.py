@@ -173,6 +173,18 @@ def test_a_layer_has_one_color_in_all_panels() -> None:
     assert lines(drawn["cosine"])["out"].get_color() == lines(drawn["update_norm"])["out"].get_color()
 
 
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [([1, 10], "linear"), ([1, 20], "log"), ([0, 1, 20], "linear"), ([-0.01, 0.9], "linear"), ([-1, 200], "symlog")],
+)
+def test_scales(values: list[float], scale: str) -> None:
+    """Zeros and negative values are not lost on a logarithmic axis."""
+    pytest.importorskip("matplotlib")
+    found = [{"reduction_ratio": value, "layers": {"a": HEALTHY}} for value in values]
+    assert panels(figure_of(found, ""))["reduction_ratio"].get_yscale() == scale
+    assert panels(figure_of(found, ""))["residual"].get_yscale() == "log", "the dashed line at 0.3 counts too"
+
+
 def test_steps() -> None:
     assert steps_of([{"steps": 5}, {"eval_loss": 1}, {"steps": 7, "step": 10}]) == [5, 5, 10]
     assert steps_of([{}, {}]) == [1, 2]

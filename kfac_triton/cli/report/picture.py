@@ -154,12 +154,16 @@ def _draw_panel(axes: Axes, title: str, steps: Sequence[float], lines: Mapping[s
         # At the foot of the panel, since such a value has no height.
         foot = axes.get_xaxis_transform()
         axes.plot(broken, [0.03] * len(broken), "kx", transform=foot, label=NOT_FINITE, clip_on=False)
-    values = [value for _, value in points if value and math.isfinite(value)]
+    values = [value for _, value in points if math.isfinite(value)]
     if title == "residual":
         axes.axhline(ACCEPT, color="gray", linestyle="--", linewidth=1, label=f"accepted up to {ACCEPT:g}")
         values.append(ACCEPT)
-    if values and max(map(abs, values)) >= _WIDE * min(map(abs, values)):
-        axes.set_yscale("log") if min(values) > 0 else axes.set_yscale("symlog", linthresh=1)
+    sizes = [abs(value) for value in values if value]
+    if sizes and max(sizes) >= _WIDE * min(sizes):
+        if min(values) > 0:
+            axes.set_yscale("log")
+        elif max(sizes) > 100:
+            axes.set_yscale("symlog", linthresh=1)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel("step", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
