@@ -32,13 +32,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "SGD (tuned learning rates) from the same weights on the same batches, and compare them.",
     )
     shown = "(default: %(default)s)"
-    kfac_steps = f"steps of Adam and SGD; K-FAC takes a third, but at least {_KFAC_STEPS} or all {shown}"
+    kfac_steps = f"steps of Adam and SGD; K-FAC takes a third, or up to {_KFAC_STEPS} if that is more {shown}"
     parser.add_argument("--data", choices=("mnist", "curves"), default="mnist", help=f"digits, or drawn curves {shown}")
     parser.add_argument("--steps", type=at_least(4), default=300, help=kfac_steps)
     parser.add_argument("--auto", action="store_true", help='also K-FAC with lr="auto", as many steps as K-FAC')
     parser.add_argument("--train", type=at_least(1), default=4000, help=f"number of training images {shown}")
     parser.add_argument("--batch", type=at_least(1), default=1000, help=f"images per step {shown}")
-    parser.add_argument("--seed", type=at_least(0), default=0, help=f"of weights, data split and batch order {shown}")
+    parser.add_argument("--seed", type=at_least(0), default=0, help=f"of weights, data, batches and label draws {shown}")
     parser.add_argument("--device", type=usable_device, default="cpu", help=f"cpu, cuda, cuda:1, ... {shown}")
     parser.add_argument("--output", type=picture_file, default="demo.png", help=f"picture, or {NO_FILE!r} {shown}")
     parser.add_argument("--json", type=writable_file(".json"), help="also write all results to this file")
