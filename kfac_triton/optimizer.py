@@ -220,7 +220,7 @@ class KFAC(KFACBase, Optimizer):
         checkpoint.declare_keys(self, self.engine, self.is_auto)
 
     def _auto_from(self, arguments: dict[str, Any]) -> AutoStep:
-        return AutoStep.from_arguments(self._model, self.engine, self._parameters(), self._decays(), arguments)
+        return AutoStep.from_arguments(self._model, self.engine, self._parameters(), arguments)
 
     @torch.compiler.disable(reason=EAGER)
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..engine import Engine
-from ..steps.auto import NUMBERS, PREVIOUS
+from ..steps.controller import NUMBERS, PREVIOUS
 from ..steps.param_groups import parameters_of
 from .layer_state import FACTORS, KEYS, OF_THE_ENGINE, STEPS, LayerState, export_layers, keys_of
 

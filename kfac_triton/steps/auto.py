@@ -1,24 +1,23 @@
-"""lr="auto": the controller's wishes, as calls of the engine."""
+"""A step with lr="auto": what K-FAC of Martens and Grosse 2015 (https://arxiv.org/abs/1503.05671) does with its direction."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..fisher.losses import likelihood_of
 from .controller import Controller
+from .forward_mode import Evaluate, Snapshot, jacobian_products, outputs_and_targets, require_agreement
+from .quadratic import ROUNDING, Direction, QuadraticModel, all_finite, combined
 
 if TYPE_CHECKING:
     from ..engine import Engine
     from ..settings import Settings
-
-# Keys in the state of parameters: the step before, and, with the first of them, the controller's numbers.
-PREVIOUS, NUMBERS = "kfac_previous", "kfac_controller"
-_NUMBERS = ("damping", "steps", "rejected", "skipped", "reduction_ratio")
 
 
 def auto_settings(lr: Any, settings: Settings, **options: bool) -> Settings:
@@ -39,16 +38,61 @@ def auto_settings(lr: Any, settings: Settings, **options: bool) -> Settings:
     return dataclasses.replace(settings, kl_clip=None, loss_reduction=reduction)
 
 
+class _Batch(NamedTuple):
+    """A batch with what the forward and backward passes gave of it.
+
+    Attributes:
+        evaluate: runs the model on it and returns (outputs, targets).
+        outputs: of the model before the step.
+        targets: of the loss.
+        loss: before the step.
+        terms: number of loss terms.
+        gradient: of the loss, None for a parameter that does not take part; empty if the loss is not finite or has no terms.
+    """
+
+    evaluate: Evaluate
+    outputs: Tensor
+    targets: Any
+    loss: Tensor
+    terms: float
+    gradient: list[Tensor | None]
+
+
 class AutoStep:
-    """Steps whose length, momentum and damping the controller chooses (Martens and Grosse 2015).
+    r"""Steps whose length, momentum and damping follow from the loss (Martens and Grosse 2015, sections 6.4, 6.5 and 7).
+
+    The objective is f = loss + sum_p eta_p / 2 |p|^2. A step combines up to three directions,
+
+        delta = alpha (-V) + beta (-h') + mu delta_0
+
+    with V the preconditioned gradient of the layers that K-FAC covers, h' the gradient of the other parameters and delta_0 the
+    previous step. The coefficients minimize the exact quadratic model of f on this batch
+
+        M(delta) = <h, delta> + 1/2 delta^T (GGN + eta I + damping I) delta.
+
+    The new loss, on the same batch with the same random numbers, gives the reduction ratio
+
+        rho = (f(theta + delta) - f(theta)) / M(delta)
+
+    by which the `Controller` adapts damping. A step is rejected if the new loss is not finite, or has risen although M promised
+    a decrease larger than rounding: parameters and buffers are then what they were, bit for bit. Where M sees no decrease at
+    all, nothing moves.
+
+    Damping is that of the mean loss. For a sum it counts terms times, and the steps are the same.
 
     Args:
         model: the module to train.
-        engine: K-FAC of it.
+        engine: K-FAC for that model.
         parameters: those of all groups, in order.
-        weight_decay: L2 penalty, one a parameter.
         damping_every: steps between adaptations of damping.
-        damping_range: the least and the highest damping.
+        damping_range: the lowest and the highest damping.
+
+    Attributes:
+        controller: damping, the previous step and the counters.
+        loss: the loss function, of (outputs, targets).
+        weight_decay: eta, one for each parameter.
+        report: of the last step: loss (before it, a tensor), lr (alpha), lr_others (beta), momentum (mu), damping (for the
+            next step), reduction_ratio, predicted (M(delta)), rejected and skipped.
 
     Raises:
         TypeError, ValueError: if the loss is none that can be evaluated, damping is no number, or a value is out of range.
@@ -59,7 +103,6 @@ class AutoStep:
         model: nn.Module,
         engine: Engine,
         parameters: Sequence[nn.Parameter],
-        weight_decay: Sequence[float],
         damping_every: int,
         damping_range: tuple[float, float],
     ) -> None:
@@ -77,17 +120,12 @@ class AutoStep:
         self._engine = engine
         self._model = model
         self._parameters = list(parameters)
-        self.controller = Controller(
-            model,
-            self._parameters,
-            loss,
-            likelihood_of(loss),
-            damping=settings.damping,
-            weight_decay=weight_decay,
-            damping_every=damping_every,
-            damping_floor=damping_range[0],
-            damping_ceiling=damping_range[1],
-        )
+        self.controller = Controller(self._parameters, settings.damping, damping_every, *damping_range)
+        self.loss: Callable[[Tensor, Any], Tensor] = loss
+        self._likelihood = likelihood_of(loss)
+        self._is_mean = self._likelihood.reduction == "mean"
+        self._has_agreed = False
+        self.weight_decay = [0.0] * len(self._parameters)
         self.report: dict[str, Any] = {}
 
     def arguments(self) -> dict[str, Any]:
@@ -98,56 +136,24 @@ class AutoStep:
 
     @classmethod
     def from_arguments(
-        cls,
-        model: nn.Module,
-        engine: Engine,
-        parameters: Sequence[nn.Parameter],
-        weight_decay: Sequence[float],
-        arguments: dict[str, Any],
+        cls, model: nn.Module, engine: Engine, parameters: Sequence[nn.Parameter], arguments: dict[str, Any]
     ) -> AutoStep:
-        """One that goes on where another stood, with more parameters, perhaps, behind those that it had."""
-        other = cls(model, engine, parameters, weight_decay, arguments["damping_every"], arguments["damping_range"])
+        """One that goes on where another stood, possibly with more parameters behind those that it had."""
+        other = cls(model, engine, parameters, arguments["damping_every"], arguments["damping_range"])
         states = arguments["states"]
         other.restore(states + [{}] * (len(parameters) - len(states)))
         return other
 
-    def step(self, closure: Callable[[], Any] | None, weight_decay: Sequence[float]) -> Tensor:
-        """One step, with these L2 penalties; returns the loss before it.
+    def export(self) -> list[dict[str, Tensor]]:
+        """What belongs into the state of each parameter; see `Controller.export`."""
+        return self.controller.export()
 
-        Raises:
-            TypeError: if there is no closure.
-        """
-        if closure is None:
-            raise TypeError(
-                "lr is 'auto', so step needs a closure that runs the model and returns (outputs, targets): "
-                "optimizer.step(lambda: (model(inputs), targets))"
-            )
-        self._engine.require_open()
-        self.controller.weight_decay = list(weight_decay)
-        try:
-            self.report = self.controller.step(closure, self._differentiate, self._precondition, self._engine.paused)
-        finally:
-            # Of a step that was skipped, or that an error in the closure ended, nothing may stay.
-            self._engine.forget_statistics()
-        loss: Tensor = self.report["loss"]
-        return loss
-
-    def _differentiate(self, outputs: Tensor, targets: Any, loss: Tensor) -> list[Tensor | None]:
-        for p in self._parameters:
-            p.grad = None
-        self._engine.accumulate_fisher(outputs, targets)
-        loss.backward()
-        return [p.grad for p in self._parameters]
-
-    def _precondition(self, gradient: list[Tensor | None], damping: float) -> list[Tensor | None]:
-        for p, g in zip(self._parameters, gradient, strict=True):
-            p.grad = g
-        self._engine.change(damping=damping)
-        updates = self._engine.precondition(lambda _: 0.0)
-        return [updates.get(p) for p in self._parameters]
+    def restore(self, states: Sequence[dict[str, Tensor]]) -> None:
+        """Takes what `export` gave; see `Controller.restore`."""
+        self.controller.restore(states)
 
     def diagnostics(self) -> dict[str, Any]:
-        """Of the last step: "learning_rate", "momentum", "reduction_ratio", "predicted", and "rejected_steps" so far."""
+        """Learning rate, momentum, reduction ratio and predicted change of the last step; rejected and skipped steps so far."""
         report = self.report
         return {
             "learning_rate": report.get("lr", 0.0),
@@ -158,27 +164,171 @@ class AutoStep:
             "skipped_steps": self.controller.skipped,
         }
 
-    def export(self) -> list[dict[str, Tensor]]:
-        """What belongs into the state of each parameter."""
-        state = self.controller.state()
-        # Every parameter has one from the start, zero where there was no step: a checkpoint has the same keys at any time.
-        result = [
-            {PREVIOUS: torch.zeros_like(p) if previous is None else previous.clone()}
-            for p, previous in zip(self._parameters, state["previous"], strict=True)
-        ]
-        result[0][NUMBERS] = torch.tensor([float(state[name]) for name in _NUMBERS], dtype=torch.float64)
-        return result
+    def step(self, closure: Evaluate | None, weight_decay: Sequence[float]) -> Tensor:
+        """One step on one batch, with these L2 penalties; returns the loss before it.
 
-    def restore(self, states: Sequence[dict[str, Tensor]]) -> None:
-        """Takes what `export` gave; without the numbers (a checkpoint of fixed learning rates) it begins anew.
+        Args:
+            closure: one forward pass, returns (outputs, targets). It runs once with gradients, once for each direction, and
+                once for the new loss.
+            weight_decay: eta, one for each parameter.
 
         Raises:
-            ValueError: if a step before does not fit its parameter.
+            TypeError: if there is no closure, or it returns no (outputs, targets).
+            ValueError: if it returns outputs without a graph, or others each time.
+            RuntimeError: if an operation of the model has no forward derivative.
         """
-        if not states or NUMBERS not in states[0]:
-            return
-        numbers = dict(zip(_NUMBERS, states[0][NUMBERS].tolist(), strict=True))
-        found = [state.get(PREVIOUS) for state in states]
-        pairs = zip(found, self._parameters, strict=True)
-        previous = [x.to(p.device, copy=True) if x is not None and bool(x.any()) else None for x, p in pairs]
-        self.controller.load({**numbers, "previous": previous})
+        if closure is None:
+            raise TypeError(
+                "lr is 'auto', so step needs a closure that runs the model and returns (outputs, targets): "
+                "optimizer.step(lambda: (model(inputs), targets))"
+            )
+        self._engine.require_open()
+        self.weight_decay = list(weight_decay)
+        try:
+            self.report = self._step(closure)
+        finally:
+            # Nothing may stay of a step that was skipped, or that an error in the closure ended.
+            self._engine.forget_statistics()
+        loss: Tensor = self.report["loss"]
+        return loss
+
+    @torch.no_grad()
+    def _step(self, evaluate: Evaluate) -> dict[str, Any]:
+        controller, before = self.controller, Snapshot(self._model)
+        batch = self._differentiated(evaluate)
+        gradient = self._with_penalty(batch.gradient) if batch.gradient else []
+        if not gradient or not all_finite(gradient):
+            before.restore_buffers()  # the batch may have brought NaN into running statistics
+            controller.skipped += 1
+            return self._report(batch, {}, math.nan, skipped=True)
+
+        directions = self._directions(gradient, batch.terms)
+        after = Snapshot(self._model)
+        before.restore()
+        products = self._products(batch, list(directions.values()))
+        *coefficients, predicted = self._minimum(batch, gradient, list(directions.values()), products)
+        after.restore()
+
+        step: list[Tensor | None] = [None] * len(self._parameters)
+        accepted, reduction_ratio = predicted == 0, math.nan
+        if -math.inf < predicted < 0:
+            step = combined(coefficients, list(directions.values()))
+            accepted, reduction_ratio = self._try(step, batch, gradient, predicted, before, after)
+        if accepted:
+            controller.accept(step, reduction_ratio)
+        else:
+            before.restore_buffers()
+            controller.reject(reduction_ratio)
+        return self._report(batch, dict(zip(directions, coefficients, strict=True)), predicted, rejected=not accepted)
+
+    def _differentiated(self, evaluate: Evaluate) -> _Batch:
+        """Forward pass, the backward passes for curvature, and that of the loss."""
+        with torch.enable_grad():
+            outputs, targets = outputs_and_targets(evaluate())
+            if not outputs.requires_grad:
+                raise ValueError(
+                    "closure returned outputs without a graph; run the model in it, without torch.no_grad() and detach()"
+                )
+            loss = self.loss(outputs, targets)
+            terms = float(self._likelihood.terms(outputs.detach(), targets))
+            gradient: list[Tensor | None] = []
+            if math.isfinite(float(loss.detach())) and terms > 0:
+                for p in self._parameters:
+                    p.grad = None
+                self._engine.accumulate_fisher(outputs, targets)
+                loss.backward()
+                gradient = [p.grad for p in self._parameters]
+        return _Batch(evaluate, outputs.detach(), targets, loss.detach(), terms, gradient)
+
+    def _with_penalty(self, gradient: Direction) -> list[Tensor | None]:
+        """Gradient of the objective."""
+        return [
+            None if g is None else g.detach() + eta * p if eta else g.detach()
+            for p, g, eta in zip(self._parameters, gradient, self.weight_decay, strict=True)
+        ]
+
+    def _objective(self, loss: Tensor, gradient: Direction) -> float:
+        """Loss and the penalty of the parameters that take part."""
+        triples = zip(self._parameters, self.weight_decay, gradient, strict=True)
+        penalties = [p.double().square().sum() * (eta / 2) for p, eta, g in triples if eta and g is not None]
+        return float(sum((x.to(loss.device) for x in penalties), loss.double()))
+
+    def _directions(self, gradient: list[Tensor | None], terms: float) -> dict[str, list[Tensor | None]]:
+        """Those of the three directions that some parameter has, in the parameters' types."""
+        sizes = [p.numel() for p in self._parameters]
+        decay = sum(n * eta for n, eta in zip(sizes, self.weight_decay, strict=True)) / max(sum(sizes), 1)
+        for p, h in zip(self._parameters, gradient, strict=True):
+            p.grad = h
+        self._engine.change(damping=self.controller.damping + decay / (1.0 if self._is_mean else terms))
+        natural = self._engine.precondition(lambda _: 0.0)
+        along: dict[str, list[Tensor | None]] = {"lr": [], "lr_others": [], "momentum": []}
+        for p, h, delta in zip(self._parameters, gradient, self.controller.previous, strict=True):
+            v = natural.get(p)
+            along["lr"].append(None if h is None or v is None else -v.to(p))
+            along["lr_others"].append(-h.to(p) if h is not None and v is None else None)
+            along["momentum"].append(None if h is None else delta)
+        return {name: d for name, d in along.items() if any(x is not None for x in d)}
+
+    def _products(self, batch: _Batch, directions: Sequence[Direction]) -> list[Tensor]:
+        """J d for each direction d. Those of the first step are checked against the gradient."""
+        with self._engine.paused():
+            products = jacobian_products(self._model, batch.evaluate, self._parameters, directions)
+        if not self._has_agreed:
+            with torch.enable_grad():
+                leaf = batch.outputs.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(self.loss(leaf, batch.targets), leaf)
+            require_agreement(slope, products, batch.gradient, directions)
+            self._has_agreed = True
+        return products
+
+    def _minimum(
+        self, batch: _Batch, gradient: Direction, directions: Sequence[Direction], products: Sequence[Tensor]
+    ) -> list[float]:
+        """Coefficients of the directions, and M there: the only wait for the device before the new loss."""
+        if not directions:
+            return [0.0]
+        curved = [self._likelihood.hessian_product(batch.outputs, product, batch.targets) for product in products]
+        damping = self.controller.damping * (1.0 if self._is_mean else batch.terms)
+        ridge = [damping + eta for eta in self.weight_decay]
+        scale = 1 / batch.terms if self._is_mean else 1.0
+        minimum = QuadraticModel.build(directions, gradient, products, curved, scale, ridge).solve()
+        return torch.cat([minimum.coefficients, minimum.change[None]]).tolist()
+
+    def _try(
+        self, step: Direction, batch: _Batch, gradient: Direction, predicted: float, before: Snapshot, after: Snapshot
+    ) -> tuple[bool, float]:
+        """Moves the parameters, and back again unless the objective allows it; returns whether it does, and rho."""
+        old = self._objective(batch.loss, gradient)
+        promised = -predicted > ROUNDING * torch.finfo(batch.outputs.dtype).eps * abs(old)
+        triples = [(p, d, p.clone()) for p, d in zip(self._parameters, step, strict=True) if d is not None]
+        accepted = False
+        try:
+            for p, d, _ in triples:
+                p.add_(d)
+            before.restore()
+            with self._engine.paused():
+                new = self._objective(self.loss(*outputs_and_targets(batch.evaluate())), gradient)
+            accepted = math.isfinite(new) and not (promised and new > old)
+        finally:  # also when the closure raises
+            after.restore_generators()
+            if accepted:
+                after.restore_buffers()  # statistics advance once a step
+            else:
+                for p, _, copy in triples:
+                    p.copy_(copy)
+                before.restore_buffers()
+        return accepted, (new - old) / predicted if promised else math.nan
+
+    def _report(
+        self, batch: _Batch, coefficients: dict[str, float], predicted: float, rejected: bool = False, skipped: bool = False
+    ) -> dict[str, Any]:
+        return {
+            "loss": batch.loss,
+            **dict.fromkeys(("lr", "lr_others", "momentum"), 0.0),
+            **coefficients,
+            "damping": self.controller.damping,
+            "reduction_ratio": self.controller.reduction_ratio,
+            "predicted": predicted,
+            "rejected": rejected,
+            "skipped": skipped,
+        }

@@ -216,10 +216,10 @@ def test_a_group_that_is_added_later_trains_too() -> None:
     assert optimizer._auto.controller.damping == damping < 0.1
     optimizer.step(lambda: (model(x), y))
     assert not torch.equal(model[0].weight, first)
-    assert optimizer._auto.controller.weight_decay == [0.0] * 2 + [0.5] * 4
+    assert optimizer._auto.weight_decay == [0.0] * 2 + [0.5] * 4
     optimizer.param_groups[1]["weight_decay"] = 0.0
     optimizer.step(lambda: (model(x), y))
-    assert optimizer._auto.controller.weight_decay == [0.0] * 6
+    assert optimizer._auto.weight_decay == [0.0] * 6
     assert optimizer._auto.controller.steps == 8
 
 

@@ -118,7 +118,7 @@ def test_levenberg_marquardt(scale: float, change: float) -> None:
             return value
         return current[0] + scale * (value - current[0])
 
-    run.controller.loss = weakened
+    run.auto.loss = weakened
     for k in range(1, 11):
         before = run.controller.damping
         report = run.step()

@@ -1,27 +1,68 @@
-"""A controller without an engine, for its tests, and small models for it."""
+"""Steps with lr="auto" without an engine, for their tests, and small models for them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kfac_triton.fisher.losses import likelihood_of
-from kfac_triton.steps.controller import Controller
+from kfac_triton.settings import Settings
+from kfac_triton.steps.auto import AutoStep
 
 Gradients = list[Tensor | None]
 
 
-class Run:
-    """A controller with plain gradients in place of the engine: V = h for the first `covered` parameters."""
+class PlainEngine:
+    """Does what the engine does for a step, without curvature."""
 
-    def __init__(self, model: nn.Module, batch: Any, loss: nn.Module, covered: int | None = None, **options: Any) -> None:
+    def __init__(self, run: Run, loss: nn.Module, damping: float) -> None:
+        self.settings = Settings(loss=loss, damping=damping)
+        self.run = run
+        self.paused: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def require_open(self) -> None:
+        """It always is."""
+
+    def forget_statistics(self) -> None:
+        """There are none."""
+
+    def accumulate_fisher(self, outputs: Tensor, targets: Tensor) -> None:
+        self.run.before_backward()
+
+    def change(self, damping: float) -> None:
+        self.run.dampings.append(damping)
+
+    def precondition(self, learning_rate: Callable[[Tensor], float]) -> dict[Tensor, Tensor]:
+        parameters = self.run.parameters
+        natural = self.run.precondition([p.grad for p in parameters], self.run.dampings[-1])
+        return {p: v for p, v in zip(parameters, natural, strict=True) if v is not None}
+
+
+class Run:
+    """Steps with plain gradients in place of the preconditioned ones: V = h for the first `covered` parameters."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        loss: nn.Module,
+        covered: int | None = None,
+        damping: float = 0.03,
+        damping_every: int = 5,
+        damping_floor: float = 1e-8,
+        damping_ceiling: float = 1e8,
+        weight_decay: float | list[float] = 0.0,
+    ) -> None:
         self.model, self.batch, self.loss = model, batch, loss
         self.parameters = list(model.parameters())
         self.covered = len(self.parameters) if covered is None else covered
-        self.controller = Controller(model, self.parameters, loss, likelihood_of(loss), **options)
+        self.weight_decay = weight_decay if isinstance(weight_decay, list) else [weight_decay] * len(self.parameters)
+        self.engine = PlainEngine(self, loss, damping)
+        self.auto = AutoStep(model, self.engine, self.parameters, damping_every, (damping_floor, damping_ceiling))
+        self.controller = self.auto.controller
         self.dampings: list[float] = []
         self.calls = 0
 
@@ -29,15 +70,15 @@ class Run:
         self.calls += 1
         return self.model(self.batch[0]), self.batch[1]
 
-    def differentiate(self, outputs: Tensor, targets: Tensor, loss: Tensor) -> Gradients:
-        return list(torch.autograd.grad(loss, self.parameters, allow_unused=True))
+    def before_backward(self) -> None:
+        """Where curvature has its backward passes."""
 
     def precondition(self, gradient: Gradients, damping: float) -> Gradients:
-        self.dampings.append(damping)
         return [g if i < self.covered else None for i, g in enumerate(gradient)]
 
-    def step(self, **options: Any) -> dict[str, Any]:
-        return self.controller.step(self.evaluate, self.differentiate, self.precondition, **options)
+    def step(self, evaluate: Callable[[], Any] | None = None) -> dict[str, Any]:
+        self.auto.step(evaluate or self.evaluate, self.weight_decay)
+        return self.auto.report
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
