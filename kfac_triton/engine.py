@@ -223,7 +223,7 @@ class Engine:
 
     def _update_factors(self) -> None:
         # Asked before the statistics are forgotten; a layer whose first ones come in this step is worth one wait.
-        known = [s.eager_counts[0] > 0 for s in self.statistics]
+        known = [s.on_host.rows > 0 for s in self.statistics]
         outcome = self.collector.update(self.settings)
         self.inverses_changed |= self.curvature.is_ekfac
         self.curvature.blend_moments(outcome, self.settings.ema_decay)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels import ops
+from ..kernels.device_tables import device_table
 from ..layers import Layer, Rows
 from ..layers.partition import Part
 from .diagonal_sums import squared_rows
@@ -15,12 +18,28 @@ from .ekfac_moments import Moments
 from .gate import Gate
 
 
+@dataclass
+class Counts:
+    """Numbers that the host counted of one layer, or tensors: of one layer, or with an entry for each.
+
+    Attributes:
+        rows: rows of A.
+        terms: loss terms.
+        taken: loss terms whose rows were taken.
+        passes: passes that were summed.
+    """
+
+    rows: Any = 0
+    terms: Any = 0
+    taken: Any = 0
+    passes: Any = 0
+
+
 class SharedCounts(NamedTuple):
     """One layer's part of what all layers share, so that one operation clears it for all.
 
     Attributes:
-        counts: rows of A, loss terms, loss terms whose rows were taken, and compiled passes, (4,), as counted on the device:
-            a compiled pass may not touch Python numbers.
+        counts: `Counts` of the device, (4,): a compiled pass may not touch Python numbers.
         beta: weight of what a sum holds when the next pass comes, one a sum. With zero it is overwritten, never cleared.
     """
 
@@ -46,9 +65,8 @@ class Statistics:
         dense: factors that are matrices, those of A first.
         diagonal: factors of which the diagonal is kept, those of A first.
         passes: rows of the passes that wait.
-        summed: whether an eager pass was summed.
-        device_counts: rows of A, loss terms, taken loss terms and compiled passes as counted on the device, (4,).
-        eager_counts: the first three as the host counted them.
+        on_host: what the host counted.
+        on_device: what the device counted, (4,), in the order of `Counts`.
         second: those of a second use of the weight, which is summed apart (see `capture.tied`).
     """
 
@@ -69,10 +87,9 @@ class Statistics:
         self.diagonal = sorted((e for e in entries if e.part.diagonal), key=lambda e: not e.part.is_input)
         self.moments = moments
         self.deferred: list[Rows] = []
-        self.summed = False
         self.tied: Statistics | None = None
-        self.device_counts = shared.counts
-        self.eager_counts: list[float] = [0, 0, 0]
+        self.on_host = Counts()
+        self.on_device = shared.counts
         self._backend = backend
         self._may_wait = can_defer and not self.diagonal
         self._alpha = torch.ones_like(shared.beta)
@@ -82,7 +99,7 @@ class Statistics:
     @property
     def counts(self) -> Tensor:
         """Rows of A and loss terms of all passes, (2,)."""
-        return self.device_counts[:2] + torch.tensor(self.eager_counts[:2], device=self.device_counts.device)
+        return merged([self], self.on_device.device)[0, :2]
 
     def add(self, x: Tensor, gradient: Tensor, owned_by_autograd: bool = False) -> None:
         """Adds one backward pass through the layer.
@@ -107,42 +124,39 @@ class Statistics:
         if is_compiling:  # cannot tell a second call in one backward pass, and counts every one
             self._sum(rows, gate.counts_terms, gate.weight)
             terms = rows.terms if gate.empirical else gate.compiled_terms
-            self._count_on_device(rows.input_count * gate.weight, terms, rows.share)
-            self.device_counts[3].add_(gate.weight)
+            self._count_on_device(rows.input_count * gate.weight, terms, rows.share, gate.weight)
             return
-        if owned_by_autograd and self._may_wait and gate.counts_terms and not self.summed and self._is_small(rows):
+        if owned_by_autograd and self._may_wait and gate.counts_terms and not self.on_host.passes and self._is_small(rows):
             self.deferred.append(rows)
         else:
             for waiting in self.deferred:  # all or none: a step that fails has to find the old factor in the sums' buffers
                 self._sum(waiting, with_inputs=True)
             self.deferred = []
             self._sum(rows, with_inputs=gate.counts_terms)
-            self.summed = True
+            self.on_host.passes += 1
         is_new = self._is_new_backward()
         if not gate.counts_terms:
             return
-        self.eager_counts[0] += rows.input_count
+        self.on_host.rows += rows.input_count
         if not is_new:
             return
         terms = rows.terms if gate.terms is None else gate.terms
         if isinstance(terms, Tensor):
-            self._count_on_device(0, terms, rows.share)
+            self._count_on_device(0, terms, rows.share, 0)
         else:
-            self.eager_counts[1] += terms
-            self.eager_counts[2] += terms * rows.share
+            self.on_host.terms += terms
+            self.on_host.taken += terms * rows.share
 
     def clear(self) -> None:
         """Forgets everything, but for what it shares."""
-        self.eager_counts = [0, 0, 0]
+        self.on_host = Counts()
         self.deferred = []
-        self.summed = False
         if self.moments is not None:
             self.moments.fresh = False
 
-    def _count_on_device(self, count: Tensor | float, terms: Tensor | float, share: float) -> None:
-        self.device_counts[0].add_(count)
-        self.device_counts[1].add_(terms)
-        self.device_counts[2].add_(terms * share)
+    def _count_on_device(self, rows: Tensor | float, terms: Tensor | float, share: float, passes: Tensor | float) -> None:
+        for place, added in enumerate((rows, terms, terms * share, passes)):
+            self.on_device[place].add_(added)  # not unbound: a compiled forward pass would save the views
 
     def _is_small(self, rows: Rows) -> bool:
         return _bytes(rows.inputs + rows.gradients) <= _bytes([e.total for e in self.dense])
@@ -185,6 +199,12 @@ class Statistics:
         is_new = backward != self._last_backward
         self._last_backward = backward
         return is_new
+
+
+def merged(statistics: Sequence[Statistics], device: torch.device) -> Tensor:
+    """What host and device counted of each layer, (layers, 4), in the order of `Counts`; the host does not wait."""
+    on_host = device_table(tuple(tuple(map(float, astuple(s.on_host))) for s in statistics), device, torch.float64)
+    return torch.stack([s.on_device.to(device) for s in statistics]) + on_host
 
 
 def _bytes(tensors: list[Tensor]) -> int:

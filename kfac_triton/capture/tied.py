@@ -7,10 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..kernels.device_tables import device_table
 from ..layers.tied import TiedLayer
 from .gate import Gate
-from .statistics import FactorSum, SharedCounts, Statistics
+from .statistics import Counts, FactorSum, SharedCounts, Statistics
 
 
 class TiedStatistics:
@@ -41,8 +40,8 @@ class TiedStatistics:
         self.shared = SharedCounts(torch.zeros(4, device=total.device), total.new_zeros(len(own)))
         self.statistics = Statistics(layer.second(), gate, own, self.shared, backend, False)
 
-    def join(self, counts: Tensor, summed: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds the second use to the sums of the first; returns the layer's counts (3,) and whether it has sums at all.
+    def join(self, first_counts: Tensor, second_counts: Tensor) -> Tensor:
+        """Adds the second use to the sums of the first; returns the layer's counts.
 
         With n rows, n_e of the embedding, and a scale s of squared gradients, that of the first use, the two have the Fisher
         matrices s / n S_gg (x) S_hh and s / n_e S_c (x) S_e, with sums S of squares and S_c of tokens. The joined sums are
@@ -53,15 +52,12 @@ class TiedStatistics:
         Where only part of the rows is taken, r makes up for that, too. Of a use that comes alone the sums stay as they are.
 
         Args:
-            counts: rows of A, loss terms and taken loss terms of the first use, (3,).
-            summed: whether the sums of the first use are of this step; if not they are stale, and not read.
+            first_counts: `Counts` of the first use, (4,). Sums without a pass are stale, and not read.
+            second_counts: those of the second use.
         """
-        own = self.statistics
-        eager = device_table(tuple((float(x),) for x in own.eager_counts), counts.device, counts.dtype).flatten()
-        counts_e = own.device_counts[:3].to(counts) + eager
-        was_summed = device_table(((int(own.summed),),), counts.device).flatten()[0] > 0
-        came = was_summed | (own.device_counts[3] > 0).to(counts.device)
-        home = counts.device
+        home = first_counts.device
+        n, e = Counts(*first_counts), Counts(*second_counts)
+        summed, came = n.passes > 0, e.passes > 0
         sums = [
             (
                 torch.where(summed.to(first.total.device), first.total, 0.0),
@@ -80,8 +76,7 @@ class TiedStatistics:
             return torch.stack(pieces).sum().to(home)
 
         both = summed & came
-        (rows, terms, taken), (rows_e, terms_e, taken_e) = counts, counts_e
-        ratio = torch.where(both, rows / rows_e * (terms_e / taken_e) / (terms / taken), 1.0)
+        ratio = torch.where(both, n.rows / e.rows * (e.terms / e.taken) / (n.terms / n.taken), 1.0)
         root = ratio * trace(1, False) * trace(0, True) / (trace(0, False) * trace(1, True))
         u = torch.where(both & torch.isfinite(root) & (root > 0), root, 1.0).sqrt()
         for (first, second), (old, new) in zip(self._pairs, sums, strict=True):
@@ -90,4 +85,4 @@ class TiedStatistics:
             place = (slice(size),) * new.dim()
             first.total.copy_(old)
             first.total[place] += weight * new
-        return torch.where(summed, counts, counts_e), summed | came
+        return torch.where(summed, first_counts, second_counts)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..capture.ekfac_moments import Moments
 from ..capture.gate import Gate
-from ..capture.statistics import FactorSum, SharedCounts, Statistics
+from ..capture.statistics import Counts, FactorSum, SharedCounts, Statistics, merged
 from ..capture.tied import TiedStatistics
 from ..fisher import scales
 from ..kernels import ops
@@ -113,15 +113,12 @@ class FactorUpdate:
     def update(self, settings: Settings) -> Accepted:
         """Blends the statistics into the factors and forgets them; those of a layer with a NaN or Inf are dropped."""
         home, layers = self.bank.home, len(self.statistics)
-        eager = device_table(
-            tuple((*map(float, s.eager_counts), float(s.summed)) for s in self.statistics), home, torch.float64
-        )
-        on_device = torch.stack([s.device_counts.to(home) for s in self.statistics])
-        counts = on_device[:, :3] + eager[:, :3]
-        summed = (on_device[:, 3] > 0) | (eager[:, 3] > 0)
-        for i, use in self._second_uses.items():
-            counts[i], summed[i] = use.join(counts[i], summed[i])
-        fresh = counts[:, 1] > 0
+        table = merged([*self.statistics, *(use.statistics for use in self._second_uses.values())], home)
+        for k, (i, use) in enumerate(self._second_uses.items(), layers):
+            table[i] = use.join(table[i], table[k])
+        table = table[:layers]
+        came = Counts(*table.unbind(1))
+        fresh, summed = came.terms > 0, came.passes > 0
         finite = self._finite_sums(summed) & self._finite_passes(layers)
         accepted = fresh & finite
         if self.gate.scale is not None:
@@ -130,11 +127,11 @@ class FactorUpdate:
             accepted &= self.gate.scale.to(home) == now
 
         # Where nothing came, any number will do; a weighted loss may have less than one term.
-        counts = torch.where(counts > 0, counts, 1.0)
+        counts = Counts(*torch.where(table > 0, table, 1.0).unbind(1))
         reduction = settings.loss_reduction if settings.fisher == "empirical" else "sum"
-        moment_scale = scales.gradient_scale(counts[:, 1], reduction, settings.current_loss_scale())
-        g_scale = moment_scale * counts[:, 1] / counts[:, 2]
-        scale = torch.where(self._is_input, scales.input_scale(counts[:, 0])[self.layer_of_slot], g_scale[self.layer_of_slot])
+        moment_scale = scales.gradient_scale(counts.terms, reduction, settings.current_loss_scale())
+        g_scale = moment_scale * counts.terms / counts.taken
+        scale = torch.where(self._is_input, scales.input_scale(counts.rows)[self.layer_of_slot], g_scale[self.layer_of_slot])
         accept = accepted[self.layer_of_slot]
         rate = self.bank.weights(accept, settings.ema_decay)
         keep, gain = 1 - rate, rate * scale
@@ -143,7 +140,7 @@ class FactorUpdate:
         if any(s.deferred for s in self.statistics):
             self.bank.back_up(waited & ~summed[self.layer_of_slot])
             self._blend_passes(keep, gain, accept)
-        if not all(s.deferred for s in self.statistics) or any(s.summed for s in self.statistics):
+        if not all(s.deferred for s in self.statistics) or any(s.on_host.passes for s in self.statistics):
             keep = torch.where(waited, 1.0, keep)  # it has been weighted already
             self.bank.blend(keep, gain, accept & summed[self.layer_of_slot], self.gate.step, self._backend)
         moments = [s.moments is not None and s.moments.fresh for s in self.statistics]
