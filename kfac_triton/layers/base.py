@@ -63,6 +63,7 @@ class Layer(ABC):
         diagonal_gradients: whether G is.
         constant_input: whether a is 1, and G (the Fisher matrix itself) takes all of the damping.
         autocasts: whether the module's forward is one operation that autocast runs in low precision.
+        weight_is_transposed: whether the module stores W^T: a weight (in, out).
         applies_weight_itself: whether the module's forward applies the weight by `F.linear`, so that no module's hook sees it.
         modules: those that share the weight; one, as a rule.
         output_blocks: equal blocks along its diagonal that G is cut into.
@@ -73,6 +74,7 @@ class Layer(ABC):
     diagonal_gradients: bool = False
     constant_input: ClassVar[bool] = False
     autocasts: ClassVar[bool] = False
+    weight_is_transposed: ClassVar[bool] = False
     applies_weight_itself: ClassVar[bool] = False
     output_blocks: int = 1
 
@@ -150,12 +152,12 @@ class Layer(ABC):
     @property
     def input_size(self) -> int:
         """Columns of W and side of A, the bias included."""
-        return self.weight[0].numel() + self.has_bias
+        return (len(self.weight) if self.weight_is_transposed else self.weight[0].numel()) + self.has_bias
 
     @property
     def output_size(self) -> int:
         """Rows of W and side of G, of one group."""
-        return self.weight.shape[0] // self.groups
+        return self.weight.shape[int(self.weight_is_transposed)] // self.groups
 
     @property
     def input_unit(self) -> int:
@@ -174,6 +176,8 @@ class Layer(ABC):
         """Gradients of one group as they stand in W: that of the weight (rows, ...) and of the bias (rows,)."""
         rows = slice(group * self.output_size, (group + 1) * self.output_size)
         weight, bias = self.weight.grad, None if self.bias is None else self.bias.grad
+        if weight is not None and self.weight_is_transposed:
+            weight = weight.T
         return None if weight is None else weight[rows], None if bias is None else bias[rows]
 
     def part_of(self, parameter: nn.Parameter) -> slice | None:
@@ -185,7 +189,8 @@ class Layer(ABC):
         columns = self.input_size - self.has_bias
         parts = [block[: self.output_size, : self.input_size] for block in blocks]
         update = parts[0] if len(parts) == 1 else torch.cat(parts)
-        result = [(self.weight, update[:, :columns].reshape(self.weight.shape))]
+        weight = update[:, :columns]
+        result = [(self.weight, weight.T if self.weight_is_transposed else weight.reshape(self.weight.shape))]
         if self.bias is not None:
             result.append((self.bias, update[:, columns]))
         return result

@@ -15,7 +15,7 @@ from kfac_triton.kernels import ops
 
 from .base import Layer, Rows
 
-_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 def padding_amounts(module: _Conv) -> list[tuple[int, int]]:

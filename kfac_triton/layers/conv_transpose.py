@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from .base import Layer, Rows
-from .conv import patch_rows
-
-_ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+from .base import Rows
+from .conv import ConvLayer, patch_rows
 
 
-class ConvTransposeLayer(Layer):
+class ConvTransposeLayer(ConvLayer):
     """A transposed convolution as an ordinary one, of z with z[s i + d (k - 1) - p] = x[i] and zeros elsewhere.
 
         y[o, t] = sum_{c, j} W[o, c, j] z[c, t + d j],    W[o, c, j] = weight[c, o, k - 1 - j]
@@ -22,18 +19,6 @@ class ConvTransposeLayer(Layer):
     for stride s, padding p, dilation d and kernel size k. So rows of A are the patches of z (Grosse and Martens 2016, KFC), in
     the order of the flipped kernel. Each group of channels is a block of its own.
     """
-
-    autocasts = True
-
-    @property
-    def conv(self) -> _ConvTranspose:
-        """The module, typed."""
-        return cast(_ConvTranspose, self.module)
-
-    @property
-    def input_unit(self) -> int:
-        """A channel's kernel elements."""
-        return math.prod(self.conv.kernel_size)
 
     @property
     def input_size(self) -> int:

@@ -20,6 +20,7 @@ class EmbeddingLayer(Layer):
 
     module_type = nn.Embedding
     diagonal_inputs = True
+    weight_is_transposed = True
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
@@ -38,16 +39,6 @@ class EmbeddingLayer(Layer):
         """Embeddings that share a weight are one module called several times."""
         return cls if all(type(module) is nn.Embedding and cls.why_not(module) is None for module in modules) else None
 
-    @property
-    def input_size(self) -> int:
-        """Tokens."""
-        return self.weight.shape[0]
-
-    @property
-    def output_size(self) -> int:
-        """Dimensions of a token's vector."""
-        return self.weight.shape[1]
-
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
         """Expand: every index is a row. Reduce: the indices of an example are one, and their gradients are summed."""
         indices = x.reshape(len(x) if x.dim() else 1, x.shape[1:].numel()).long()
@@ -62,12 +53,3 @@ class EmbeddingLayer(Layer):
             terms=examples * positions if self.tokens else examples,
             examples=examples,
         )
-
-    def gradient(self, group: int) -> tuple[Tensor | None, Tensor | None]:
-        """The transposed gradient."""
-        gradient = self.weight.grad
-        return None if gradient is None else gradient.T, None
-
-    def read_update(self, blocks: list[Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
-        """The weight with its part."""
-        return [(self.weight, blocks[0][: self.output_size, : self.input_size].T)]

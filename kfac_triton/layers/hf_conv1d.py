@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from .linear import LinearLayer
 
@@ -14,6 +14,7 @@ class HFConv1DLayer(LinearLayer):
     """y = a W^T + bias with W = weight^T."""
 
     module_type: type[nn.Module] = nn.Module
+    weight_is_transposed = True
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -25,27 +26,3 @@ class HFConv1DLayer(LinearLayer):
     def tie(cls, modules: list[nn.Module]) -> type[LinearLayer] | None:
         """Those that share a weight are one module called several times."""
         return cls if all(cls.matches(module) for module in modules) else None
-
-    @property
-    def input_size(self) -> int:
-        """Columns of W and side of A, the bias included."""
-        return self.weight.shape[0] + self.has_bias
-
-    @property
-    def output_size(self) -> int:
-        """Rows of W and side of G."""
-        return self.weight.shape[1]
-
-    def gradient(self, group: int) -> tuple[Tensor | None, Tensor | None]:
-        """That of the weight transposed, and of the bias."""
-        weight, bias = self.weight.grad, None if self.bias is None else self.bias.grad
-        return None if weight is None else weight.T, bias
-
-    def read_update(self, blocks: list[Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
-        """Weight and bias with their parts."""
-        columns = self.weight.shape[0]
-        update = blocks[0][: self.output_size, : self.input_size]
-        result = [(self.weight, update[:, :columns].T)]
-        if self.bias is not None:
-            result.append((self.bias, update[:, columns]))
-        return result
