@@ -114,13 +114,11 @@ class Partition:
         self.parts_of: list[tuple[range, range]] = []
         self.tiles_of: list[range] = []
         for number, block in enumerate(self.blocks):
-            layer = block.layer
-            limits = max_factor_size, oversize
-            a = _parts(number, True, layer.input_size, layer.diagonal_inputs, layer.has_bias, layer.input_unit, *limits)
-            g = _output_parts(number, layer, *limits)
+            a, g = _sides(number, block)
+            a_parts, g_parts = _divided(a, max_factor_size, oversize), _output_parts(g, block.layer, max_factor_size, oversize)
             first = len(self.parts)
-            self.parts += [replace(part, group=block.group) for part in a + g]
-            a_range, g_range = range(first, first + len(a)), range(first + len(a), first + len(a) + len(g))
+            self.parts += a_parts + g_parts
+            a_range, g_range = range(first, first + len(a_parts)), range(first + len(a_parts), len(self.parts))
             self.parts_of.append((a_range, g_range))
             start = len(self.tiles)
             self.tiles += [Tile(number, i, j) for j in g_range for i in a_range]
@@ -131,33 +129,49 @@ class Partition:
         return [i for i, block in enumerate(self.blocks) if block.layer_number == layer_number]
 
 
-def _output_parts(block: int, layer: Layer, largest: int | None, oversize: str) -> list[Part]:
+def _sides(number: int, block: Block) -> tuple[Part, Part]:
+    """A and G of a block, undivided."""
+    layer = block.layer
+    a = Part(
+        number,
+        True,
+        0,
+        layer.input_size,
+        layer.diagonal_inputs,
+        layer.has_bias,
+        layer.input_unit,
+        whole=True,
+        group=block.group,
+    )
+    return a, Part(number, False, 0, layer.output_size, layer.diagonal_gradients, False, 1, whole=True, group=block.group)
+
+
+def _output_parts(side: Part, layer: Layer, largest: int | None, oversize: str) -> list[Part]:
     """Parts of G: those of each of the layer's equal output blocks. A diagonal has none between its blocks to begin with."""
-    count = 1 if layer.diagonal_gradients else layer.output_blocks
-    size = layer.output_size // count
-    parts = _parts(block, False, size, layer.diagonal_gradients, False, 1, largest, oversize)
+    count = 1 if side.diagonal else layer.output_blocks
     if count == 1:
-        return parts
-    starts = [i * size for i in range(count)]
-    return [replace(x, start=x.start + first, stop=x.stop + first, whole=False) for first in starts for x in parts]
+        return _divided(side, largest, oversize)
+    size = side.size // count
+    parts = _divided(replace(side, stop=size, whole=False), largest, oversize)
+    return [replace(x, start=x.start + i * size, stop=x.stop + i * size) for i in range(count) for x in parts]
 
 
-def _parts(
-    block: int, is_input: bool, size: int, diagonal: bool, has_bias_column: bool, unit: int, largest: int | None, oversize: str
-) -> list[Part]:
-    def part(start: int, stop: int, diagonal: bool) -> Part:
-        return Part(block, is_input, start, stop, diagonal, has_bias_column and stop == size, unit, whole=stop - start == size)
-
-    if diagonal or largest is None or size <= largest or (oversize == "diagonal"):
-        too_large = largest is not None and size > largest
-        return [part(0, size, diagonal or too_large)]
-    least = unit + has_bias_column
-    if least > largest:
+def _divided(side: Part, largest: int | None, oversize: str) -> list[Part]:
+    """The side itself if it is not too large, else its diagonal or its blocks."""
+    if side.diagonal or largest is None or side.size <= largest:
+        return [side]
+    if oversize == "diagonal":
+        return [replace(side, diagonal=True)]
+    unit, bias = side.unit, side.has_bias_column
+    if unit + bias > largest:
         raise ValueError(
-            f"max_factor_size must be at least {least} to cut a side of {size} into blocks of whole channels, but is "
-            f"{largest}; raise it, or pass oversize='diagonal'"
+            f"max_factor_size must be at least {unit + bias} to cut a side of {side.size} into blocks of whole channels, but "
+            f"is {largest}; raise it, or pass oversize='diagonal'"
         )
-    units = (size - has_bias_column) // unit
-    count = -(-units * unit // ((largest - has_bias_column) // unit * unit))  # equal blocks, as few as fit
-    bounds = [units * i // count * unit for i in range(count)] + [size]
-    return [part(start, stop, False) for start, stop in itertools.pairwise(bounds)]
+    units = (side.size - bias) // unit
+    count = -(-units * unit // ((largest - bias) // unit * unit))  # equal blocks, as few as fit
+    bounds = [units * i // count * unit for i in range(count)] + [side.size]
+    return [
+        replace(side, start=start, stop=stop, has_bias_column=bias and stop == side.size, whole=False)
+        for start, stop in itertools.pairwise(bounds)
+    ]
