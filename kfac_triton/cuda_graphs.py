@@ -9,19 +9,16 @@ import torch
 from torch import Tensor
 
 from .curvature.factor_stack import FactorStack
-from .curvature.inverse import InverseStack
+from .curvature.inverse import resolve
 from .kernels import runtime
 from .settings import Settings
 
 
-def require_recordable_settings(
-    settings: Settings, inverses: Sequence[object], stacks: Sequence[FactorStack], host_looks: bool
-) -> None:
+def require_recordable_settings(settings: Settings, stacks: Sequence[FactorStack], host_looks: bool) -> None:
     """Refuses settings under which the host decides something in a step.
 
     Args:
         settings: of the engine.
-        inverses: its inverses, those of `InverseStack` among them.
         stacks: its dense factors.
         host_looks: whether the host looks at results.
 
@@ -29,7 +26,7 @@ def require_recordable_settings(
         ValueError: if a setting is not the same for all steps, or makes the host wait.
     """
     settings.require_constant()
-    methods = {x.method for x in inverses if isinstance(x, InverseStack)}
+    methods = {resolve(settings.inverse, stack.sums.device) for stack in stacks}
     if not methods <= {"factored", "newton_schulz"}:
         raise ValueError(f"a CUDA graph records matrix products alone: inverse must be 'factored', but is {min(methods)!r}")
     if host_looks or settings.backend == "torch" or any(s.sums.dtype != torch.float32 for s in stacks):

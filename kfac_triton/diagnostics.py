@@ -77,11 +77,8 @@ def diagnostics(engine: Engine) -> dict[str, Any]:
 
 
 def _over_slots(engine: Engine, name: str) -> Tensor:
-    """A vector of the inverses, over all slots; diagonal factors are inverted exactly."""
-    dense = [getattr(inverse, name).to(engine.bank.home, torch.float64) for inverse in engine.curvature.inverses]
-    zero = (torch.zeros(len(store), dtype=torch.float64, device=engine.bank.home) for store in engine.bank.diagonals)
-    known = (store.damping.to(engine.bank.home, torch.float64) for store in engine.bank.diagonals)
-    return torch.cat([*dense, *(known if name == "damping" else zero)])
+    """A vector of the inverses, over all slots."""
+    return torch.cat([getattr(inverse, name).to(engine.bank.home, torch.float64) for inverse in engine.curvature.inverses])
 
 
 def _tile_sums(engine: Engine) -> dict[int, tuple[float, ...]]:

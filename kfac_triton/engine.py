@@ -206,7 +206,7 @@ class Engine:
         """
         if not runtime.is_recording():
             return
-        require_recordable_settings(self.settings, self.curvature.inverses, self.bank.stacks, self.host_looks)
+        require_recordable_settings(self.settings, self.bank.stacks, self.host_looks)
         if self.gate.is_unrecorded:
             raise RuntimeError("a CUDA graph records this step, but not its backward pass: record forward, backward and step")
         new = [repr(self.layers[i].name) for i in sorted(self.without_statistics) if self.layers[i].weight.grad is not None]

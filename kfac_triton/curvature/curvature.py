@@ -11,13 +11,15 @@ from ..capture.ekfac_moments import Moments, MomentTile
 from ..layers.partition import FactorSpec, Partition, factor_dtype
 from ..settings import Settings
 from .damping import SplitDamping, pi_split
+from .diagonal import DiagonalBasis, DiagonalInverse
 from .eigenbasis import EigenStack
 from .factor_bank import FactorBank
 from .factor_stack import newest_weight
 from .factor_update import Accepted
-from .inverse import InverseStack
-from .preconditioning import GradientStack
-from .solvers import EigenSolve, InverseSolve, Spectrum
+from .groups import TileGroup
+from .inverse import Inverse, InverseStack
+from .preconditioning import GradientStack, Solve
+from .solvers import Basis, EigenSolve, EkfacSolve, InverseSolve
 
 
 class Curvature:
@@ -32,8 +34,8 @@ class Curvature:
 
     Attributes:
         bank: the factors.
-        inverses: one a stack of dense factors.
-        inverse_at: per slot what holds the inverse (the store itself where factors are diagonal), and its place there.
+        inverses: one a store of factors, in the order of the stores.
+        inverse_at: per slot what holds the inverse, and its place there.
         gradients: one a group of tiles.
         moments: EKFAC's sums, one a layer.
         split: damping of each block's A and G, after the first refresh.
@@ -50,33 +52,29 @@ class Curvature:
             specs.append(FactorSpec(part.size, factor_dtype(weight), weight.device, part.diagonal))
         tiles = [(tile.a, tile.g) for tile in partition.tiles]
         self.bank = FactorBank(specs, tiles, is_compact=settings.factor_dtype == "bfloat16")
-        backend = settings.backend
-        self.inverses: list[InverseStack | EigenStack] = [
-            EigenStack(stack.sums, stack.sizes)
-            if self.has_basis
-            else InverseStack(stack.sums, settings.inverse, settings.inverse_tolerance, backend, wait=host_looks)
-            for stack in self.bank.stacks
-        ]
-        stores = self._stores = [*self.inverses, *self.bank.diagonals]
+        method = (settings.inverse, settings.inverse_tolerance, settings.backend, host_looks)
+        stacks, diagonals = self.bank.stacks, self.bank.diagonals
+        self.inverses: Sequence[Inverse]
         self._eigen_solves: list[EigenSolve] = []
-        self.gradients = []
-        for group in self.bank.groups:
-            left, right = stores[group.g.store], stores[group.a.store]
-            solve: EigenSolve | InverseSolve
-            if self.has_basis:
-                assert not isinstance(left, InverseStack)
-                assert not isinstance(right, InverseStack)
-                solve = EigenSolve(group, left, right, None)
-                self._eigen_solves.append(solve)
-            else:
-                assert not isinstance(left, EigenStack)
-                assert not isinstance(right, EigenStack)
-                solve = InverseSolve(group, left, right, backend)
-            self.gradients.append(GradientStack(group, partition, self.bank, solve, backend, host_looks))
-        self.inverse_at = [(x, i) for x, store in zip(stores, self.bank.stores, strict=True) for i in range(len(store))]
+        solves: Sequence[Solve]
+        if self.has_basis:
+            bases: list[Basis] = [*(EigenStack(x.sums, x.sizes) for x in stacks), *map(DiagonalBasis, diagonals)]
+            solves = self._eigen_solves = [self._eigen_solve(x, bases[x.g.store], bases[x.a.store]) for x in self.bank.groups]
+            self.inverses = bases
+        else:
+            inverses = self.inverses = [*(InverseStack(x.sums, *method) for x in stacks), *map(DiagonalInverse, diagonals)]
+            solves = [InverseSolve(x, inverses[x.g.store], inverses[x.a.store], settings.backend) for x in self.bank.groups]
+        self.gradients = [
+            GradientStack(group, partition, self.bank, solve, settings.backend, host_looks)
+            for group, solve in zip(self.bank.groups, solves, strict=True)
+        ]
+        self.inverse_at = [
+            (inverse, i) for inverse, store in zip(self.inverses, self.bank.stores, strict=True) for i in range(len(store))
+        ]
         self._map_slots()
         self.moments: list[Moments | None] = [None] * len(partition.layers)
         self._moments_of_tile: dict[int, Tensor] = {}
+        self._ekfac_solves = [solve for solve in self._eigen_solves if isinstance(solve, EkfacSolve)]
         if self.is_ekfac:
             self._make_moments()
 
@@ -96,23 +94,22 @@ class Curvature:
         blocks = len(self.partition.blocks)
         return over_slots.new_zeros(2 * blocks).index_add_(0, self._side_of_slot, over_slots).view(blocks, 2)
 
+    def _eigen_solve(self, group: TileGroup, left: Basis, right: Basis) -> EigenSolve:
+        """With EKFAC's moments where both sides are dense; with a diagonal side the Kronecker eigenvalues stay."""
+        if self.is_ekfac and isinstance(left, EigenStack) and isinstance(right, EigenStack):
+            return EkfacSolve(group, left, right)
+        return EigenSolve(group, left, right)
+
     def _make_moments(self) -> None:
+        layer_of_tile = [self.partition.blocks[tile.block].layer_number for tile in self.partition.tiles]
         tiles: list[list[MomentTile]] = [[] for _ in self.partition.layers]
-        for group, solve, stack in zip(self.bank.groups, self._eigen_solves, self.gradients, strict=True):
-            left, right = (self._stores[x.store] for x in (group.g, group.a))
-            if not (isinstance(left, EigenStack) and isinstance(right, EigenStack)):
-                continue  # with a diagonal side the Kronecker eigenvalues stay
-            spectrum = solve.spectrum = Spectrum(torch.zeros_like(stack.gradient), torch.zeros_like(stack.gradient))
-            for k, number in enumerate(group.tiles):
-                self._moments_of_tile[number] = spectrum.values[k]
-                layer = self.partition.blocks[self.partition.tiles[number].block].layer_number
-                a_vectors, g_vectors = right.vectors[group.a.places[k]], left.vectors[group.g.places[k]]
-                tiles[layer].append(MomentTile(number, a_vectors, g_vectors, spectrum.sums[k]))
+        for solve in self._ekfac_solves:
+            self._moments_of_tile.update(zip(solve.group.tiles, solve.values, strict=True))
+            for tile in solve.moment_tiles():
+                tiles[layer_of_tile[tile.tile]].append(tile)
         self.moments = [Moments(self.partition, own) if own else None for own in tiles]
         self._moment_updates = torch.zeros(len(self.partition.tiles), device=self.bank.home)
-        self._layer_of_tile = torch.tensor(
-            [self.partition.blocks[tile.block].layer_number for tile in self.partition.tiles], device=self.bank.home
-        )
+        self._layer_of_tile = torch.tensor(layer_of_tile, device=self.bank.home)
 
     def refresh(self, damping: float, restart: bool) -> None:
         """Inverses, or eigenbases, of all factors with this damping.
@@ -126,14 +123,11 @@ class Curvature:
         g_size, a_size = self._side_sizes.unbind(1)
         self.split = pi_split(a_trace, a_size, g_trace, g_size, damping, self._constant)
         over_slots = torch.stack([self.split.g, self.split.a], 1).flatten()[self._side_of_slot]
-        runs = self.bank.runs()
-        old_bases = [solve.basis() for solve in self._eigen_solves if solve.spectrum is not None]
-        for stack, inverse, run in zip(self.bank.stacks, self.inverses, runs[: len(self.bank.stacks)], strict=True):
+        old_bases = [solve.basis() for solve in self._ekfac_solves]
+        for store, inverse, run in zip(self.bank.stores, self.inverses, self.bank.runs(), strict=True):
             if restart:
                 inverse.restart()
-            inverse.refresh(stack.factors, over_slots[run])
-        for store, run in zip(self.bank.diagonals, runs[len(self.bank.stacks) :], strict=True):
-            store.refresh(over_slots[run].to(store.damping))
+            inverse.refresh(store.factors, over_slots[run])
         self._turn_moments(old_bases)
 
     @property
@@ -141,12 +135,12 @@ class Curvature:
         """What the curvature is stored as: "basis" (eigenvectors), "root" (T with inverse T^T T) or "inverse"."""
         if self.has_basis:
             return "basis"
-        return "root" if any(isinstance(x, InverseStack) and x.factored for x in self.inverses) else "inverse"
+        return "root" if any(x.kind == "root" for x in self.inverses) else "inverse"
 
     @property
     def starts_anew(self) -> bool:
         """Whether a refresh depends on nothing but the factors and the damping: the inverses before it do not matter."""
-        return not any(isinstance(x, EigenStack) or x.factored for x in self.inverses)
+        return all(x.kind == "inverse" for x in self.inverses)
 
     def moments_of(self, layer_number: int) -> list[list[Tensor]]:
         """EKFAC's moments of a layer, those of the tiles of each group: views, none where the Kronecker eigenvalues stay."""
@@ -179,13 +173,11 @@ class Curvature:
 
     def _turn_moments(self, old_bases: Sequence[tuple[Tensor, Tensor]]) -> None:
         """EKFAC: the moments in the new basis; the Kronecker eigenvalues where there are none yet."""
-        solves = [(i, solve) for i, solve in enumerate(self._eigen_solves) if solve.spectrum is not None]
-        for (i, solve), (left, right) in zip(solves, old_bases, strict=True):
-            assert solve.spectrum is not None
-            tiles = list(self.bank.groups[i].tiles)
+        for solve, (left, right) in zip(self._ekfac_solves, old_bases, strict=True):
+            tiles = list(solve.group.tiles)
             solve.rotate(left, right)
             unknown = (self._moment_updates[tiles] == 0).to(left.device)
-            solve.spectrum.values.copy_(torch.where(unknown[:, None, None], solve.kronecker(), solve.spectrum.values))
+            solve.values.copy_(torch.where(unknown[:, None, None], solve.kronecker(), solve.values))
             self._moment_updates[tiles] = self._moment_updates[tiles].clamp_min(1)
         for moments in self.moments:
             if moments is not None:
@@ -196,18 +188,16 @@ class Curvature:
         if not self.is_ekfac:
             return
         fresh = torch.tensor(outcome.moments, device=self.bank.home)
-        for i, solve in enumerate(self._eigen_solves):
-            spectrum, tiles = solve.spectrum, list(self.bank.groups[i].tiles)
-            if spectrum is None:
-                continue
+        for solve in self._ekfac_solves:
+            tiles = list(solve.group.tiles)
             layers = self._layer_of_tile[tiles]
-            finite = torch.isfinite(spectrum.sums.sum((-2, -1)).to(self.bank.home))
+            finite = torch.isfinite(solve.sums.sum((-2, -1)).to(self.bank.home))
             accept = (outcome.accept & fresh)[layers] & finite
             self._moment_updates[tiles] += accept
             rate = newest_weight(self._moment_updates[tiles], ema_decay)
-            new = spectrum.sums * (outcome.moment_scale[layers]).to(spectrum.sums)[:, None, None]
-            blended = torch.lerp(spectrum.values, new, rate.to(spectrum.values)[:, None, None])
-            spectrum.values.copy_(torch.where(accept.to(new.device)[:, None, None], blended, spectrum.values))
+            new = solve.sums * (outcome.moment_scale[layers]).to(solve.sums)[:, None, None]
+            blended = torch.lerp(solve.values, new, rate.to(solve.values)[:, None, None])
+            solve.values.copy_(torch.where(accept.to(new.device)[:, None, None], blended, solve.values))
 
     def precondition(self, usable: Sequence[bool], damping: float) -> Tensor:
         """V in every gradient stack, for the blocks that are usable; returns <V, W> in the order of the stacks' tiles.
@@ -229,11 +219,10 @@ class Curvature:
             return sum(x.numel() * x.element_size() for x in tensors)
 
         stores = self.bank.stores
-        spectra = [s.spectrum for s in self._eigen_solves if s.spectrum is not None]
         return {
             "factors": sum(s.nbytes for s in stores),
             "sums": of(*(s.sums for s in stores)),
-            "inverses": of(*(i.values for i in self.inverses), *(s.values for s in self.bank.diagonals)),
+            "inverses": of(*(i.values for i in self.inverses)),
             "gradients": of(*(t for g in self.gradients for t in (g.gradient, g.update))),
-            "moments": of(*(t for s in spectra for t in (s.values, s.sums))),
+            "moments": of(*(t for s in self._ekfac_solves for t in (s.values, s.sums))),
         }

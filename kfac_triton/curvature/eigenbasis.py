@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .inverse import ACCEPT
+from .groups import SideGroup
+from .inverse import ACCEPT, Inverse
 
 # What a warm basis may be off before eigh is asked again: well below what K-FAC can stand, for it is used until the next one.
 _WARM_TOLERANCE = 0.1
@@ -28,7 +29,7 @@ def off_diagonal(rotated: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     return values, (torch.linalg.matrix_norm(rest) + rounding).nan_to_num(nan=torch.inf)
 
 
-class EigenStack:
+class EigenStack(Inverse):
     """Eigenvectors and eigenvalues of a stack of factors, refreshed in place.
 
     Args:
@@ -37,33 +38,20 @@ class EigenStack:
 
     Attributes:
         vectors: (B, n, n), columns; the pad has vectors of its own. Zero where there is no certificate.
-        spectrum: (B, n), at least zero; where damping was raised, by as much larger than the eigenvalues.
+        values: the same tensor, under the name of every `Inverse`.
+        eigenvalues: (B, n), at least zero; where damping was raised, by as much larger than the eigenvalues.
         residual: certificate (B,), see `off_diagonal`.
         damping: the damping (B,) that the certificate was made for.
-        fallbacks: how often a warm basis was refused, (B,).
-        raised: how often damping had to be raised, (B,).
     """
 
+    kind = "basis"
+
     def __init__(self, factors: Tensor, sizes: list[int]) -> None:
-        batch, n, _ = factors.shape
-        self.vectors = torch.zeros_like(factors)
-        self.spectrum = factors.new_zeros(batch, n)
-        self.residual = factors.new_full((batch,), torch.inf)
-        self.damping = factors.new_zeros(batch)
-        self.fallbacks = torch.zeros(batch, dtype=torch.long, device=factors.device)
-        self.raised = torch.zeros_like(self.fallbacks)
-        places = torch.arange(n, device=factors.device)
+        super().__init__(torch.zeros_like(factors), len(factors))
+        self.vectors = self.values
+        self.eigenvalues = torch.zeros_like(factors[..., 0])
+        places = torch.arange(factors.shape[-1], device=factors.device)
         self._pad = places >= torch.tensor(sizes, device=factors.device)[:, None]
-        self._is_cold = True
-
-    @property
-    def values(self) -> Tensor:
-        """What is stored of the inverse."""
-        return self.vectors
-
-    def restart(self) -> None:
-        """Makes the next refresh start from nothing: the factors were written from outside."""
-        self._is_cold = True
 
     def refresh(self, factors: Tensor, damping: Tensor) -> None:
         """Eigenbases of factors (B, n, n); a factor that eigh cannot do keeps its last one."""
@@ -84,15 +72,28 @@ class EigenStack:
             self._decompose(index, factors[index], damping)
         self._is_cold = False
 
+    def left(self, side: SideGroup, x: Tensor, back: bool = False) -> Tensor:
+        """Q^T x, or Q x on the way back: what is done in between is for `EigenSolve`."""
+        vectors = side.select(self.vectors)
+        return vectors @ x if back else vectors.mT @ x
+
+    def right(self, side: SideGroup, x: Tensor, back: bool = False) -> Tensor:
+        """The same for x Q and x Q^T."""
+        vectors = side.select(self.vectors)
+        return x @ vectors.mT if back else x @ vectors
+
+    def spectrum(self, side: SideGroup) -> Tensor:
+        """Eigenvalues of the factors of a group, (tiles, n)."""
+        return side.select(self.eigenvalues)
+
     def kept(self, index: int) -> Tensor:
         """What a checkpoint keeps of one factor, (n + 1, n): its eigenvectors, and its eigenvalues below them."""
-        return torch.cat([self.vectors[index], self.spectrum[index : index + 1]])
+        return torch.cat([self.vectors[index], self.eigenvalues[index : index + 1]])
 
     def restore(self, index: int, values: Tensor, residual: Tensor, damping: Tensor) -> None:
         """Writes what `kept` gave, with its certificate."""
-        self.vectors[index], self.spectrum[index] = values[:-1].to(self.vectors), values[-1].to(self.spectrum)
-        self.residual[index], self.damping[index] = residual, damping
-        self._is_cold = not bool((self.residual <= ACCEPT).all())
+        super().restore(index, values[:-1], residual, damping)
+        self.eigenvalues[index] = values[-1].to(self.eigenvalues)
 
     def _decompose(self, index: int, factor: Tensor, damping: Tensor) -> None:
         # The pad gets an eigenvalue below all others, so that its vectors are not mixed with the factor's null space.
@@ -126,9 +127,9 @@ class EigenStack:
     ) -> bool:
         """Stores the basis of one factor, if it is certified for this damping and its spectrum fits its type."""
         values, residual = off_diagonal(rotated, damping)
-        if not bool((residual <= ACCEPT) & torch.isfinite((values + damping).to(self.spectrum)).all()):
+        if not bool((residual <= ACCEPT) & torch.isfinite((values + damping).to(self.eigenvalues)).all()):
             return False
-        self._store(place, vectors[None], (values + shift).to(self.spectrum), residual.to(self.residual), damping)
+        self._store(place, vectors[None], (values + shift).to(self.eigenvalues), residual.to(self.residual), damping)
         return True
 
     def _pad_last(self, vectors: Tensor, index: int) -> Tensor:
@@ -137,5 +138,5 @@ class EigenStack:
         return torch.cat([vectors[:, pad:], vectors[:, :pad]], 1)
 
     def _store(self, places: Tensor, vectors: Tensor, values: Tensor, residual: Tensor, damping: Tensor) -> None:
-        self.vectors[places], self.spectrum[places] = vectors, values
+        self.vectors[places], self.eigenvalues[places] = vectors, values
         self.residual[places], self.damping[places] = residual, damping

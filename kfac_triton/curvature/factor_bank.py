@@ -5,43 +5,14 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..layers.partition import FactorSpec
-from .diagonal import DiagonalStore
+from .diagonal import DiagonalFactors
 from .factor_stack import FactorStack, newest_weight, padded
-
-
-@dataclass(frozen=True)
-class SideGroup:
-    """One side of a `TileGroup`: the store of its factors, and their places in it.
-
-    Attributes:
-        store: number in `FactorBank.stores`.
-        places: one a tile.
-        run: the same as a slice where they are contiguous: then a stack needs no copy.
-    """
-
-    store: int
-    places: tuple[int, ...]
-
-    @property
-    def run(self) -> slice | None:
-        """The places as a slice of a stack, a view; None where factors are shared between tiles."""
-        first = self.places[0]
-        return slice(first, first + len(self.places)) if self.places == tuple(range(first, first + len(self.places))) else None
-
-
-@dataclass(frozen=True)
-class TileGroup:
-    """Tiles whose gradients have one padded shape and whose factors are of one kind: one launch for all."""
-
-    tiles: tuple[int, ...]
-    a: SideGroup
-    g: SideGroup
+from .groups import SideGroup, TileGroup
 
 
 class FactorBank:
@@ -75,11 +46,11 @@ class FactorBank:
                     members[keys[number]][number] = None
         order = sorted(members, key=lambda key: bool(key[0]))  # dense ones first
         self.stacks: list[FactorStack] = []
-        self.diagonals: list[DiagonalStore] = []
+        self.diagonals: list[DiagonalFactors] = []
         for key in order:
             held = [specs[i] for i in members[key]]
             if held[0].diagonal:
-                self.diagonals.append(DiagonalStore([x.size for x in held], held[0].dtype, held[0].device))
+                self.diagonals.append(DiagonalFactors([x.size for x in held], held[0].dtype, held[0].device))
             else:
                 side = padded(held[0].size)
                 self.stacks.append(FactorStack([x.size for x in held], side, held[0].dtype, held[0].device, is_compact))
@@ -102,27 +73,19 @@ class FactorBank:
         return spec.diagonal, 0 if spec.diagonal else padded(spec.size), spec.dtype, spec.device
 
     @property
-    def stores(self) -> list[FactorStack | DiagonalStore]:
+    def stores(self) -> list[FactorStack | DiagonalFactors]:
         """All stores, in the order of slots."""
         return [*self.stacks, *self.diagonals]
 
     def view(self, slot: int) -> Tensor:
         """The factor in a slot without its pad, (n, n) or its diagonal (n,): a view, but of one kept in 16 bits a copy."""
         store, index = self._slots[slot]
-        if isinstance(store, DiagonalStore):
-            return store.piece(store.factors, index)
-        size = store.sizes[index]
-        return store.factors[index, :size, :size]
+        return store.view(index)
 
     def write(self, slot: int, value: Tensor) -> None:
         """Overwrites the factor in a slot."""
         store, index = self._slots[slot]
-        if isinstance(store, DiagonalStore):
-            store.piece(store.factors, index).copy_(value)
-            return
-        size, factors = store.sizes[index], store.factors
-        factors[index, :size, :size] = value.to(factors).view(size, size)
-        store.store(factors)
+        store.write(index, value)
 
     def padded_view(self, slot: int) -> Tensor:
         """The dense factor in a slot with its pad: a view."""
@@ -132,7 +95,7 @@ class FactorBank:
     def sum_of(self, slot: int) -> Tensor:
         """Where backward passes sum what goes into a factor, in the stored size: a view."""
         store, index = self._slots[slot]
-        return store.piece(store.sums, index) if isinstance(store, DiagonalStore) else store.sums[index]
+        return store.sum_of(index)
 
     def runs(self) -> list[slice]:
         """Per store, the slots that it holds."""
@@ -143,15 +106,11 @@ class FactorBank:
 
     def traces(self) -> Tensor:
         """Trace of every factor, (slots,)."""
-        return self._traces("factors")
+        return torch.cat([store.traces(store.factors).to(self.home) for store in self.stores])
 
     def sum_traces(self) -> Tensor:
         """Trace of every sum, (slots,): finite exactly when the sum is."""
-        return self._traces("sums")
-
-    def _traces(self, name: str) -> Tensor:
-        dense = [getattr(s, name).diagonal(dim1=-2, dim2=-1).sum(-1).to(self.home) for s in self.stacks]
-        return torch.cat(dense + [s.traces(getattr(s, name)).to(self.home) for s in self.diagonals])
+        return torch.cat([store.traces(store.sums).to(self.home) for store in self.stores])
 
     def weights(self, accept: Tensor, ema_decay: float) -> Tensor:
         """Weight of the new statistics in every slot, (slots,), counting the update where it is accepted; see `newest_weight`.
@@ -168,10 +127,7 @@ class FactorBank:
         for store, run in zip(self.stores, self.runs(), strict=True):
             device = store.sums.device
             old, new, accepted = (vector[run].to(device) for vector in (keep, gain, accept))
-            if isinstance(store, DiagonalStore):
-                store.blend(old, new, accepted)
-            else:
-                store.blend(old, new, accepted, step, backend)
+            store.blend(old, new, accepted, step, backend)
 
     def back_up(self, slots: Tensor) -> None:
         """Makes `roll_back` able to undo what is done to dense factors with these flags (slots,), whose sums are not used."""

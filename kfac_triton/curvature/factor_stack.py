@@ -61,6 +61,29 @@ class FactorStack:
         """Memory of the factors."""
         return self._stored.nbytes
 
+    def side(self, index: int) -> int:
+        """The side that a gradient has for this factor, with the pad."""
+        return self.sums.shape[-1]
+
+    def view(self, index: int) -> Tensor:
+        """One factor without its pad, (n, n): a view, but of one kept in 16 bits a copy."""
+        size = self.sizes[index]
+        return self.factors[index, :size, :size]
+
+    def write(self, index: int, value: Tensor) -> None:
+        """Overwrites one factor."""
+        size, factors = self.sizes[index], self.factors
+        factors[index, :size, :size] = value.to(factors).view(size, size)
+        self.store(factors)
+
+    def sum_of(self, index: int) -> Tensor:
+        """Where backward passes sum what goes into one factor, with the pad: a view."""
+        return self.sums[index]
+
+    def traces(self, stack: Tensor) -> Tensor:
+        """Trace of every factor, or sum, of such a stack, (B,)."""
+        return stack.diagonal(dim1=-2, dim2=-1).sum(-1)
+
     def store(self, factors: Tensor, step: int = 0) -> None:
         """Keeps what was `factors` and has been written to; what is rounded at random is so by numbers of this step."""
         if self._rounding is not None:

@@ -11,6 +11,7 @@ by Cholesky one refresh later, when the news has reached the host.
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..kernels import ops, runtime
 from ..kernels.certificate import MULTIPLIED, damped, inverse_residual, mirror, probe_error, root_residual, rounding_error
 from .async_flags import AsyncFlags
+from .groups import SideGroup
 from .triangular import symmetric_product, triangular_inverse
 
 # K-FAC trains as well with an energy error of 0.3 as with none; below 1 the inverse is positive definite.
@@ -83,7 +85,59 @@ def _finite(stack: Tensor) -> Tensor:
     return torch.isfinite(stack).flatten(1).all(1)
 
 
-class InverseStack:
+class Inverse(ABC):
+    """What stands for the inverses of the damped factors of one store.
+
+    Args:
+        values: tensor that they are kept in; zero where there is no certificate.
+        count: number of factors.
+
+    Attributes:
+        kind: what is kept: "inverse", "root" (T with inverse T^T T) or "basis". A refresh of the latter two needs the last.
+        residual: certificate (factors,) of values; infinite where there is none.
+        damping: the damping (factors,) that values were made with.
+        fallbacks: how often the method's own result was refused, (factors,).
+        raised: how often damping had to be raised, (factors,).
+    """
+
+    kind = "inverse"
+
+    def __init__(self, values: Tensor, count: int) -> None:
+        self.values = values
+        self.residual = values.new_full((count,), torch.inf)
+        self.damping = values.new_zeros(count)
+        self.fallbacks = torch.zeros(count, dtype=torch.long, device=values.device)
+        self.raised = torch.zeros_like(self.fallbacks)
+        self._is_cold = True
+
+    @abstractmethod
+    def refresh(self, factors: Tensor, damping: Tensor) -> None:
+        """Inverts the factors of the store, damping (factors,) added to each."""
+
+    @abstractmethod
+    def left(self, side: SideGroup, x: Tensor) -> Tensor:
+        """G^-1 x for the factors of a group and gradients x (tiles, m, n)."""
+
+    @abstractmethod
+    def right(self, side: SideGroup, x: Tensor) -> Tensor:
+        """The same for x A^-1."""
+
+    def restart(self) -> None:
+        """Makes the next refresh start from nothing and wait: the factors were written from outside."""
+        self._is_cold = True
+
+    def kept(self, index: int) -> Tensor:
+        """What a checkpoint keeps of one inverse."""
+        return self.values[index]
+
+    def restore(self, index: int, values: Tensor, residual: Tensor, damping: Tensor) -> None:
+        """Writes what `kept` gave, with its certificate."""
+        self.values[index] = values.to(self.values)
+        self.residual[index], self.damping[index] = residual, damping
+        self._is_cold = not bool((self.residual <= ACCEPT).all())
+
+
+class InverseStack(Inverse):
     """Damped inverses of a stack of factors, refreshed in place.
 
     Args:
@@ -95,25 +149,16 @@ class InverseStack:
 
     Attributes:
         values: (B, n, n), X = (A + damping I)^-1, or T with X = T^T T when `factored`.
-        residual: certificate (B,) of values; infinite where there is none, and values are then zero.
-        damping: the damping (B,) that values were made with.
-        fallbacks: how often the method's own result was refused, (B,).
-        raised: how often damping had to be raised, (B,).
     """
 
     def __init__(self, factors: Tensor, method: str, tolerance: float, backend: str = "auto", wait: bool = True) -> None:
+        super().__init__(torch.zeros_like(factors), len(factors))
         self.method = resolve(method, factors.device)
         self.factored = self.method == "factored"
+        self.kind = "root" if self.factored else "inverse"
         self.tolerance = tolerance
-        self.values = torch.zeros_like(factors)
-        batch = factors.shape[0]
-        self.residual = factors.new_full((batch,), torch.inf)
-        self.damping = factors.new_zeros(batch)
-        self.fallbacks = torch.zeros(batch, dtype=torch.long, device=factors.device)
-        self.raised = torch.zeros_like(self.fallbacks)
         self._backend = backend
-        self._refused = None if wait else AsyncFlags(batch, factors.device)
-        self._is_cold = True
+        self._refused = None if wait else AsyncFlags(len(factors), factors.device)
 
     def refresh(self, factors: Tensor, damping: Tensor) -> None:
         """Inverts factors (B, n, n) + damping (B,) I; afterwards every matrix is certified, or zero."""
@@ -137,19 +182,19 @@ class InverseStack:
         self._is_cold = False
 
     def restart(self) -> None:
-        """Makes the next refresh start from nothing and wait: the factors were written from outside."""
-        self._is_cold = True
+        """See `Inverse`."""
+        super().restart()
         self.residual.fill_(torch.inf)
 
-    def kept(self, index: int) -> Tensor:
-        """What a checkpoint keeps of one matrix: its row of `values`, a view."""
-        return self.values[index]
+    def left(self, side: SideGroup, x: Tensor) -> Tensor:
+        """See `Inverse`."""
+        values = side.select(self.values)
+        return values.mT @ (values @ x) if self.factored else values @ x
 
-    def restore(self, index: int, values: Tensor, residual: Tensor, damping: Tensor) -> None:
-        """Writes what `kept` gave, with its certificate."""
-        self.values[index] = values.to(self.values)
-        self.residual[index], self.damping[index] = residual, damping
-        self._is_cold = not bool((self.residual <= ACCEPT).all())
+    def right(self, side: SideGroup, x: Tensor) -> Tensor:
+        """See `Inverse`."""
+        values = side.select(self.values)
+        return (x @ values.mT) @ values if self.factored else x @ values
 
     def _refresh_without_waiting(self, factors: Tensor, damping: Tensor, refused: AsyncFlags) -> None:
         late = refused.receive()

@@ -12,7 +12,8 @@ from ..kernels import ops
 from ..kernels.device_tables import device_table
 from ..layers import Layer
 from ..layers.partition import Partition
-from .factor_bank import FactorBank, TileGroup
+from .factor_bank import FactorBank
+from .groups import TileGroup
 
 
 class Solve(Protocol):
@@ -42,10 +43,7 @@ class GradientStack:
         self._host_looks = host_looks
         self._partition = partition
         sides = [bank.stores[side.store] for side in (group.g, group.a)]
-        m, n = (
-            store.sums.shape[-1] if store.sums.dim() == 3 else store.sizes[side.places[0]]
-            for store, side in zip(sides, (group.g, group.a), strict=True)
-        )
+        m, n = (store.side(side.places[0]) for store, side in zip(sides, (group.g, group.a), strict=True))
         self.gradient = sides[0].sums.new_zeros(len(group.tiles), m, n)
         self.update = torch.zeros_like(self.gradient)
         self.product = self.gradient.new_zeros(len(group.tiles))

@@ -10,7 +10,7 @@ from support.helpers import energy_error
 from torch import Tensor, nn
 
 from kfac_triton import KFAC
-from kfac_triton.curvature.diagonal import DiagonalStore
+from kfac_triton.curvature.diagonal import DiagonalFactors, DiagonalInverse
 from kfac_triton.curvature.eigenbasis import EigenStack
 from kfac_triton.curvature.inverse import ACCEPT
 from kfac_triton.settings import METHODS
@@ -133,9 +133,10 @@ def test_a_layer_that_dies_and_comes_alive_again(form: str) -> None:
 def test_the_inverse_of_a_diagonal_is_finite(dtype: torch.dtype) -> None:
     limits = torch.finfo(dtype)
     numbers = [0.0, limits.tiny * limits.eps, limits.tiny, 1.0, 0.5 * limits.max, 0.0]
-    store = DiagonalStore([1] * len(numbers), dtype, torch.device("cpu"))
+    store = DiagonalFactors([1] * len(numbers), dtype, torch.device("cpu"))
+    inverse = DiagonalInverse(store)
     store.factors.copy_(torch.tensor(numbers, dtype=dtype))
-    store.refresh(torch.tensor([limits.tiny * limits.eps] * 5 + [0.0], dtype=dtype))
-    assert torch.isfinite(store.values).all()
-    assert (store.values[:5] > 0).all()
-    assert store.values[5] == 0  # no statistics yet, and a factor that takes no damping
+    inverse.refresh(store.factors, torch.tensor([limits.tiny * limits.eps] * 5 + [0.0], dtype=dtype))
+    assert torch.isfinite(inverse.values).all()
+    assert (inverse.values[:5] > 0).all()
+    assert inverse.values[5] == 0  # no statistics yet, and a factor that takes no damping

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kfac_triton.capture.diagonal_sums import squared_rows
-from kfac_triton.curvature.diagonal import DiagonalStore
+from kfac_triton.curvature.diagonal import DiagonalFactors, DiagonalInverse
 from kfac_triton.kernels import ops
 from kfac_triton.kernels.covariance.reference import patch_matrix
 
@@ -45,7 +45,8 @@ def test_squares_of_one_hot_rows_are_counts() -> None:
 def test_a_store_is_many_diagonals(sizes: list[int], seed: int) -> None:
     """Blend, traces and inverses by factor; what is not accepted stays, whatever the sums hold."""
     torch.manual_seed(seed)
-    store = DiagonalStore(sizes, torch.float64, CPU)
+    store = DiagonalFactors(sizes, torch.float64, CPU)
+    inverse = DiagonalInverse(store)
     store.factors.copy_(torch.rand(sum(sizes)))
     before = [store.piece(store.factors, i).clone() for i in range(len(sizes))]
     store.sums.copy_(torch.rand(sum(sizes)))
@@ -56,13 +57,13 @@ def test_a_store_is_many_diagonals(sizes: list[int], seed: int) -> None:
             store.piece(store.sums, i).fill_(torch.nan)
     keep, gain, damping = (torch.rand(len(sizes), dtype=torch.float64) for _ in range(3))
     store.blend(keep, gain, accept)
-    store.refresh(damping + 0.1)
+    inverse.refresh(store.factors, damping + 0.1)
     traces = store.traces(store.factors)
     for i, accepted in enumerate(accept.tolist()):
         expected = keep[i] * before[i] + gain[i] * sums[i] if accepted else before[i]
         torch.testing.assert_close(store.piece(store.factors, i), expected)
         torch.testing.assert_close(traces[i], expected.sum())
-        torch.testing.assert_close(store.piece(store.values, i), 1 / (expected + damping[i] + 0.1))
+        torch.testing.assert_close(inverse.kept(i), 1 / (expected + damping[i] + 0.1))
     assert store.nbytes == 8 * sum(sizes)
     store.roll_back()
     assert torch.equal(store.factors, torch.cat(before))
@@ -70,9 +71,10 @@ def test_a_store_is_many_diagonals(sizes: list[int], seed: int) -> None:
 
 def test_a_constant_without_statistics_has_no_inverse() -> None:
     """Damping zero stands for a factor that is 1; before its first statistics it is 0."""
-    store = DiagonalStore([1], torch.float64, CPU)
-    store.refresh(torch.zeros(1))
-    assert store.values.tolist() == [0.0]
+    store = DiagonalFactors([1], torch.float64, CPU)
+    inverse = DiagonalInverse(store)
+    inverse.refresh(store.factors, torch.zeros(1))
+    assert inverse.values.tolist() == [0.0]
     store.factors.fill_(1.0)
-    store.refresh(torch.zeros(1))
-    assert store.values.tolist() == [1.0]
+    inverse.refresh(store.factors, torch.zeros(1))
+    assert inverse.values.tolist() == [1.0]

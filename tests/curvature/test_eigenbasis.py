@@ -25,7 +25,7 @@ def _spd(n: int, side: int, condition: float, dtype: torch.dtype = torch.float64
 
 def _energy_error(stack: EigenStack, index: int, factor: Tensor, damping: float, n: int) -> float:
     target = factor[:n, :n].double() + damping * torch.eye(n, dtype=torch.float64)
-    q, values = stack.vectors[index, :n, :n].double(), stack.spectrum[index, :n].double()
+    q, values = stack.vectors[index, :n, :n].double(), stack.eigenvalues[index, :n].double()
     inverse = (q / (values + damping)) @ q.T
     root = torch.linalg.cholesky(target)
     return float(torch.linalg.matrix_norm(torch.eye(n, dtype=torch.float64) - root.T @ inverse @ root, 2))
@@ -53,7 +53,7 @@ def test_a_refresh_is_certified_and_right(sizes: list[int], condition: float, dr
             eye = torch.eye(16, dtype=torch.float64)
             assert torch.allclose(stack.vectors[i].T @ stack.vectors[i], eye, atol=1e-10)
             assert (stack.vectors[i, n:, :n].abs() <= 1e-8).all()
-            assert (stack.spectrum[i, n:] <= 1e-12).all()
+            assert (stack.eigenvalues[i, n:] <= 1e-12).all()
             error = _energy_error(stack, i, factors[i], 1e-3, n)
             # The certificate is of first order; below 0.3 the rest of the series is less than it again.
             assert error <= 2 * float(stack.residual[i]) + 1e-9
@@ -184,12 +184,12 @@ def test_the_kronecker_eigenvalues_count_as_the_first_moments() -> None:
         model = mlp()
         ours = KFACPreconditioner(model, damping=0.01, curvature="ekfac", ema_decay=decay, inverse_every=100)
         _train(ours, model, 1)
-        solves = ours.engine.curvature._eigen_solves
-        first = [solve.spectrum.values.clone() for solve in solves]
+        solves = ours.engine.curvature._ekfac_solves
+        first = [solve.values.clone() for solve in solves]
         for one, solve in zip(first, solves, strict=True):
             torch.testing.assert_close(one, solve.kronecker())
         _train(ours, model, 1, seed=1)
-        found[decay] = [solve.spectrum.values.clone() for solve in solves]
+        found[decay] = [solve.values.clone() for solve in solves]
     for old, new, got in zip(first, found[0.0], found[0.5], strict=True):
         torch.testing.assert_close(got, old + (new - old) * 0.5 / 0.75)
 
@@ -203,7 +203,7 @@ def test_ekfac_drops_moments_that_overflow() -> None:
         (scale * model(scale * torch.randn(12, 5)).sum()).backward()
         ours.precondition_()
     assert ours.diagnostics()["layers"][""]["updates"] == 3
-    assert all(solve.spectrum.values.isfinite().all() for solve in ours.engine.curvature._eigen_solves)
+    assert all(solve.values.isfinite().all() for solve in ours.engine.curvature._ekfac_solves)
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -213,18 +213,18 @@ def test_ekfac_moments_are_turned_with_the_basis() -> None:
     ours = KFACPreconditioner(model, damping=0.01, kl_clip=None, curvature="ekfac", inverse_every=100)
     _train(ours, model, 3)
     curvature = ours.engine.curvature
-    bases = [solve.basis() for solve in curvature._eigen_solves]
-    before = [solve.spectrum.values.clone() for solve in curvature._eigen_solves]
+    bases = [solve.basis() for solve in curvature._ekfac_solves]
+    before = [solve.values.clone() for solve in curvature._ekfac_solves]
     for slot in ours.engine.bank.slots:
         n = len(ours.engine.bank.view(slot))
         ours.engine.bank.write(slot, _spd(n, n, 1e3))
     curvature.refresh(0.01, restart=False)
-    for solve, (left, right), old in zip(curvature._eigen_solves, bases, before, strict=True):
+    for solve, (left, right), old in zip(curvature._ekfac_solves, bases, before, strict=True):
         new_left, new_right = solve.basis()
         for b in range(len(old)):
             r_g, r_a = new_left[b].T @ left[b], new_right[b].T @ right[b]
             expected = torch.einsum("ki,ij,lj->kl", r_g**2, old[b], r_a**2)
-            torch.testing.assert_close(solve.spectrum.values[b], expected)
+            torch.testing.assert_close(solve.values[b], expected)
 
 
 @pytest.mark.parametrize("with_moments", [True, False])
@@ -240,12 +240,12 @@ def test_ekfac_moments_of_a_checkpoint(with_moments: bool) -> None:
             optimizer.step()
         if one is model:
             state = copy.deepcopy(optimizer.state_dict(include_inverses=with_moments))
-            moments = [solve.spectrum.values.clone() for solve in optimizer.engine.curvature._eigen_solves]
+            moments = [solve.values.clone() for solve in optimizer.engine.curvature._ekfac_solves]
     optimizer.load_state_dict(state)
     optimizer.zero_grad()
     optimizer.engine.precondition(lambda _: 0.1)  # a step without statistics
-    for solve, saved in zip(optimizer.engine.curvature._eigen_solves, moments, strict=True):
-        torch.testing.assert_close(solve.spectrum.values, saved if with_moments else solve.kronecker())
+    for solve, saved in zip(optimizer.engine.curvature._ekfac_solves, moments, strict=True):
+        torch.testing.assert_close(solve.values, saved if with_moments else solve.kronecker())
         assert not torch.allclose(saved, solve.kronecker())
 
 
@@ -265,11 +265,11 @@ def test_ekfac_drops_moments_that_are_not_finite() -> None:
     model = mlp()
     ours = KFACPreconditioner(model, damping=0.01, kl_clip=None, curvature="ekfac")
     _train(ours, model, 2)
-    before = [s.spectrum.values.clone() for s in ours.engine.curvature._eigen_solves]
+    before = [s.values.clone() for s in ours.engine.curvature._ekfac_solves]
     model.zero_grad()
     (model(torch.full((3, 5), torch.nan).double())).sum().backward()
     ours.precondition_()
-    for old, solve in zip(before, ours.engine.curvature._eigen_solves, strict=True):
-        assert relative_error(solve.spectrum.values, old) <= 1e-6  # a warm basis turns a little
+    for old, solve in zip(before, ours.engine.curvature._ekfac_solves, strict=True):
+        assert relative_error(solve.values, old) <= 1e-6  # a warm basis turns a little
     _train(ours, model, 1)
     assert all(p.grad.isfinite().all() for p in model.parameters())

@@ -103,7 +103,7 @@ class Subject:
         """All that the stack holds of each matrix, as rows."""
         stack = self.stack
         parts = [stack.values.flatten(1), stack.residual[:, None], stack.damping[:, None]]
-        return torch.cat([*parts, stack.spectrum] if isinstance(stack, EigenStack) else parts, 1)
+        return torch.cat([*parts, stack.eigenvalues] if isinstance(stack, EigenStack) else parts, 1)
 
     def errors(self) -> Tensor:
         """True errors of what the stack holds, (B,)."""
@@ -116,7 +116,7 @@ class Subject:
         if isinstance(stack, InverseStack):
             return energy_errors(target, values, stack.factored)
         with np.errstate(all="ignore"):
-            root = values.transpose(0, 2, 1) / np.sqrt(stack.spectrum.numpy().astype(exact) + asked[:, None])[..., None]
+            root = values.transpose(0, 2, 1) / np.sqrt(stack.eigenvalues.numpy().astype(exact) + asked[:, None])[..., None]
         return energy_errors(target, root, factored=True)
 
 
@@ -291,4 +291,4 @@ def test_an_eigenbasis_of_an_indefinite_matrix_is_certified_with_more_damping() 
     subject, outcomes = _inverted("eigenbasis", factors, torch.tensor([0.1]))
     assert outcomes == ["raised"]
     assert subject.stack.damping.tolist() == pytest.approx([10.0])
-    torch.testing.assert_close(subject.stack.spectrum[0].sort()[0], torch.tensor([9.9, 9.9, 10.9]))
+    torch.testing.assert_close(subject.stack.eigenvalues[0].sort()[0], torch.tensor([9.9, 9.9, 10.9]))

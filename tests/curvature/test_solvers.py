@@ -1,0 +1,60 @@
+"""Solves of every kind of inverse, on either side, against dense linear systems in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from kfac_triton.curvature.diagonal import DiagonalBasis, DiagonalFactors, DiagonalInverse
+from kfac_triton.curvature.eigenbasis import EigenStack
+from kfac_triton.curvature.groups import SideGroup, TileGroup
+from kfac_triton.curvature.inverse import Inverse, InverseStack
+from kfac_triton.curvature.solvers import EigenSolve, InverseSolve
+
+N, DAMPING = 16, 0.1
+PLACES = {"neighbours": (1, 2), "shared": (2, 0), "one twice": (1, 1)}
+
+
+def _dense(kind: str) -> tuple[Inverse, Tensor]:
+    root = torch.randn(3, N, N, dtype=torch.float64)
+    factors = root @ root.mT / N
+    stack = EigenStack(factors, [N] * 3) if kind == "basis" else InverseStack(factors, kind, 1e-12)
+    stack.refresh(factors, torch.full((3,), DAMPING).double())
+    return stack, factors
+
+
+def _diagonal(kind: str) -> tuple[Inverse, Tensor]:
+    store = DiagonalFactors([N] * 3, torch.float64, torch.device("cpu"))
+    store.factors.copy_(torch.rand(3 * N))
+    inverse = DiagonalBasis(store) if kind == "basis" else DiagonalInverse(store)
+    inverse.refresh(store.factors, torch.full((3,), DAMPING))
+    return inverse, torch.diag_embed(store.factors.view(3, N))
+
+
+SIDES = {"dense": _dense, "diagonal": _diagonal}
+
+
+@pytest.mark.parametrize("places", PLACES)
+@pytest.mark.parametrize(("g_side", "a_side"), [*itertools.product(SIDES, repeat=2)])
+@pytest.mark.parametrize("kind", ["cholesky", "factored", "basis"])
+def test_a_solve_is_that_of_the_dense_system(kind: str, g_side: str, a_side: str, places: str) -> None:
+    """Split damping: (G + damping I) V (A + damping I) = W. Exact damping: G V A + damping V = W."""
+    (left, g_factors), (right, a_factors) = SIDES[g_side](kind), SIDES[a_side](kind)
+    group = TileGroup((0, 1), SideGroup(1, PLACES[places]), SideGroup(0, PLACES[places]))
+    gradient = torch.randn(2, N, N, dtype=torch.float64)
+    update, product = torch.zeros_like(gradient), torch.zeros(2, dtype=torch.float64)
+    solve: EigenSolve | InverseSolve
+    if kind == "basis":
+        solve = EigenSolve(group, left, right)  # type: ignore[arg-type]
+        solve.damping = DAMPING
+    else:
+        solve = InverseSolve(group, left, right, "torch")
+    solve(gradient, update, product)
+    eye = torch.eye(N, dtype=torch.float64)
+    g, a = (x[list(PLACES[places])] for x in (g_factors, a_factors))
+    system = g @ update @ a + DAMPING * update if kind == "basis" else (g + DAMPING * eye) @ update @ (a + DAMPING * eye)
+    torch.testing.assert_close(system, gradient)
+    torch.testing.assert_close(product, (update * gradient).sum((1, 2)))
