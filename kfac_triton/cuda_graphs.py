@@ -1,4 +1,4 @@
-"""What a step must be like for a CUDA graph to record it: every replay repeats what the host decided once."""
+"""Checks that a CUDA graph can record a step: replays repeat all decisions that the host made while recording."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .settings import Settings
 
 
 def require_recordable_settings(settings: Settings, stacks: Sequence[FactorStack], host_looks: bool) -> None:
-    """Refuses settings under which the host decides something in a step.
+    """Refuses settings with which the host makes decisions during a step.
 
     Args:
-        settings: of the engine.
+        settings: settings of the engine.
         stacks: its dense factors.
-        host_looks: whether the host looks at results.
+        host_looks: whether the host reads what the device computes.
 
     Raises:
-        ValueError: if a setting is not the same for all steps, or makes the host wait.
+        ValueError: if a setting changes between steps, or makes the host wait.
     """
     settings.require_constant()
     methods = {resolve(settings.inverse, stack.sums.device) for stack in stacks}
@@ -34,10 +34,10 @@ def require_recordable_settings(settings: Settings, stacks: Sequence[FactorStack
 
 
 def require_recordable_groups(groups: list[dict[str, Any]], states: dict[Any, dict[str, Any]]) -> None:
-    """Refuses to be recorded in a CUDA graph with what would be the same at every replay; does nothing outside of one.
+    """Refuses learning rates and counters that would stay constant in replays; does nothing if no graph is being recorded.
 
     Raises:
-        RuntimeError: if a group is not capturable, or its rate or counters are on the host.
+        RuntimeError: if a group is not capturable, or its learning rate or counters are on the host.
     """
     if not runtime.is_recording():
         return

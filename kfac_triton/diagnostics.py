@@ -1,4 +1,4 @@
-"""What a run of K-FAC looks like from inside: a plain dict of numbers, for people and loggers."""
+"""Diagnostics of a training run as a plain dict of numbers, for people and loggers."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from .engine import Engine
 
 
 def diagnostics(engine: Engine) -> dict[str, Any]:
-    """Numbers of the last step; reads them from the device.
+    """Diagnostics of the last step. Waits for the device.
 
     Returns:
         A dict with
 
-        - "steps": steps taken; "damping": the current one; "refreshes": how often inverses were made; "kl_clip_scale": nu of
-          the last step, 1 where the KL clip did not bite; "memory": bytes by kind (`Curvature.memory`);
+        - "steps": steps taken; "damping": the current damping; "refreshes": how often inverses were computed; "kl_clip_scale":
+          nu of the last step, 1 if it was not clipped; "memory": bytes by kind (`Curvature.memory`);
         - "skipped": module name -> why a layer of a supported type is not covered;
-        - "without_statistics": names of covered layers that no statistics came from yet, their gradients go unpreconditioned;
+        - "without_statistics": names of covered layers without statistics so far, whose gradients are not preconditioned;
         - "layers": module name -> a dict with, for A and for G, "size", "trace", "norm" (Frobenius), "damping", "condition" (an
           upper bound: trace plus damping over damping), "residual" (certificate of the inverse in use: bound on its relative
-          error in the energy norm), "fallbacks" (refreshes in which the chosen method was refused), "raised" (times ten that
-          damping was raised because float32 could not invert the factor); and "pi", "updates" (of the factors),
+          error in the energy norm), "fallbacks" (refreshes in which the result of the chosen method was refused), "raised" (how
+          often damping was multiplied by ten because the factor could not be inverted); and "pi", "updates" (of the factors),
           "dropped_statistics" and "dropped_gradients" (steps with a NaN or Inf), "gradient_norm", "update_norm", "product"
           (`<V, gradient>`), "cosine" (between gradient and V).
 
-        A layer with channel groups reports the worst group, its sums and norms over all groups.
+        For a layer with channel groups, sums and norms are over all groups, the other numbers are those of the worst group.
     """
     bank, partition, curvature = engine.bank, engine.partition, engine.curvature
     traces = bank.traces().double()
@@ -77,12 +77,12 @@ def diagnostics(engine: Engine) -> dict[str, Any]:
 
 
 def _over_slots(engine: Engine, name: str) -> Tensor:
-    """A vector of the inverses, over all slots."""
+    """An attribute of the inverses, as a vector over all slots."""
     return torch.cat([getattr(inverse, name).to(engine.bank.home, torch.float64) for inverse in engine.curvature.inverses])
 
 
 def _tile_sums(engine: Engine) -> dict[int, tuple[float, ...]]:
-    """Tile -> squared norms of W and V, <V, W> before the clip, and after it."""
+    """Tile -> squared norms of W and V, and <V, W> before and after the KL clip."""
     result: dict[int, tuple[float, ...]] = {}
     for stack in engine.curvature.gradients:
         w, v = stack.gradient.flatten(1).double(), stack.update.flatten(1).double()

@@ -1,4 +1,4 @@
-"""Answers from a device that the host does not wait for."""
+"""Flags that travel from the device to the host without the host waiting for them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from ..kernels import runtime
 
 
 class AsyncFlags:
-    """Flags that a device computed, read by the host without waiting: those of the last `send` that has arrived.
+    """Flags that a device computed, for the host to read when they have arrived.
 
-    In a CUDA graph the host asks for none: what it decided would be recorded. It may read those of the replays after them.
+    While a CUDA graph is recorded, the host reads no flags, since its decision would be recorded. It can read the flags of
+    replays afterwards.
 
     Args:
         count: number of flags.
-        device: where they are computed.
+        device: the device that computes them.
     """
 
     def __init__(self, count: int, device: torch.device) -> None:
@@ -25,7 +26,7 @@ class AsyncFlags:
         self._sent = self._is_recorded = False
 
     def send(self, flags: Tensor) -> None:
-        """Starts a copy to the host; it overwrites what came before."""
+        """Starts a copy to the host, which overwrites earlier flags."""
         self._host.copy_(flags, non_blocking=True)
         self._is_recorded = runtime.is_recording()
         if self._arrival is not None and not self._is_recorded:
@@ -33,10 +34,10 @@ class AsyncFlags:
         self._sent = True
 
     def receive(self) -> list[int]:
-        """Indices of the flags that are set, each answer once; empty while none has arrived, and in a CUDA graph."""
+        """Indices of the flags that are set, once for each `send`; empty before they arrive, and while a graph is recorded."""
         if not self._sent or runtime.is_recording():
             return []
-        # Of replays no event tells; flags of any of them are as good.
+        # A replay records no event, but the flags of any replay will do.
         if self._arrival is not None and not self._is_recorded and not self._arrival.query():
             return []
         self._sent = False

@@ -1,4 +1,4 @@
-"""The curvature of a model as it is stored: factors, their inverses or eigenbases, and the gradients that they precondition."""
+"""The curvature of a model: its Kronecker factors, their inverses or eigenbases, and the gradients to precondition."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from .solvers import Basis, EigenSolve, EkfacSolve, InverseSolve
 
 
 class Curvature:
-    """Kronecker factors of all blocks, in one of three forms.
+    """Kronecker factors of all blocks, and what is computed from them.
 
-    K-FAC with split damping needs an inverse of each factor; K-FAC with exact damping, and EKFAC, need its eigenbasis.
+    K-FAC with split damping needs the inverse of each factor. K-FAC with exact damping, and EKFAC, need its eigenbasis.
 
     Args:
-        partition: of the covered layers.
+        partition: the covered layers, divided into blocks, parts and tiles.
         settings: hyperparameters.
-        host_looks: whether the host may look at what the device computed.
+        host_looks: whether the host may read what the device computed.
 
     Attributes:
         bank: the factors.
-        inverses: one a store of factors, in the order of the stores.
-        inverse_at: per slot what holds the inverse, and its place there.
-        gradients: one a group of tiles.
-        moments: EKFAC's sums, one a layer.
-        split: damping of each block's A and G, after the first refresh.
+        inverses: one for each store of factors, in the order of the stores.
+        inverse_at: for each slot, the `Inverse` that holds its inverse, and the place in it.
+        gradients: one for each tile group.
+        moments: one for each layer, None where EKFAC has nothing to sum.
+        split: the damping of each block's A and G; None before the first refresh.
     """
 
     def __init__(self, partition: Partition, settings: Settings, host_looks: bool) -> None:
@@ -79,7 +79,7 @@ class Curvature:
             self._make_moments()
 
     def _map_slots(self) -> None:
-        """What turns a vector over slots into one over blocks, and back."""
+        """Prepares the tensors that convert vectors over slots to vectors over blocks, and back."""
         home = self.bank.home
         block_of, is_input = [0] * len(self.bank.slots), [False] * len(self.bank.slots)
         for part, slot in zip(self.partition.parts, self.bank.slots, strict=True):
@@ -90,12 +90,12 @@ class Curvature:
         self._constant = torch.tensor(constant, device=home) if any(constant) else None
 
     def _per_side(self, over_slots: Tensor) -> Tensor:
-        """Sums over the parts of each side, (blocks, 2): G, then A."""
+        """Sums of a vector over slots, for each side of each block, (blocks, 2): G first, then A."""
         blocks = len(self.partition.blocks)
         return over_slots.new_zeros(2 * blocks).index_add_(0, self._side_of_slot, over_slots).view(blocks, 2)
 
     def _eigen_solve(self, group: TileGroup, left: Basis, right: Basis) -> EigenSolve:
-        """With EKFAC's moments where both sides are dense; with a diagonal side the Kronecker eigenvalues stay."""
+        """EKFAC corrects the eigenvalues of groups with two dense sides; the others keep the Kronecker eigenvalues."""
         if self.is_ekfac and isinstance(left, EigenStack) and isinstance(right, EigenStack):
             return EkfacSolve(group, left, right)
         return EigenSolve(group, left, right)
@@ -112,11 +112,11 @@ class Curvature:
         self._layer_of_tile = torch.tensor(layer_of_tile, device=self.bank.home)
 
     def refresh(self, damping: float, restart: bool) -> None:
-        """Inverses, or eigenbases, of all factors with this damping.
+        """Computes the inverses, or eigenbases, of all factors.
 
         Args:
-            damping: of the Fisher matrix of the mean loss.
-            restart: whether what is certified now is an inverse of something else.
+            damping: to add to the Fisher matrix of the mean loss.
+            restart: whether the factors were replaced, so that the last inverses are no start for the new ones.
         """
         traces = self._per_side(self.bank.traces().double())
         g_trace, a_trace = traces.unbind(1)
@@ -132,18 +132,18 @@ class Curvature:
 
     @property
     def kind(self) -> str:
-        """What the curvature is stored as: "basis" (eigenvectors), "root" (T with inverse T^T T) or "inverse"."""
+        """The form of the inverses: "basis" (eigenvectors), "root" (T, where the inverse is T^T T) or "inverse"."""
         if self.has_basis:
             return "basis"
         return "root" if any(x.kind == "root" for x in self.inverses) else "inverse"
 
     @property
     def starts_anew(self) -> bool:
-        """Whether a refresh depends on nothing but the factors and the damping: the inverses before it do not matter."""
+        """Whether a refresh depends only on the factors and the damping, and not on the last inverses."""
         return all(x.kind == "inverse" for x in self.inverses)
 
     def moments_of(self, layer_number: int) -> list[list[Tensor]]:
-        """EKFAC's moments of a layer, those of the tiles of each group: views, none where the Kronecker eigenvalues stay."""
+        """Views of EKFAC's moments of a layer: for each channel group those of its tiles that have any."""
         tiles_of = self.partition.tiles_of
         return [
             [self._moments_of_tile[i] for i in tiles_of[block] if i in self._moments_of_tile]
@@ -151,12 +151,12 @@ class Curvature:
         ]
 
     def moment_updates_of(self, layer_number: int) -> Tensor:
-        """How many updates EKFAC's moments have had, one number a group: a copy."""
+        """How many updates EKFAC's moments have had, one number for each channel group: a copy."""
         first = [self.partition.tiles_of[block][0] for block in self.partition.blocks_of(layer_number)]
         return self._moment_updates[first]
 
     def count_moments(self, layer_number: int, updates: Tensor) -> None:
-        """Says how many updates the moments have had that were written from outside, with their basis."""
+        """Sets the number of updates of moments that a checkpoint has just overwritten together with their basis."""
         for block, count in zip(self.partition.blocks_of(layer_number), updates, strict=True):
             self._moment_updates[list(self.partition.tiles_of[block])] = count.to(self._moment_updates)
         moments = self.moments[layer_number]
@@ -164,15 +164,15 @@ class Curvature:
             moments.ready = bool((updates > 0).all())
 
     def forget_moments(self, layer_number: int) -> None:
-        """EKFAC: those of a layer are of other factors now, and begin anew with the Kronecker eigenvalues."""
+        """Restarts EKFAC's moments of a layer from the Kronecker eigenvalues, because its factors were replaced."""
         if self.is_ekfac:
             self._moment_updates[self._layer_of_tile == layer_number] = 0
             moments = self.moments[layer_number]
             if moments is not None:
-                moments.ready = False  # the basis, too, until there is one of the factors
+                moments.ready = False  # until the new factors have a basis
 
     def _turn_moments(self, old_bases: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """EKFAC: the moments in the new basis; the Kronecker eigenvalues where there are none yet."""
+        """Rotates EKFAC's moments into the new basis; tiles without moments take the Kronecker eigenvalues."""
         for solve, (left, right) in zip(self._ekfac_solves, old_bases, strict=True):
             tiles = list(solve.group.tiles)
             solve.rotate(left, right)
@@ -184,7 +184,7 @@ class Curvature:
                 moments.ready = True
 
     def blend_moments(self, outcome: Accepted, ema_decay: float) -> None:
-        """EKFAC: the moving average of the second moments, with the factors' weights (see `newest_weight`)."""
+        """Updates EKFAC's moving average of second moments, with the same weights as the factors (see `newest_weight`)."""
         if not self.is_ekfac:
             return
         fresh = torch.tensor(outcome.moments, device=self.bank.home)
@@ -200,11 +200,11 @@ class Curvature:
             solve.values.copy_(torch.where(accept.to(new.device)[:, None, None], blended, solve.values))
 
     def precondition(self, usable: Sequence[bool], damping: float) -> Tensor:
-        """V in every gradient stack, for the blocks that are usable; returns <V, W> in the order of the stacks' tiles.
+        """Computes V in every gradient stack and returns <V, W> in the order of the stacks' tiles.
 
         Args:
-            usable: one flag a block.
-            damping: the current one; only a solve in an eigenbasis takes it from here, an inverse has its own.
+            usable: a flag for each block; the tiles of the others get V = 0.
+            damping: the current damping; only eigenbases use it, since inverses already contain theirs.
         """
         for solve in self._eigen_solves:
             solve.damping = damping

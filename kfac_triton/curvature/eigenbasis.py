@@ -1,4 +1,4 @@
-"""Eigenbases of the factors of one stack: started by `eigh`, carried on by orthogonal iteration, certified."""
+"""Certified eigenbases of the factors of one stack: first by `eigh`, then updated by orthogonal iteration."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor
 from .groups import SideGroup
 from .inverse import ACCEPT, Inverse
 
-# What a warm basis may be off before eigh is asked again: well below what K-FAC can stand, for it is used until the next one.
+# Largest certificate of an updated basis; beyond it eigh is used again. Below `ACCEPT`, as an accepted basis is the next start.
 _WARM_TOLERANCE = 0.1
 _ITERATIONS = 2
 
 
 def off_diagonal(rotated: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """(eigenvalues (B, n), certificate (B,)) of M = Q^T A Q, when its off-diagonal part is ignored.
+    """(eigenvalues (B, n), certificate (B,)) of M = Q^T A Q if its off-diagonal part is ignored.
 
-    The certificate is ||D^-1/2 (M - diag d) D^-1/2||_F with d = diag M, at least zero, and D = d + damping: no less than the
-    energy-norm error of Q D^-1 Q^T as an inverse of A + damping I, if Q is orthogonal and nothing is rounded. What rounding
-    does to the diagonal of M, to Q, and to d and Q as they are kept, in damping's type, is estimated and added.
+    The certificate is ||D^-1/2 (M - diag d) D^-1/2||_F with d = max(diag M, 0) and D = d + damping. If Q is orthogonal and in
+    exact arithmetic, it bounds the energy-norm error of Q D^-1 Q^T as an inverse of A + damping I. An estimate of the rounding
+    errors is added: those of the diagonal of M, of Q, and of storing d and Q in the dtype of damping.
     """
     n, kept = rotated.shape[-1], torch.finfo(damping.dtype)
     values = rotated.diagonal(dim1=-2, dim2=-1).clamp_min(0)
@@ -33,15 +33,15 @@ class EigenStack(Inverse):
     """Eigenvectors and eigenvalues of a stack of factors, refreshed in place.
 
     Args:
-        factors: the stack (B, n, n), padded with zeros.
-        sizes: the factors' sizes without the pad.
+        factors: the stack (B, n, n), padded with zeros; only its shape, dtype and device are used.
+        sizes: sizes of the factors without padding.
 
     Attributes:
-        vectors: (B, n, n), columns; the pad has vectors of its own. Zero where there is no certificate.
-        values: the same tensor, under the name of every `Inverse`.
-        eigenvalues: (B, n), at least zero; where damping was raised, by as much larger than the eigenvalues.
-        residual: certificate (B,), see `off_diagonal`.
-        damping: the damping (B,) that the certificate was made for.
+        vectors: eigenvectors as columns, (B, n, n), those of the padding last. Zero where there is no certificate.
+        values: the same tensor, under its name in `Inverse`.
+        eigenvalues: (B, n), not negative. Where the damping had to be raised, they contain the difference.
+        residual: certificates (B,), see `off_diagonal`.
+        damping: the damping (B,) that the certificates hold for.
     """
 
     kind = "basis"
@@ -54,12 +54,13 @@ class EigenStack(Inverse):
         self._pad = places >= torch.tensor(sizes, device=factors.device)[:, None]
 
     def refresh(self, factors: Tensor, damping: Tensor) -> None:
-        """Eigenbases of factors (B, n, n); a factor that eigh cannot do keeps its last one."""
+        """Computes the eigenbases of factors (B, n, n); where eigh fails, the last one remains."""
         damping = damping.to(factors)
         remaining = torch.arange(len(factors), device=factors.device)
         if not self._is_cold:
             vectors = self.vectors
-            # Below the damping eigenvectors do not matter, and columns of A Q that are mere rounding would be turned at random.
+            # Without the shift, rounding errors would rotate eigenvectors with tiny eigenvalues at random. With it they stay.
+            # That is accurate enough, as eigenvectors do not matter below the damping.
             shift = damping[:, None, None]
             for _ in range(_ITERATIONS):
                 vectors = torch.linalg.qr(factors @ vectors + shift * vectors)[0]
@@ -73,30 +74,30 @@ class EigenStack(Inverse):
         self._is_cold = False
 
     def left(self, side: SideGroup, x: Tensor, back: bool = False) -> Tensor:
-        """Q^T x, or Q x on the way back: what is done in between is for `EigenSolve`."""
+        """Q^T x, into the eigenbasis, or Q x, back from it; `EigenSolve` divides by the spectrum in between."""
         vectors = side.select(self.vectors)
         return vectors @ x if back else vectors.mT @ x
 
     def right(self, side: SideGroup, x: Tensor, back: bool = False) -> Tensor:
-        """The same for x Q and x Q^T."""
+        """Likewise x Q, into the eigenbasis, or x Q^T, back from it."""
         vectors = side.select(self.vectors)
         return x @ vectors.mT if back else x @ vectors
 
     def spectrum(self, side: SideGroup) -> Tensor:
-        """Eigenvalues of the factors of a group, (tiles, n)."""
+        """Eigenvalues of the factors of a tile group, (tiles, n)."""
         return side.select(self.eigenvalues)
 
     def kept(self, index: int) -> Tensor:
-        """What a checkpoint keeps of one factor, (n + 1, n): its eigenvectors, and its eigenvalues below them."""
+        """The part of a checkpoint for one factor, (n + 1, n): its eigenvectors, and its eigenvalues as the last row."""
         return torch.cat([self.vectors[index], self.eigenvalues[index : index + 1]])
 
     def restore(self, index: int, values: Tensor, residual: Tensor, damping: Tensor) -> None:
-        """Writes what `kept` gave, with its certificate."""
+        """Writes what `kept` returned, with its certificate."""
         super().restore(index, values[:-1], residual, damping)
         self.eigenvalues[index] = values[-1].to(self.eigenvalues)
 
     def _decompose(self, index: int, factor: Tensor, damping: Tensor) -> None:
-        # The pad gets an eigenvalue below all others, so that its vectors are not mixed with the factor's null space.
+        # The padding gets an eigenvalue below all others, so that eigh does not mix it with the null space of the factor.
         scale = factor.diagonal().abs().max().clamp_min(torch.finfo(factor.dtype).tiny)
         shifted = factor - torch.diag_embed(self._pad[index] * scale)
         place = torch.tensor([index], device=factor.device)
@@ -114,7 +115,7 @@ class EigenStack(Inverse):
                 self._raise_damping(place, vectors, rotated, damping[place])
 
     def _raise_damping(self, place: Tensor, vectors: Tensor, rotated: Tensor, wanted: Tensor) -> None:
-        """Ten times the damping until the basis is certified; the spectrum takes what it is raised by."""
+        """Multiplies the damping by ten until the basis is certified, and adds the difference to the eigenvalues."""
         damping, tries = wanted, 0
         while bool(torch.isfinite(damping)):
             damping, tries = (10 * damping).clamp_min(torch.finfo(damping.dtype).tiny), tries + 1
@@ -125,7 +126,7 @@ class EigenStack(Inverse):
     def _store_certified(
         self, place: Tensor, vectors: Tensor, rotated: Tensor, damping: Tensor, shift: float | Tensor = 0.0
     ) -> bool:
-        """Stores the basis of one factor, if it is certified for this damping and its spectrum fits its type."""
+        """Stores the basis of one factor, if it is certified for this damping and its eigenvalues do not overflow."""
         values, residual = off_diagonal(rotated, damping)
         if not bool((residual <= ACCEPT) & torch.isfinite((values + damping).to(self.eigenvalues)).all()):
             return False
@@ -133,7 +134,7 @@ class EigenStack(Inverse):
         return True
 
     def _pad_last(self, vectors: Tensor, index: int) -> Tensor:
-        """Moves the pad's vectors, which eigh puts first, to the end, where the pad is."""
+        """Moves the eigenvectors of the padding, which eigh returns first, to the end."""
         pad = int(self._pad[index].sum())
         return torch.cat([vectors[:, pad:], vectors[:, :pad]], 1)
 

@@ -1,4 +1,4 @@
-"""FactorBank: all factors of one padded size live in one (B, n, n) stack, so that one launch serves many layers."""
+"""FactorBank: all factors of one padded size are in one (B, n, n) stack, so that one kernel launch updates many layers."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from .groups import SideGroup, TileGroup
 
 
 class FactorBank:
-    """Storage and moving average of all factors.
+    """Storage and moving averages of all factors.
 
-    Every factor has a slot, numbered through all stores; vectors over slots (`updates`, traces, dampings) use that number.
+    Every factor has a slot. Slots are numbered consecutively through all stores, and vectors over slots (`updates`, traces,
+    dampings) are in that order.
 
     Args:
         specs: the factors.
-        tiles: per tile the numbers of its factors A and G in specs; tiles may share factors.
+        tiles: for each tile, the indices of its factors A and G in specs; tiles may share factors.
         is_compact: whether dense factors are kept in 16 bits between steps.
 
     Attributes:
-        stacks: dense factors, one stack per padded size, dtype and device.
-        diagonals: diagonal ones, one store per dtype and device.
+        stacks: dense factors, one stack for each padded size, dtype and device.
+        diagonals: diagonal factors, one store for each dtype and device.
         stores: stacks, then diagonals.
-        groups: tiles by shape of their gradient.
-        slots: slot of each factor of specs.
-        updates: number of accepted updates a slot, (slots,).
+        groups: the tile groups.
+        slots: slot of each factor in specs.
+        updates: number of accepted updates of each factor, (slots,).
     """
 
     def __init__(self, specs: Sequence[FactorSpec], tiles: Sequence[tuple[int, int]], is_compact: bool = False) -> None:
@@ -40,7 +41,7 @@ class FactorBank:
         for index, (a, g) in enumerate(tiles):
             by_shape[(keys[g], keys[a], *(specs[i].size for i in (g, a) if specs[i].diagonal))].append(index)
         members: dict[tuple[object, ...], dict[int, None]] = defaultdict(dict)
-        for indices in by_shape.values():  # tile by tile, so that the factors of a group are contiguous
+        for indices in by_shape.values():  # in the order of tiles, so that the factors of a group are consecutive
             for side in (0, 1):
                 for number in (tiles[i][side] for i in indices):
                     members[keys[number]][number] = None
@@ -78,7 +79,7 @@ class FactorBank:
         return [*self.stacks, *self.diagonals]
 
     def view(self, slot: int) -> Tensor:
-        """The factor in a slot without its pad, (n, n) or its diagonal (n,): a view, but of one kept in 16 bits a copy."""
+        """The factor in a slot without padding, (n, n), or its diagonal, (n,): a view, or a copy if it is kept in 16 bits."""
         store, index = self._slots[slot]
         return store.view(index)
 
@@ -88,17 +89,17 @@ class FactorBank:
         store.write(index, value)
 
     def padded_view(self, slot: int) -> Tensor:
-        """The dense factor in a slot with its pad: a view."""
+        """The dense factor in a slot with its padding: a view."""
         store, index = self._slots[slot]
         return store.factors[index]
 
     def sum_of(self, slot: int) -> Tensor:
-        """Where backward passes sum what goes into a factor, in the stored size: a view."""
+        """Where backward passes accumulate a factor, with its padding: a view."""
         store, index = self._slots[slot]
         return store.sum_of(index)
 
     def runs(self) -> list[slice]:
-        """Per store, the slots that it holds."""
+        """The slots of each store."""
         starts = [0]
         for store in self.stores:
             starts.append(starts[-1] + len(store))
@@ -109,38 +110,38 @@ class FactorBank:
         return torch.cat([store.traces(store.factors).to(self.home) for store in self.stores])
 
     def sum_traces(self) -> Tensor:
-        """Trace of every sum, (slots,): finite exactly when the sum is."""
+        """Trace of every sum, (slots,): it is finite exactly when the sum is."""
         return torch.cat([store.traces(store.sums).to(self.home) for store in self.stores])
 
     def weights(self, accept: Tensor, ema_decay: float) -> Tensor:
-        """Weight of the new statistics in every slot, (slots,), counting the update where it is accepted; see `newest_weight`.
+        """Counts an update of the accepted slots and returns the weights of the new statistics, (slots,); see `newest_weight`.
 
         Args:
-            accept: (slots,) flags; a slot that is not accepted keeps its count.
+            accept: flags (slots,); the count of the others does not change.
             ema_decay: weight of the past, in [0, 1).
         """
         self.updates += accept
         return newest_weight(self.updates, ema_decay)
 
     def blend(self, keep: Tensor, gain: Tensor, accept: Tensor, step: int = 0, backend: str = "auto") -> None:
-        """Factor <- keep factor + gain sum for every slot that is accepted; vectors over slots. `roll_back` can undo it."""
+        """Sets accepted factors to keep * factor + gain * sum, all vectors over slots; `roll_back` can undo it."""
         for store, run in zip(self.stores, self.runs(), strict=True):
             device = store.sums.device
             old, new, accepted = (vector[run].to(device) for vector in (keep, gain, accept))
             store.blend(old, new, accepted, step, backend)
 
     def back_up(self, slots: Tensor) -> None:
-        """Makes `roll_back` able to undo what is done to dense factors with these flags (slots,), whose sums are not used."""
+        """Copies the dense factors with these flags (slots,) into their unused sums, so that `roll_back` can restore them."""
         for stack, run in zip(self.stacks, self.runs(), strict=False):
             stack.back_up(slots[run].to(stack.sums.device))
 
     def roll_back(self) -> None:
-        """Puts the factors back that the step had changed so far."""
+        """Restores all factors that the current step has changed."""
         for store in self.stores:
             store.roll_back()
         self.commit()
 
     def commit(self) -> None:
-        """Says that the step is over: there is no way back, and the sums may be overwritten."""
+        """Ends the step: the factors can no longer be rolled back, and the sums may be overwritten."""
         for store in self.stores:
             store.old = None

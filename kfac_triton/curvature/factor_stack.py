@@ -1,4 +1,4 @@
-"""Dense factors of one padded size: a (B, n, n) stack, and as many sums of the current step."""
+"""Dense factors of one padded size: a stack (B, n, n), and a stack of the sums of the current step."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from ..kernels import ops
 from .rounding import Rounding
 
-ALIGNMENT = 16  # sides are padded to a multiple: an odd bias column would cost aligned loads and tensor cores
+ALIGNMENT = 16  # sides are padded to a multiple: with an odd bias column, loads are unaligned and tensor cores unusable
 
 
 def padded(size: int) -> int:
-    """The side that a factor of this size is stored with."""
+    """The padded side of a factor of this size."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
@@ -20,23 +20,23 @@ def newest_weight(updates: Tensor, ema_decay: float) -> Tensor:
     """Weight r of the t-th update in a moving average, given t.
 
     The average with bias correction (Kingma and Ba 2015, section 3) is average <- (1 - r) average + r new with
-    r = (1 - decay) / (1 - decay^t): the average that starts at zero, divided by the sum of its weights. What is kept is
-    always the corrected one.
+    r = (1 - decay) / (1 - decay^t). It equals the average that starts at zero, divided by the sum of its weights. Only the
+    corrected average is stored.
     """
     return (1 - ema_decay) / (1 - ema_decay ** updates.double().clamp_min(1))
 
 
 class FactorStack:
-    """Factors of one padded size, and as many sums of the current step.
+    """Factors of one padded size, and the sums of the current step.
 
-    The pad is zero, so that damping alone fills it and no spectrum is widened. Once the sums are in the factors, their buffer
-    keeps the old factors until the step is over.
+    The padding is zero: after damping, its eigenvalues equal the damping, which does not increase the condition number. Once
+    the sums have been added to the factors, their buffer holds the old factors until the step ends.
 
     Args:
-        sizes: of the factors.
-        side: padded.
-        dtype: that sums and inverses have.
-        device: where they are.
+        sizes: size of each factor.
+        side: the padded size.
+        dtype: of sums and inverses.
+        device: of all tensors.
         is_compact: whether factors are kept in 16 bits between steps.
     """
 
@@ -45,28 +45,28 @@ class FactorStack:
         self.sums = torch.zeros(len(sizes), side, side, dtype=dtype, device=device)
         self._stored = torch.zeros_like(self.sums, dtype=torch.bfloat16 if is_compact else dtype)
         self._rounding = Rounding(device) if is_compact else None
-        self.old: Tensor | None = None  # flags (B,): of which factors sums holds the old ones
-        self._before: Tensor | None = None  # the old factors, while they are on their way there
+        self.old: Tensor | None = None  # flags (B,): those whose old values are in `sums`
+        self._before: Tensor | None = None  # the old factors, while `blend` runs
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     @property
     def factors(self) -> Tensor:
-        """The stack itself; of one kept in 16 bits a copy in full precision, to be given to `store`."""
+        """The stack itself, or a copy in full precision if it is kept in 16 bits; `store` writes changes of a copy back."""
         return self._stored if self._rounding is None else self._stored.to(self.sums.dtype)
 
     @property
     def nbytes(self) -> int:
-        """Memory of the factors."""
+        """Bytes of the factors."""
         return self._stored.nbytes
 
     def side(self, index: int) -> int:
-        """The side that a gradient has for this factor, with the pad."""
+        """Padded length of the gradient along this factor."""
         return self.sums.shape[-1]
 
     def view(self, index: int) -> Tensor:
-        """One factor without its pad, (n, n): a view, but of one kept in 16 bits a copy."""
+        """One factor without padding, (n, n): a view, or a copy if it is kept in 16 bits."""
         size = self.sizes[index]
         return self.factors[index, :size, :size]
 
@@ -77,27 +77,27 @@ class FactorStack:
         self.store(factors)
 
     def sum_of(self, index: int) -> Tensor:
-        """Where backward passes sum what goes into one factor, with the pad: a view."""
+        """Where backward passes accumulate one factor, with its padding: a view."""
         return self.sums[index]
 
     def traces(self, stack: Tensor) -> Tensor:
-        """Trace of every factor, or sum, of such a stack, (B,)."""
+        """Trace of every matrix of a stack, (B,)."""
         return stack.diagonal(dim1=-2, dim2=-1).sum(-1)
 
     def store(self, factors: Tensor, step: int = 0) -> None:
-        """Keeps what was `factors` and has been written to; what is rounded at random is so by numbers of this step."""
+        """Writes a changed copy of `factors` back. Stochastic rounding to 16 bits is seeded by the step."""
         if self._rounding is not None:
             self._stored.copy_(self._rounding(factors, step))
 
     def back_up(self, places: Tensor) -> None:
-        """Copies the factors with these flags (B,) into the buffers of their sums, which hold nothing of use."""
+        """Copies the factors with these flags (B,) into their sums, which must be unused."""
         torch.where(places[:, None, None], self.factors, self.sums, out=self.sums)
         self.old = places
 
     def blend(self, keep: Tensor, gain: Tensor, accept: Tensor, step: int, backend: str) -> None:
-        """Factor <- keep factor + gain sum where accepted; vectors (B,). What was not backed up before is so now."""
+        """Sets accepted factors to keep * factor + gain * sum, vectors (B,), and backs up those that were not backed up yet."""
         factors, everywhere = self.factors, torch.ones_like(accept)
-        if self._rounding is None:  # else `_stored` has them until `store`
+        if self._rounding is None:  # else `_stored` still holds them until `store`
             self._before = factors.clone()
         before = self._stored if self._before is None else self._before
         ops.blend(factors, self.sums, keep, gain, accept, backend=backend)
@@ -109,11 +109,11 @@ class FactorStack:
         self.store(factors, step)
 
     def roll_back(self) -> None:
-        """Puts the old factors back."""
+        """Restores the old factors."""
         factors = self.factors
-        if self._before is not None:  # stopped in the middle of `blend`
+        if self._before is not None:  # `blend` was interrupted
             factors.copy_(self._before)
         if self.old is not None:
             torch.where(self.old[:, None, None], self.sums, factors, out=factors)
         self._before = None
-        self.store(factors)  # numbers that need no rounding
+        self.store(factors)  # rounding does not change them: they were stored in 16 bits before

@@ -1,4 +1,4 @@
-"""From what backward passes left behind to the factors, without a word from the device on the way."""
+"""Updates the factors from the statistics of backward passes, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from .factor_bank import FactorBank
 
 @dataclass(frozen=True)
 class Accepted:
-    """What became of the layers' statistics.
+    """Which layers had statistics in an update.
 
     Attributes:
-        fresh: flags (layers,): some came.
-        accept: flags (layers,): and they were finite.
-        moments: flags, one a layer: EKFAC's moments came, too.
-        moment_scale: what turns sums of squared per-example gradients into their expectation over loss terms, (layers,).
+        fresh: flags (layers,): there were statistics.
+        accept: flags (layers,): there were statistics, and they were finite.
+        moments: a flag for each layer: there were moments for EKFAC.
+        moment_scale: (layers,), turns sums of squared per-example gradients into their expectation over loss terms.
     """
 
     fresh: Tensor
@@ -43,7 +43,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class _Pool:
-    """What layers share: their parts, and the tensors, a pair a device, that these are views of."""
+    """Counters of all layers, and the tensors (two for each dtype and device) that they are views of."""
 
     parts: list[SharedCounts]
     whole: list[Tensor]
@@ -69,12 +69,12 @@ class FactorUpdate:
     """Statistics of all layers since the last step.
 
     Args:
-        partition: of the covered layers into factors.
+        partition: the covered layers, divided into blocks, parts and tiles.
         bank: their factors.
-        gate: switch of the hooks.
-        backend: of the kernels.
-        can_defer: whether small passes wait for the step, to go into the factors in one launch for all layers.
-        moments: EKFAC's, one a layer.
+        gate: opens and closes the hooks.
+        backend: backend of the kernels.
+        can_defer: whether small batches of rows are kept until the step, then added in one launch for all layers.
+        moments: EKFAC's moments for each layer.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class FactorUpdate:
         self._is_input = torch.tensor(is_input, device=bank.home)
 
     def update(self, settings: Settings) -> Accepted:
-        """Blends the statistics into the factors and forgets them; those of a layer with a NaN or Inf are dropped."""
+        """Adds the statistics to the factors and clears them; those of a layer with a NaN or Inf are dropped."""
         home, layers = self.bank.home, len(self.statistics)
         table = merged([*self.statistics, *(use.statistics for use in self._second_uses.values())], home)
         for k, (i, use) in enumerate(self._second_uses.items(), layers):
@@ -122,11 +122,11 @@ class FactorUpdate:
         finite = self._finite_sums(summed) & self._finite_passes(layers)
         accepted = fresh & finite
         if self.gate.scale is not None:
-            # What a skipped step left was scaled otherwise. Told on the device: the host would have to wait for the scale.
+            # A skipped step can leave statistics of another loss scale. Compared on the device, so that the host does not wait.
             now = torch.as_tensor(settings.current_loss_scale(), device=home)
             accepted &= self.gate.scale.to(home) == now
 
-        # Where nothing came, any number will do; a weighted loss may have less than one term.
+        # Avoids 0 / 0 where there are no statistics. Not clamped to 1, as a weighted loss may have less than one term.
         counts = Counts(*torch.where(table > 0, table, 1.0).unbind(1))
         reduction = settings.loss_reduction if settings.fisher == "empirical" else "sum"
         moment_scale = scales.gradient_scale(counts.terms, reduction, settings.current_loss_scale())
@@ -141,14 +141,14 @@ class FactorUpdate:
             self.bank.back_up(waited & ~summed[self.layer_of_slot])
             self._blend_passes(keep, gain, accept)
         if not all(s.deferred for s in self.statistics) or any(s.on_host.passes for s in self.statistics):
-            keep = torch.where(waited, 1.0, keep)  # it has been weighted already
+            keep = torch.where(waited, 1.0, keep)  # `_blend_passes` has applied it already
             self.bank.blend(keep, gain, accept & summed[self.layer_of_slot], self.gate.step, self._backend)
         moments = [s.moments is not None and s.moments.fresh for s in self.statistics]
         self.forget()
         return Accepted(fresh, accepted, moments, moment_scale)
 
     def forget(self) -> None:
-        """Drops the statistics since the last step."""
+        """Drops all statistics since the last step."""
         self.gate.forget()
         for statistics in self.statistics:
             statistics.clear()
@@ -157,19 +157,19 @@ class FactorUpdate:
         torch._foreach_zero_(self._shared.whole)
 
     def _finite_sums(self, summed: Tensor) -> Tensor:
-        """Flags (layers,). A NaN or Inf anywhere in the rows is in the diagonal of the sum of their squares."""
+        """Flags (layers,) of finite sums: the diagonal of a sum of squares shows a NaN or Inf anywhere in the rows."""
         broken = ~torch.isfinite(self.bank.sum_traces())
         per_layer = torch.zeros(len(summed), dtype=torch.long, device=broken.device)
         return ~summed | (per_layer.index_add(0, self.layer_of_slot, broken.long()) == 0)
 
     def _finite_passes(self, layers: int) -> Tensor:
-        """Flags (layers,) of what waited."""
+        """Flags (layers,) of finite deferred rows."""
         rows = [(i, source) for i, s in enumerate(self.statistics) for r in s.deferred for source in r.inputs + r.gradients]
         broken = torch.zeros(layers, dtype=torch.long, device=self.bank.home)
         for device in {source.device for _, source in rows}:
             members = [(i, source) for i, source in rows if source.device == device]
             squares = torch.empty(len(members), device=device)
-            # What has gaps (a channel group) or repeats (the gradient of a sum) is small here, or it would not have waited.
+            # Copying strided or expanded rows (channel groups, the gradient of a sum) is cheap: only small ones are deferred.
             dense = [source if is_dense(source) else source.contiguous() for _, source in members]
             ops.squares(dense, squares, backend=self._backend)
             places = device_table(tuple((i,) for i, _ in members), self.bank.home).flatten()
@@ -177,7 +177,7 @@ class FactorUpdate:
         return broken == 0
 
     def _blend_passes(self, keep: Tensor, gain: Tensor, accept: Tensor) -> None:
-        """The rows that waited, straight into the factors: one launch per pass, not per layer."""
+        """Adds the deferred rows to the factors, with one launch for each pass rather than for each layer."""
         for number in itertools.count():
             members = [(s, s.deferred[number]) for s in self.statistics if len(s.deferred) > number]
             if not members:

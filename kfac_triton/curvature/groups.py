@@ -1,4 +1,4 @@
-"""Tiles that are preconditioned together, and where the factors of each side are stored."""
+"""Tile groups: tiles that are preconditioned in one launch, and the places of their factors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..kernels.device_tables import device_table
 
 @dataclass(frozen=True)
 class SideGroup:
-    """One side of a `TileGroup`: the store of its factors, and their places in it.
+    """The factors A, or G, of a `TileGroup`: all of them are in one store.
 
     Attributes:
-        store: number in `FactorBank.stores`.
-        places: one a tile.
+        store: index of the store in `FactorBank.stores`.
+        places: index of each tile's factor within the store.
     """
 
     store: int
@@ -23,12 +23,12 @@ class SideGroup:
 
     @property
     def run(self) -> slice | None:
-        """The places as a slice of a stack, a view; None where factors are shared between tiles."""
+        """The places as a slice, if they are consecutive; None if tiles share factors."""
         first = self.places[0]
         return slice(first, first + len(self.places)) if self.places == tuple(range(first, first + len(self.places))) else None
 
     def select(self, stack: Tensor) -> Tensor:
-        """The group's part of a stack: a view where its factors are contiguous."""
+        """The group's matrices of a stack: a view if their places are consecutive, else a copy."""
         if self.run is not None:
             return stack[self.run]
         return stack[device_table(tuple((place,) for place in self.places), stack.device).flatten()]
@@ -36,7 +36,7 @@ class SideGroup:
 
 @dataclass(frozen=True)
 class TileGroup:
-    """Tiles whose gradients have one padded shape and whose factors are of one kind: one launch for all."""
+    """Tiles whose gradients have the same padded shape and whose factors are of the same kind."""
 
     tiles: tuple[int, ...]
     a: SideGroup

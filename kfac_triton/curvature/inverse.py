@@ -1,11 +1,11 @@
-"""Inverses of the damped factors of one stack: a method, its certificates, and the way back when one is missing.
+"""Certified inverses of damped factors: the interface of all inverses, and stacks of dense ones.
 
-Each method returns a bound on the energy-norm error ||I - B^1/2 X B^1/2|| per matrix. What exceeds `ACCEPT` is done again by
-Cholesky in float32, in float64, and then with ten times the damping until it is certified: a matrix that float32 cannot
-invert gets the least damping at which it can.
+Each method returns, for every matrix B and its computed inverse X, a bound on the error ||I - B^1/2 X B^1/2|| in the energy
+norm: the certificate. A matrix whose bound exceeds `ACCEPT` is inverted again by Cholesky, first in float32, then in float64.
+If that fails, too, its damping is multiplied by ten until the inverse is certified.
 
-On a GPU the host does not wait for a certificate. A matrix that misses it keeps its last certified inverse, and is done again
-by Cholesky one refresh later, when the news has reached the host.
+On a GPU the host does not wait for the certificates. A matrix whose new inverse is refused keeps the last certified one, and is
+inverted by Cholesky in the next refresh, when the host has received the flag.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from .async_flags import AsyncFlags
 from .groups import SideGroup
 from .triangular import symmetric_product, triangular_inverse
 
-# K-FAC trains as well with an energy error of 0.3 as with none; below 1 the inverse is positive definite.
+# Training with errors up to 0.3 is as good as with exact inverses. With an error below 1 the inverse is positive definite.
 ACCEPT = 0.3
 _PIECE = 2**23  # bytes of a stack that are inverted at a time
-_DOUBLINGS = 20  # of Newton-Schulz; what takes more than 16 is beyond float32, and every one is a launch
-# Newton steps of a warm refresh. Where the host does not look, each is launched, needed or not: a start that needs more than
-# the fewer is better factored anew, which the host does in the next step. In a replayed CUDA graph it cannot, and launches cost
-# little: there a start that is left behind would stay behind, and K-FAC would train on old inverses.
+_DOUBLINGS = 20  # largest number of Newton-Schulz steps; a matrix that needs more than 16 is too ill-conditioned for float32
+# Newton steps of a warm refresh. Where the host does not read the residuals, all steps are launched, needed or not. Four are
+# enough there: the host factors a matrix that needs more by Cholesky in the next step. A replayed CUDA graph cannot do that, so
+# a matrix that four steps leave behind would keep its old inverse for good; launches in a graph are cheap, so it takes eight.
 _REFINEMENTS, _BLIND_REFINEMENTS = 8, 4
 
 
 def resolve(method: str, device: torch.device) -> str:
-    """The method that "auto" stands for: the warm refresh is all tensor-core products, which a CPU does not have."""
+    """Replaces "auto" by a method: on a GPU the warm refresh, whose matrix products run on tensor cores, else Cholesky."""
     if method != "auto":
         return method
     return "factored" if device.type == "cuda" else "cholesky"
 
 
 def cholesky(factor: Tensor, damping: Tensor, as_root: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(inverse or its root T, residual) by Cholesky in the factor's precision, to be kept in dtype."""
+    """Cholesky in the factor's precision: (inverse, or its root T, rounded to dtype; residual of the rounded result)."""
     target = damped(factor, damping)
     lower, info = torch.linalg.cholesky_ex(target)
     failed = (info != 0) | ~torch.isfinite(lower.diagonal(dim1=-2, dim2=-1).sum(-1))
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    if lower.is_cuda or bool(failed.any()):  # where the host may not look, or has seen one
+    if lower.is_cuda or bool(failed.any()):  # on a GPU the host must not wait to find out
         lower = torch.where(failed[:, None, None], identity, lower)
     result = triangular_inverse(lower)
     if as_root:
         _, distance, rounding = root_residual(target, result.to(dtype).to(factor.dtype))
-        residual = distance + rounding  # adding the damping was rounded, too, and the distance does not see that
+        residual = distance + rounding  # the distance does not include the rounding error of adding the damping
     else:
         result = symmetric_product(result)
         if factor.dtype == dtype:
             residual = rounding_error(target, result.diagonal(dim1=-2, dim2=-1), dtype, MULTIPLIED)
             residual = torch.maximum(residual, probe_error(target, result))
-        else:  # there are digits left to measure what the rounding did
+        else:  # precise enough to measure the rounding error of the result
             residual = inverse_residual(target, result.to(dtype).to(factor.dtype))
     result = result.to(dtype)
     failed = failed | ~torch.isfinite(result.sum((-2, -1)))
@@ -64,40 +64,41 @@ def cholesky(factor: Tensor, damping: Tensor, as_root: bool, dtype: torch.dtype)
 
 
 def eigh(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """(inverse, residual) from the eigenbasis; negative eigenvalues of a rounded factor count as zero."""
-    finite = _finite(factor)  # eigh refuses a whole stack for one that is not
+    """(inverse, residual) from the eigenbasis. Negative eigenvalues, which are due to rounding, are set to zero."""
+    finite = _finite(factor)  # eigh raises for the whole stack if one matrix is not finite
     try:
         values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], factor, 0.0))
-    except torch.linalg.LinAlgError:  # did not converge for one of the stack
+    except torch.linalg.LinAlgError:  # one matrix of the stack did not converge
         if len(factor) == 1:
             return torch.zeros_like(factor), torch.full_like(damping, torch.inf)
         alone = [eigh(*pair) for pair in zip(factor.split(1), damping.split(1), strict=True)]
         return torch.cat([inverse for inverse, _ in alone]), torch.cat([residual for _, residual in alone])
     root = (vectors * (values.clamp_min(0) + damping[:, None]).rsqrt().unsqueeze(-2)).mT
     inverse = mirror(root.mT @ root)
-    # Not `inverse_residual`: where float32 has too few digits its trace, a sum of terms of both signs, may vanish.
+    # Not `inverse_residual`: the terms of its trace can cancel where float32 has too few digits.
     _, distance, rounding = root_residual(damped(factor, damping), root)
     return inverse, (distance + rounding).masked_fill(~(finite & _finite(inverse)), torch.inf).nan_to_num(nan=torch.inf)
 
 
 def _finite(stack: Tensor) -> Tensor:
-    """Whether all of a matrix is finite, (B,)."""
+    """Whether all elements of each matrix are finite, (B,)."""
     return torch.isfinite(stack).flatten(1).all(1)
 
 
 class Inverse(ABC):
-    """What stands for the inverses of the damped factors of one store.
+    """The inverses of the damped factors of one store, in whatever form.
 
     Args:
-        values: tensor that they are kept in; zero where there is no certificate.
+        values: the tensor that stores them; zero for a factor without a certified inverse.
         count: number of factors.
 
     Attributes:
-        kind: what is kept: "inverse", "root" (T with inverse T^T T) or "basis". A refresh of the latter two needs the last.
-        residual: certificate (factors,) of values; infinite where there is none.
-        damping: the damping (factors,) that values were made with.
-        fallbacks: how often the method's own result was refused, (factors,).
-        raised: how often damping had to be raised, (factors,).
+        kind: form of the values: "inverse", "root" (T, where the inverse is T^T T) or "basis". A refresh of the latter two
+            starts from the last values.
+        residual: certificates (factors,); infinite where there is no certified inverse.
+        damping: the damping (factors,) in the values.
+        fallbacks: how often the result of the chosen method was refused, (factors,).
+        raised: how often the damping had to be raised, (factors,).
     """
 
     kind = "inverse"
@@ -112,26 +113,26 @@ class Inverse(ABC):
 
     @abstractmethod
     def refresh(self, factors: Tensor, damping: Tensor) -> None:
-        """Inverts the factors of the store, damping (factors,) added to each."""
+        """Inverts factor + damping I for all factors of the store, with damping (factors,)."""
 
     @abstractmethod
     def left(self, side: SideGroup, x: Tensor) -> Tensor:
-        """G^-1 x for the factors of a group and gradients x (tiles, m, n)."""
+        """G^-1 x for the factors of a tile group and their gradients x (tiles, m, n)."""
 
     @abstractmethod
     def right(self, side: SideGroup, x: Tensor) -> Tensor:
-        """The same for x A^-1."""
+        """Likewise x A^-1."""
 
     def restart(self) -> None:
-        """Makes the next refresh start from nothing and wait: the factors were written from outside."""
+        """Makes the next refresh ignore the present values, because the factors were replaced."""
         self._is_cold = True
 
     def kept(self, index: int) -> Tensor:
-        """What a checkpoint keeps of one inverse."""
+        """The part of a checkpoint for one inverse."""
         return self.values[index]
 
     def restore(self, index: int, values: Tensor, residual: Tensor, damping: Tensor) -> None:
-        """Writes what `kept` gave, with its certificate."""
+        """Writes what `kept` returned, with its certificate."""
         self.values[index] = values.to(self.values)
         self.residual[index], self.damping[index] = residual, damping
         self._is_cold = not bool((self.residual <= ACCEPT).all())
@@ -141,14 +142,14 @@ class InverseStack(Inverse):
     """Damped inverses of a stack of factors, refreshed in place.
 
     Args:
-        factors: the stack (B, n, n), for its shape, type and place.
+        factors: the stack (B, n, n); only its shape, dtype and device are used.
         method: one of `METHODS`.
         tolerance: energy-norm error at which the iterative methods stop.
         backend: of the kernels.
         wait: whether `refresh` waits for the certificates.
 
     Attributes:
-        values: (B, n, n), X = (A + damping I)^-1, or T with X = T^T T when `factored`.
+        values: (B, n, n), X = (A + damping I)^-1, or T with X = T^T T if `factored`.
     """
 
     def __init__(self, factors: Tensor, method: str, tolerance: float, backend: str = "auto", wait: bool = True) -> None:
@@ -161,13 +162,13 @@ class InverseStack(Inverse):
         self._refused = None if wait else AsyncFlags(len(factors), factors.device)
 
     def refresh(self, factors: Tensor, damping: Tensor) -> None:
-        """Inverts factors (B, n, n) + damping (B,) I; afterwards every matrix is certified, or zero."""
+        """Inverts factors (B, n, n) + damping (B,) I; afterwards every inverse is certified, or zero."""
         damping = damping.to(factors)
         if self._refused is not None and not self._is_cold:
             self._refresh_without_waiting(factors, damping, self._refused)
             return
         self.damping.copy_(damping)
-        cold = ~(self.residual <= ACCEPT)  # nothing to refresh from
+        cold = ~(self.residual <= ACCEPT)  # without a certified inverse to start from
         if self.factored and bool(cold.all()):
             self.residual.fill_(torch.inf)
         else:
@@ -211,7 +212,7 @@ class InverseStack(Inverse):
             self._fall_back(factors, torch.tensor(late, device=factors.device))
 
     def _invert(self, factors: Tensor, damping: Tensor, values: Tensor, residual: Tensor) -> None:
-        """The method's own result and its certificates, written to values and residual."""
+        """Inverts by the chosen method and writes the results and their certificates to values and residual."""
         if self.method == "newton_schulz":
             tolerance = 0.1 * self.tolerance
             ops.newton_schulz_inverse(factors, damping, values, residual, tolerance, _DOUBLINGS, backend=self._backend)
@@ -221,17 +222,17 @@ class InverseStack(Inverse):
             ops.factored_newton_refresh(factors, damping, values, residual, self.tolerance, steps, backend=self._backend)
         else:
             invert = eigh if self.method == "eigh" else _cholesky_inverse
-            # Where the host waits anyway, a part of the stack at a time: each asks for some five times its size.
+            # In pieces where the host waits for the result anyway, because the work space is some five times the input.
             most = max(1, _PIECE // factors[0].nbytes) if self._refused is None else len(factors)
             for piece in (slice(i, i + most) for i in range(0, len(factors), most)):
                 values[piece], residual[piece] = invert(factors[piece], damping[piece])
 
     def _fall_back(self, factors: Tensor, remaining: Tensor) -> None:
-        """Cholesky for the matrices in remaining: in their own precision, in float64, then there with growing damping."""
+        """Inverts the matrices in remaining by Cholesky: in their own precision, in float64, then with growing damping."""
         self.values[remaining] = 0.0
         self.residual[remaining] = torch.inf
-        remaining = remaining[_finite(factors[remaining])]  # the others have no inverse with any damping
-        # In the factors' type, so that it is what the inverses are made with.
+        remaining = remaining[_finite(factors[remaining])]  # no damping makes the others invertible
+        # In the dtype of the factors, so that `damping` is exactly the damping in the inverses.
         damping, least = self.damping.clone(), torch.finfo(self.damping.dtype).tiny
         attempts = [torch.float64] if self.method == "cholesky" else [factors.dtype, torch.float64]
         for attempt in itertools.count():

@@ -1,4 +1,4 @@
-"""Gradients of the tiles of one shape, stacked, preconditioned, clipped and read back."""
+"""Gradients of the tiles of one group: stacked, preconditioned, clipped and returned to the layers."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .groups import TileGroup
 
 
 class Solve(Protocol):
-    """How a stack of gradients is preconditioned."""
+    """Preconditions a stack of gradients."""
 
     def __call__(self, gradient: Tensor, update: Tensor, product: Tensor) -> None:
-        """Writes V (B, m, n) to update and <V, W> (B,) to product, from W (B, m, n)."""
+        """Writes V (B, m, n) to update and <V, W> (B,) to product, where W (B, m, n) is the gradient."""
 
 
 class GradientStack:
     """Persistent buffers (B, m, n) of one `TileGroup`, padded with zeros.
 
     Attributes:
-        tiles: their numbers, in order.
-        gradient: W = [weight.grad | bias.grad], or the tile of it.
+        tiles: numbers of the tiles, in order.
+        gradient: W = [weight.grad | bias.grad], or the tile's part of it.
         update: V = G^-1 W A^-1.
         product: <V, W>, (B,).
     """
@@ -50,14 +50,14 @@ class GradientStack:
         self._nothing = self.gradient.new_empty(0)
 
     def precondition(self, usable: Sequence[bool]) -> None:
-        """V and <V, W> for the tiles of blocks that are usable; zero for the others."""
+        """Computes V and <V, W> for the tiles of usable blocks; both are zero for the others."""
         parts = [self._read(number, usable) for number in self.tiles]
         weights, biases = ([self._nothing if x is None else x for x in side] for side in zip(*parts, strict=True))
         ops.gather(weights, biases, self.gradient, backend=self._gather_backend(weights + biases))
         self._solve(self.gradient, self.update, self.product)
 
     def _read(self, number: int, usable: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of weight and bias that a tile covers."""
+        """The parts of the weight's and the bias's gradient in a tile; None without one."""
         tile = self._partition.tiles[number]
         if not usable[tile.block]:
             return None, None
@@ -70,7 +70,7 @@ class GradientStack:
         return weight, bias[g.start : g.stop] if bias is not None and a.has_bias_column else None
 
     def _gather_backend(self, gradients: list[Tensor]) -> str:
-        """Gradients with gaps, or of several types, are copied one by one whatever the backend."""
+        """Strided gradients, or gradients of several dtypes, are copied one by one with any backend."""
         plain = all(gradient.is_contiguous() for gradient in gradients)
         return self._backend if plain and len({g.dtype for g in gradients if g.numel()}) == 1 else "torch"
 
@@ -87,7 +87,7 @@ def add_updates(
     updates: list[tuple[nn.Parameter, Tensor]],
     is_broken: bool = False,
 ) -> None:
-    """Adds a layer's updates to those of all; what has no gradient gets none, and what has a broken one gets None."""
+    """Adds the updates of a layer to the result, None if its gradient is not finite; skips parameters without a gradient."""
     for parameter, update in updates:
         if parameter.grad is None:
             continue
@@ -97,7 +97,7 @@ def add_updates(
         elif part is None:
             result[parameter] = update
         else:
-            # Rows of a layer without an update keep their gradient.
+            # Rows of the parameter that belong to a layer without an update keep their gradient.
             whole = result.get(parameter)
             whole = parameter.grad.to(update.dtype, copy=True) if whole is None else whole
             whole[part] = update
@@ -105,14 +105,14 @@ def add_updates(
 
 
 def unmoved(broken: Tensor, weights: Sequence[nn.Parameter]) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
-    """What one bad tile of a weight's gradient stops: all tiles of that weight. The host waits for nothing.
+    """A weight is not updated if the gradient of any of its tiles is not finite. Decided without waiting for the device.
 
     Args:
         broken: whether the gradient of a tile is not finite, (tiles,).
-        weights: which weight each tile belongs to.
+        weights: the weight that each tile belongs to.
 
     Returns:
-        Whether a tile stays as it is, (tiles,), and whether a weight has a finite gradient.
+        Flags (tiles,) of those that are not to be updated, and for each weight whether its gradient is finite.
     """
     numbers = {weight: i for i, weight in enumerate(dict.fromkeys(weights))}
     owners = device_table(tuple((numbers[weight],) for weight in weights), broken.device).flatten()
@@ -121,14 +121,14 @@ def unmoved(broken: Tensor, weights: Sequence[nn.Parameter]) -> tuple[Tensor, di
 
 
 def add_flags(finite: dict[nn.Parameter, Tensor], updates: list[tuple[nn.Parameter, Tensor]], is_finite: Tensor) -> None:
-    """Adds the flag of a layer to those of its parameters; one that several layers share needs all of theirs."""
+    """Combines a layer's flag with those of its parameters; a parameter that layers share needs all their flags."""
     for parameter, _ in updates:
         if parameter.grad is not None:
             finite[parameter] = finite[parameter] & is_finite if parameter in finite else is_finite
 
 
 def assemble(partition: Partition, block: int, updates: dict[int, Tensor]) -> Tensor:
-    """W of a block from its tiles, (m, n) or wider: the tile itself where there is one."""
+    """Joins the tiles of a block into V, (m, n) or padded; a single tile is returned as it is."""
     tiles = partition.tiles_of[block]
     if len(tiles) == 1:
         return updates[tiles[0]]
@@ -143,7 +143,7 @@ def kl_clip_scale(products: Tensor, learning_rates: Tensor, kl_clip: float | Non
     """Scale nu = min(1, sqrt(kl_clip / sum_l lr_l^2 <V_l, grad_l>)) (Ba et al. 2017, section 5; Osawa et al. 2019).
 
     For a step lr V the sum estimates V^T F V lr^2, twice the Kullback-Leibler divergence between the predictions before and
-    after it. Layers whose product is not finite do not take part: one broken layer must not stop the others.
+    after it. Layers whose product is not finite are left out of the sum, so that they do not stop the others.
 
     Args:
         products: <V_l, grad_l>, (layers,).
@@ -162,7 +162,7 @@ def kl_clip_scale(products: Tensor, learning_rates: Tensor, kl_clip: float | Non
 
 
 def rate_vector(rates: list[float | Tensor], like: Tensor) -> Tensor:
-    """Learning rates as a vector; numbers go to the device without a wait, tensors are not read."""
+    """Learning rates as a vector on the device, made without waiting: tensors are not read by the host."""
     if any(isinstance(rate, Tensor) for rate in rates):
         numbers = [rate if isinstance(rate, Tensor) else like.new_full((), rate) for rate in rates]
         return torch.stack([number.to(like, non_blocking=True).reshape(()) for number in numbers])
@@ -178,16 +178,16 @@ def updates_of_layers(
     are_finite: dict[nn.Parameter, Tensor],
     host_looks: bool,
 ) -> tuple[dict[nn.Parameter, Tensor | None], dict[nn.Parameter, Tensor] | None]:
-    """Parameters with what stands for their gradients, and whether the gradient of each is finite.
+    """The preconditioned gradient of each parameter, and flags of whether its gradient is finite.
 
     Args:
-        partition: of the layers.
-        layers: all of them.
-        usable: flags, one a layer; the parameters of the others are not in the result.
-        tiles: V of each tile, by its number.
-        are_finite: flags on the device, by weight.
-        host_looks: whether the host reads the flags: then a parameter whose layer has a bad gradient has None, and there are
-            no flags in the result.
+        partition: the layers, divided into blocks and tiles.
+        layers: all covered layers.
+        usable: a flag for each layer; the result does not contain the parameters of the others.
+        tiles: number of each tile -> V.
+        are_finite: weight -> a flag on the device.
+        host_looks: whether the host reads the flags. Then parameters of a layer with a bad gradient get None, and no flags are
+            returned.
     """
     result: dict[nn.Parameter, Tensor | None] = {}
     finite: dict[nn.Parameter, Tensor] | None = None if host_looks else {}

@@ -1,4 +1,4 @@
-"""Rounding at random: an average in 16 bits whose steps are smaller than its last digit stands still otherwise."""
+"""Stochastic rounding: otherwise a moving average in 16 bits would ignore all changes smaller than its last digit."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ _PIECE = 2**23  # bytes of a stack that are rounded at a time
 
 
 class Rounding:
-    """Rounds a stack of symmetric matrices to bfloat16, up or down with the probability that makes the mean right.
+    """Rounds a stack of symmetric matrices to bfloat16, up or down with the probability that leaves the mean unchanged.
 
-    Its random numbers are its own, those of a step always the same: a training run's do not depend on it, and a run that is
-    resumed from a checkpoint goes on with the same ones.
+    It has its own generator, seeded by the step, so that it does not change the random numbers of the training run, and a run
+    resumed from a checkpoint rounds the same way.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._generator = torch.Generator(device)
 
     def __call__(self, factors: Tensor, step: int = 0) -> Tensor:
-        """Bitwise symmetric, like the factors (B, n, n)."""
+        """Rounds factors (B, n, n); the result is symmetric bit for bit."""
         self._generator.manual_seed(step)
         result = torch.empty_like(factors, dtype=torch.bfloat16)
         most = max(1, _PIECE // factors[0].nbytes)
         for some, out in zip(factors.split(most), result.split(most), strict=True):
             bits = some.float().contiguous().view(torch.int32)
             noise = torch.randint(0, 1 << 16, bits.shape, generator=self._generator, dtype=torch.int32, device=bits.device)
-            # What is cut off is the noise's own remainder: adding it carries into the last kept digit as often as it should.
+            # The sum carries into the last kept bit with a probability proportional to the bits that are then cut off.
             out.copy_(mirror((noise.add_(bits).bitwise_and_(~0xFFFF)).view(torch.float32)))
         return result

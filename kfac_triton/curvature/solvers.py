@@ -1,4 +1,4 @@
-"""V = F^-1 W for a stack of tiles: by the inverses of two damped factors, or in their eigenbasis."""
+"""V = F^-1 W for the gradients of a tile group: by the inverses of the damped factors, or in their eigenbasis."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class EkfacSolve(EigenSolve):
 
     Attributes:
         values: (B, m, n), second moments of the gradient in the eigenbasis.
-        sums: what passes added since the last step.
+        sums: sums over the backward passes since the last step.
     """
 
     def __init__(self, group: TileGroup, left: EigenStack, right: EigenStack) -> None:
@@ -77,7 +77,7 @@ class EkfacSolve(EigenSolve):
         return self.values
 
     def moment_tiles(self) -> list[MomentTile]:
-        """Where passes add the moments of each tile, in which basis."""
+        """The eigenvectors and the sum of each tile, for backward passes to add to."""
         group = self.group
         places = zip(group.tiles, group.a.places, group.g.places, self.sums, strict=True)
         return [MomentTile(number, self._a_vectors[a], self._g_vectors[g], total) for number, a, g, total in places]
@@ -87,7 +87,7 @@ class EkfacSolve(EigenSolve):
         return self.group.g.select(self._g_vectors).clone(), self.group.a.select(self._a_vectors).clone()
 
     def rotate(self, left: Tensor, right: Tensor) -> None:
-        """Carries the moments over to a new basis, given the eigenvectors (B, m, m) and (B, n, n) of the old one.
+        """Transforms the moments from the old basis, with eigenvectors (B, m, m) and (B, n, n), to the present one.
 
         With R = Q_new^T Q_old, moments that are uncorrelated in the old basis become (R_G^2) S (R_A^2)^T in the new one.
         """

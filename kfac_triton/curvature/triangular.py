@@ -1,7 +1,7 @@
-"""Inverses from a Cholesky factor by large matrix products that skip what is known to be zero.
+"""Inverses from a Cholesky factor by large matrix products that skip the blocks known to be zero.
 
-LAPACK's potri (torch.cholesky_inverse) synchronises its threads thousands of times: a fifth faster than this on an idle CPU,
-but on a busy one it has been seen to take a hundred times as long.
+LAPACK's potri (torch.cholesky_inverse) synchronizes its threads thousands of times. It is a fifth faster on an idle CPU, but
+has been seen to take a hundred times as long on a busy one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _blocks(start: int, stop: int) -> Iterator[slice]:
 
 
 def triangular_inverse(lower: Tensor) -> Tensor:
-    """T = L^-1 for lower triangular L, (B, n, n), by halves: the block below the diagonal is -T22 L21 T11."""
+    """T = L^-1 for lower triangular L, (B, n, n), by recursion on halves: T21 = -T22 L21 T11."""
     out = torch.zeros_like(lower)
     if lower.shape[-1] <= _LOOP_FROM:
         _invert_into(lower, out)
@@ -53,7 +53,7 @@ def _invert_into(lower: Tensor, out: Tensor) -> None:
 
 
 def symmetric_product(root: Tensor) -> Tensor:
-    """X = T^T T for lower triangular T, (B, n, n), mirrored, so bitwise symmetric."""
+    """X = T^T T for lower triangular T, (B, n, n); symmetric bit for bit, since one half is copied from the other."""
     out = torch.empty_like(root)
     if root.shape[-1] <= _LOOP_FROM:
         _multiply_into(root, out)
