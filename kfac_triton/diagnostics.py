@@ -65,13 +65,13 @@ def diagnostics(engine: Engine) -> dict[str, Any]:
         entry["cosine"] = raw / (gradient * update) ** 0.5 if gradient * update > 0 else 0.0
         layers[layer.name] = entry
     return {
-        "steps": engine.steps,
-        "damping": engine.damping,
-        "refreshes": engine.refreshes,
+        "steps": engine.progress.steps,
+        "damping": engine.progress.damping,
+        "refreshes": engine.progress.refreshes,
         "kl_clip_scale": float(engine.kl_clip_scale),
         "memory": curvature.memory(),
         "skipped": dict(engine.skipped),
-        "without_statistics": [engine.layers[i].name for i in sorted(engine.without_statistics)],
+        "without_statistics": [engine.layers[i].name for i in sorted(engine.progress.without_statistics)],
         "layers": layers,
     }
 

@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .fisher.losses import likelihood_of
 from .kernels import runtime
 from .layers.partition import Partition
 from .layers.select import frozen_weights, refuse_sharded, require_backend, select_layers
+from .progress import Progress
 from .settings import Settings
 from .validation import require_module
 from .warning import warn_of_missing_statistics
@@ -71,7 +73,7 @@ class Engine:
         self._fisher_pass: FisherPass | None = None
         if likelihood is not None and settings.fisher != "empirical":
             self._fisher_pass = FisherPass(likelihood, settings.fisher, settings.fisher_samples, self.gate)
-        self.steps = 0
+        self.progress = Progress(settings.damping_at(0), frozenset(range(len(self.layers))))
         self.kl_clip_scale = torch.ones((), device=self.bank.home)
         self.dropped_statistics = torch.zeros(len(self.layers), dtype=torch.long, device=self.bank.home)
         self.dropped_gradients = torch.zeros(len(self.partition.tiles), dtype=torch.long, device=self.bank.home)
@@ -79,13 +81,7 @@ class Engine:
         # and which parameters go along their gradient in some rows, whose layer has no statistics yet.
         self.finite: dict[nn.Parameter, Tensor] | None = None
         self.mixed: set[nn.Parameter] = set()
-        self.without_statistics = set(range(len(self.layers)))
-        self.refreshes = 0
-        self.inverses_changed = False  # in this step
         self._warned: set[int] = set()
-        self.is_stale = True  # factors or damping changed since the last inverses
-        self.damping = settings.damping_at(0)
-        self.has_new_layers = False  # layers that got their first statistics since then
         self._open_gate()
 
         handles = attach(self.layers, self.statistics) + attach_functional(self.layers, self.statistics)
@@ -154,19 +150,21 @@ class Engine:
         self.require_open()
         self._require_recordable()
         refuse_sharded(self.layers)  # they may have been since construction
-        settings = self.settings
-        if settings.is_due("statistics_every", self.steps):
+        settings, steps = self.settings, self.progress.steps
+        if settings.is_due("statistics_every", steps):
             self._update_factors()
-        damping = settings.damping_at(self.steps)
-        self.is_stale |= damping != self.damping
-        self.damping = damping
+        self.progress = self.progress.at_damping(settings.damping_at(steps))
         # A layer's first statistics do not wait: until it has an inverse, its damping alone would scale the gradient up.
-        if settings.is_due("inverse_every", self.steps) or self.has_new_layers:
+        if settings.is_due("inverse_every", steps) or self.progress.has_new_layers:
             self._refresh_inverses()
         updates = self._preconditioned_gradients(learning_rate)
-        self.steps += 1
-        self._open_gate()
+        self.resume(replace(self.progress, steps=steps + 1))
         return updates
+
+    def resume(self, progress: Progress) -> None:
+        """Goes on from there: schedules and intervals, and whether the next passes leave statistics, depend on it."""
+        self.progress = progress
+        self._open_gate()
 
     def forget_statistics(self) -> None:
         """Drops what backward passes left since the last step."""
@@ -209,56 +207,56 @@ class Engine:
         require_recordable_settings(self.settings, self.bank.stacks, self.host_looks)
         if self.gate.is_unrecorded:
             raise RuntimeError("a CUDA graph records this step, but not its backward pass: record forward, backward and step")
-        new = [repr(self.layers[i].name) for i in sorted(self.without_statistics) if self.layers[i].weight.grad is not None]
-        if new or self.has_new_layers or self.has_unfrozen():
+        missing = self.progress.without_statistics
+        new = [repr(self.layers[i].name) for i in sorted(missing) if self.layers[i].weight.grad is not None]
+        if new or self.progress.has_new_layers or self.has_unfrozen():
             what = f"layers {', '.join(new)} have no statistics yet" if new else "inverses are still to be made, with a wait"
             raise RuntimeError(f"a CUDA graph cannot record this step, because {what}: take a step outside of it first")
 
     def _open_gate(self) -> None:
         """Opens the gate for the next step, if it takes statistics."""
-        self.gate.open = self.settings.is_due("statistics_every", self.steps)
+        self.gate.open = self.settings.is_due("statistics_every", self.progress.steps)
         self.gate.stride = math.ceil(1 / self.settings.stats_fraction - 1e-9)
         self.gate.max_rows = self.settings.max_stats_tokens
-        self.gate.step = self.steps
+        self.gate.step = self.progress.steps
 
     def _update_factors(self) -> None:
         # Asked before the statistics are forgotten; a layer whose first ones come in this step is worth one wait.
         known = [s.on_host.rows > 0 for s in self.statistics]
         outcome = self.collector.update(self.settings)
-        self.inverses_changed |= self.curvature.is_ekfac
+        if self.curvature.is_ekfac:
+            self.progress = self.progress.rewritten()
         self.curvature.blend_moments(outcome, self.settings.ema_decay)
         self.dropped_statistics += outcome.fresh & ~outcome.accept
-        may_have_news = self.host_looks or any(known[i] for i in self.without_statistics) or not any(known)
-        if self.without_statistics and may_have_news and not runtime.is_recording():
+        missing = self.progress.without_statistics
+        may_have_news = self.host_looks or any(known[i] for i in missing) or not any(known)
+        if missing and may_have_news and not runtime.is_recording():
             self._notice_missing(outcome.accept.tolist(), outcome.fresh.tolist())
-        self.is_stale = True
+        self.progress = replace(self.progress, is_stale=True)
 
     def _notice_missing(self, accepted: list[bool], fresh: list[bool]) -> None:
         """Remembers which layers have statistics by now and warns, once a layer, of gradients that came without any."""
-        newcomers = {i for i in self.without_statistics if accepted[i]}
-        self.without_statistics -= newcomers
-        self.has_new_layers |= bool(newcomers)
-        missing = [
-            i for i in sorted(self.without_statistics - self._warned) if not fresh[i] and self.layers[i].weight.grad is not None
-        ]
+        self.progress = self.progress.with_statistics({i for i in self.progress.without_statistics if accepted[i]})
+        unwarned = sorted(self.progress.without_statistics - self._warned)
+        missing = [i for i in unwarned if not fresh[i] and self.layers[i].weight.grad is not None]
         if not missing:
             return
         self._warned.update(missing)
         warn_of_missing_statistics([self.layers[i].name for i in missing], self.settings.fisher, any(fresh))
 
     def _refresh_inverses(self) -> None:
-        if not self.is_stale:
+        if not self.progress.is_stale:
             return
-        self.inverses_changed = True
+        self.progress = self.progress.rewritten()
         # With newcomers, what is certified now is an inverse of nothing, or of what a checkpoint overwrote.
-        self.curvature.refresh(self.damping, restart=self.has_new_layers)
-        self.refreshes += 1
-        self.is_stale = self.has_new_layers = False
+        self.curvature.refresh(self.progress.damping, restart=self.progress.has_new_layers)
+        self.progress = self.progress.refreshed()
 
     def _preconditioned_gradients(self, learning_rate: LearningRate) -> dict[nn.Parameter, Tensor | None]:
-        usable = [layer.weight.grad is not None and i not in self.without_statistics for i, layer in enumerate(self.layers)]
+        missing = self.progress.without_statistics
+        usable = [layer.weight.grad is not None and i not in missing for i, layer in enumerate(self.layers)]
         blocks, stacks = self.partition.blocks, self.curvature.gradients
-        products = self.curvature.precondition([usable[block.layer_number] for block in blocks], self.damping)
+        products = self.curvature.precondition([usable[block.layer_number] for block in blocks], self.progress.damping)
         order = [number for stack in stacks for number in stack.tiles]
         weights = [blocks[self.partition.tiles[number].block].layer.weight for number in order]
         broken = ~torch.isfinite(products)
@@ -274,31 +272,6 @@ class Engine:
         raw = [layer for layer, is_usable in zip(self.layers, usable, strict=True) if not is_usable]
         self.mixed = {p for layer in raw for p in (layer.weight, layer.bias) if p in result}
         return result
-
-    def restore_step(self, steps: int) -> None:
-        """Goes on from a step, for the schedules and intervals."""
-        self.steps = steps
-        self._open_gate()
-
-    def mark_restored(self, layer_number: int) -> None:
-        """Says that a layer's factors were written from outside, by a checkpoint."""
-        self.without_statistics.discard(layer_number)
-        self.has_new_layers = self.is_stale = True
-
-    def forget_inverses(self) -> None:
-        """Says that inverses, and EKFAC's moments, are not of the factors as they are: the next step makes them anew."""
-        self.has_new_layers = self.is_stale = True
-        for number in range(len(self.layers)):
-            self.curvature.forget_moments(number)
-
-    def keep_inverses(self, damping: float, is_stale: bool) -> None:
-        """Says that the inverses of all layers were written, too.
-
-        Args:
-            damping: that they were made with.
-            is_stale: whether factors had changed since.
-        """
-        self.has_new_layers, self.is_stale, self.damping = False, is_stale, damping
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Module name -> copies of (A, G), bias-corrected; see `KFACBase.factors`."""

@@ -321,7 +321,7 @@ class KFAC(KFACBase, Optimizer):
         super().load_state_dict(plain)
         step = checkpoint.saved_step(state_dict)
         if step is not None:
-            self.engine.restore_step(step)
+            self.engine.resume(dataclasses.replace(self.engine.progress, steps=step))
         restore_layers(self.engine, layers)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -102,7 +103,11 @@ class KFACPreconditioner(KFACBase):
 
     def state_dict(self, *, include_inverses: bool = True) -> dict[str, Any]:
         """What has been learned, as plain tensors by module name; see `KFAC.state_dict` for include_inverses."""
-        return {"kfac_format": FORMAT, "kfac_steps": self.engine.steps, "layers": export_layers(self.engine, include_inverses)}
+        return {
+            "kfac_format": FORMAT,
+            "kfac_steps": self.engine.progress.steps,
+            "layers": export_layers(self.engine, include_inverses),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave; layers that are not in it keep their factors.
@@ -114,7 +119,7 @@ class KFACPreconditioner(KFACBase):
             raise ValueError(f"state_dict must be what a KFACPreconditioner's gave, but has no {', '.join(sorted(missing))}")
         require_readable(int(state_dict["kfac_format"]))
         check_layers(self.engine, state_dict["layers"])
-        self.engine.restore_step(int(state_dict["kfac_steps"]))
+        self.engine.resume(replace(self.engine.progress, steps=int(state_dict["kfac_steps"])))
         restore_layers(self.engine, state_dict["layers"])
 
     def __getstate__(self) -> dict[str, Any]:

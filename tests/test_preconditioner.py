@@ -84,13 +84,13 @@ def test_handle_and_close_detach() -> None:
     handle.remove()
     _loss(model, 0).backward()
     optimizer.step()
-    assert preconditioner.engine.steps == 0
+    assert preconditioner.engine.progress.steps == 0
     preconditioner.attach(optimizer)
     optimizer.step()
-    assert preconditioner.engine.steps == 1
+    assert preconditioner.engine.progress.steps == 1
     preconditioner.close()
     optimizer.step()
-    assert preconditioner.engine.steps == 1
+    assert preconditioner.engine.progress.steps == 1
     with pytest.raises(RuntimeError, match="closed"):
         preconditioner.precondition_()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def export_layers(engine: Engine, include_inverses: bool = True) -> dict[str, La
         state = {key: _flat_factors(engine, side) for key, side in zip(FACTORS, _sides(engine, number), strict=True)}
         first = [[slots[0] for slots in side] for side in _sides(engine, number)]
         state[UPDATES] = torch.stack([engine.bank.updates[slots] for slots in first], 1)
-        state[STEPS] = torch.tensor(engine.steps)
+        state[STEPS] = torch.tensor(engine.progress.steps)
         if keeps_inverses:
             state |= _export_inverses(engine, number)
         result[layer.name] = state
@@ -86,6 +87,7 @@ def restore_layers(engine: Engine, states: dict[str, LayerState]) -> None:
     """
     numbers = {number: states[layer.name] for number, layer in enumerate(engine.layers) if layer.name in states}
     keeps_inverses = len(numbers) == len(engine.layers) and all(_has_inverses(engine, i, x) for i, x in numbers.items())
+    known = {number for number, state in numbers.items() if bool((state[UPDATES] > 0).all())}
     for number, state in numbers.items():
         for side, (key, groups) in enumerate(zip(FACTORS, _sides(engine, number), strict=True)):
             for group, slots in enumerate(groups):
@@ -96,15 +98,14 @@ def restore_layers(engine: Engine, states: dict[str, LayerState]) -> None:
         engine.curvature.forget_moments(number)
         if keeps_inverses:
             _restore_inverses(engine, number, state)
-        if bool((state[UPDATES] > 0).all()):
-            engine.mark_restored(number)
     if not numbers:
         return
     any_of_them = next(iter(numbers.values()))
-    engine.restore_step(int(any_of_them[STEPS]))
+    progress = replace(engine.progress.with_statistics(known), steps=int(any_of_them[STEPS]))
     if keeps_inverses:
         damping, is_stale = any_of_them[REFRESHED].tolist()
-        engine.keep_inverses(damping, bool(is_stale))
+        progress = replace(progress, damping=damping, is_stale=bool(is_stale), has_new_layers=False)
+    engine.resume(progress)
 
 
 def keys_of(engine: Engine) -> tuple[str, ...]:
@@ -128,7 +129,7 @@ def rebuild_engine(model: nn.Module, engine: Engine, parameters: Iterable[nn.Par
     sizes = {layer.name: [_shape(new, side) for side in _sides(new, number)] for number, layer in enumerate(new.layers)}
     fitting = {name: state for name, state in states.items() if sizes.get(name) == [tuple(state[key].shape) for key in FACTORS]}
     restore_layers(new, fitting)
-    new.restore_step(engine.steps)
+    new.resume(replace(new.progress, steps=engine.progress.steps))
     return new
 
 
@@ -168,7 +169,7 @@ def _export_inverses(engine: Engine, number: int) -> LayerState:
     a, g = _sides(engine, number)
     state = {key: _flat_inverses(engine, side) for key, side in zip(INVERSES[curvature.kind], (a, g), strict=True)}
     state[CERTIFICATES] = torch.stack([_certificates(engine, x + y) for x, y in zip(a, g, strict=True)])
-    state[REFRESHED] = torch.tensor([engine.damping, float(engine.is_stale)], dtype=torch.float64)
+    state[REFRESHED] = torch.tensor([engine.progress.damping, float(engine.progress.is_stale)], dtype=torch.float64)
     if curvature.is_ekfac:
         groups = curvature.moments_of(number)
         state[MOMENTS] = torch.stack([torch.cat([x.flatten() for x in tiles]) if tiles else torch.empty(0) for tiles in groups])

@@ -73,7 +73,7 @@ def add_layer_state(
     layers = export_layers(engine, include_inverses) if include_factors else {}
     state = {i: {k: v for k, v in values.items() if k not in _OURS} for i, values in state_dict["state"].items()}
     for index, names in _layers_by_weight(optimizer, engine).items():
-        values = _joined([layers[name] for name in names]) if include_factors else {STEPS: torch.tensor(engine.steps)}
+        values = _joined([layers[name] for name in names]) if include_factors else {STEPS: torch.tensor(engine.progress.steps)}
         state.setdefault(index, {}).update({**values, FORMAT_KEY: torch.tensor(FORMAT)})
     for index, values in enumerate(extra):
         state.setdefault(index, {}).update(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from ..engine import Engine
 
@@ -19,9 +20,7 @@ def transaction(engine: Engine) -> Iterator[None]:
     The old factors wait in the buffers of the sums, which nobody reads before the next backward pass: no memory is needed for
     them, nor to put them back.
     """
-    host = {name: getattr(engine, name) for name in ("steps", "damping", "is_stale", "has_new_layers", "refreshes")}
-    missing, updates = set(engine.without_statistics), None
-    engine.inverses_changed = False
+    before, updates = engine.progress, None
     try:
         updates = engine.bank.updates.clone()
         yield
@@ -29,12 +28,11 @@ def transaction(engine: Engine) -> Iterator[None]:
         engine.bank.roll_back()
         if updates is not None:
             engine.bank.updates.copy_(updates)
-        engine.without_statistics = missing
-        for name, value in host.items():
-            setattr(engine, name, value)
-        if engine.inverses_changed:
-            engine.forget_inverses()
+        if engine.progress.rewrites != before.rewrites:
+            before = replace(before, is_stale=True, has_new_layers=True)
+            for number in range(len(engine.layers)):
+                engine.curvature.forget_moments(number)
         engine.forget_statistics()
-        engine.restore_step(engine.steps)
+        engine.resume(before)
         raise
     engine.bank.commit()

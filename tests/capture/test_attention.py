@@ -154,7 +154,7 @@ def test_under_autocast(x: Tensor) -> None:
         output.float().sum().backward()
         assert counts(preconditioner) == ONCE
         preconditioner.precondition_()
-        assert not preconditioner.engine.without_statistics
+        assert not preconditioner.engine.progress.without_statistics
 
 
 def test_a_tensor_of_another_class_is_left_alone(x: Tensor) -> None:

@@ -5,6 +5,8 @@ Recorded and replayed on a CPU (see `recording`): what the host does between two
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.helpers import TokenModel, conv_net
@@ -200,7 +202,7 @@ def test_what_the_host_counts_stands_still_and_the_device_counts_on() -> None:
     graph.record()
     graph.replay(REPLAYS)
     done = WARM + 1 + REPLAYS
-    assert graph.optimizer.engine.steps == WARM + 1
+    assert graph.optimizer.engine.progress.steps == WARM + 1
     assert all(graph.optimizer.state[p]["step"] == done for p in graph.model.parameters())
     diagnostics = graph.optimizer.diagnostics()
     assert [x["updates"] for x in diagnostics["layers"].values()] == [done] * 3
@@ -222,7 +224,7 @@ def test_the_rows_of_stats_fraction_are_those_of_the_recorded_step() -> None:
     graph.record()
     graph.replay(REPLAYS)
     for _ in range(1 + REPLAYS):
-        eager.optimizer.engine.restore_step(WARM)
+        eager.optimizer.engine.resume(replace(eager.optimizer.engine.progress, steps=WARM))
         eager.steps(1)
     assert equal(eager, graph)
 

@@ -44,10 +44,10 @@ def test_what_cannot_be_recorded_is_refused(name: str) -> None:
     run = Run(Case(), **options)
     run.steps(warm)
     prepare(run)
-    steps, before = run.optimizer.engine.steps, nn.utils.parameters_to_vector(run.model.parameters()).detach()
+    steps, before = run.optimizer.engine.progress.steps, nn.utils.parameters_to_vector(run.model.parameters()).detach()
     with pytest.raises((RuntimeError, ValueError), match=message):
         run.record()
-    assert run.optimizer.engine.steps == steps
+    assert run.optimizer.engine.progress.steps == steps
     assert torch.equal(before, nn.utils.parameters_to_vector(run.model.parameters()))
 
 
@@ -81,7 +81,7 @@ def test_change_is_checked_as_the_constructor_does(change: dict[str, Any]) -> No
         Run(Case(), **change)
     run.optimizer.change(damping=0.2)
     run.steps(WARM)
-    assert run.optimizer.engine.damping == 0.2
+    assert run.optimizer.engine.progress.damping == 0.2
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_accumulation_and_clipping(accelerator_of: Callable[..., Any]) -> None:
     losses = run(accelerator, parts, clip=0.1)
     require_same(losses, parts[0], plain(2 * STEPS, accumulate=2, clip=0.1))
     assert losses != plain(2 * STEPS, accumulate=2)[0]
-    assert parts[1].optimizer.engine.steps == STEPS
+    assert parts[1].optimizer.engine.progress.steps == STEPS
 
 
 def test_a_remainder_is_scaled_as_a_whole_step(accelerator_of: Callable[..., Any]) -> None:
@@ -125,7 +125,7 @@ def test_a_remainder_is_scaled_as_a_whole_step(accelerator_of: Callable[..., Any
     parts = prepared(accelerator, 3, ema_decay=0.0)
     run(accelerator, parts)
     optimizer = parts[1].optimizer
-    assert optimizer.engine.steps == 2
+    assert optimizer.engine.progress.steps == 2
 
     model = net()
     twin = KFAC(model, **OPTIONS, ema_decay=0.0)

@@ -72,7 +72,7 @@ def test_a_model_of_ones_own_with_accumulation_and_clipping(trainer_of: Callable
     trainer.train()
     require_same(trainer.losses, trainer.model, plain(classifier(), pairs(data), OPTIONS, clip=0.1))
     assert trainer.losses != plain(classifier(), pairs(data), OPTIONS)[0]
-    assert trainer.optimizer.optimizer.engine.steps == STEPS
+    assert trainer.optimizer.optimizer.engine.progress.steps == STEPS
     assert sum(trainer.losses[-5:]) < 0.5 * sum(trainer.losses[:5])
 
 
@@ -155,7 +155,7 @@ def test_a_scaler_and_a_step_that_it_skips(trainer_of: Callable[..., Any], monke
     trainer.train()
     assert scaler.get_scale() == 512
     optimizer = trainer.optimizer.optimizer
-    assert optimizer.engine.steps == STEPS - 1
+    assert optimizer.engine.progress.steps == STEPS - 1
     assert [layer["dropped_statistics"] for layer in optimizer.diagnostics()["layers"].values()] == [1, 1, 1]
     assert sum(trainer.losses[-5:]) < 0.5 * sum(trainer.losses[:5])
 

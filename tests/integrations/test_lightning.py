@@ -36,7 +36,7 @@ def test_accumulation_and_clipping(module_of: Callable[..., Any], tmp_path: Path
     trainer(tmp_path, **options).fit(module, batches(2 * STEPS))
     require_same(module.losses, module.net, plain(2 * STEPS, accumulate=2, clip=0.1))
     assert module.losses != plain(2 * STEPS, accumulate=2)[0]
-    assert module.optimizers().optimizer.engine.steps == STEPS
+    assert module.optimizers().optimizer.engine.progress.steps == STEPS
 
 
 @pytest.mark.parametrize("kind", ["automatic", "manual"])
@@ -131,7 +131,7 @@ def test_a_remainder_is_scaled_as_a_whole_step(module_of: Callable[..., Any], tm
     module = module_of(ema_decay=0.0)
     trainer(tmp_path, enable_checkpointing=False, accumulate_grad_batches=2).fit(module, batches(3))
     optimizer = module.optimizers().optimizer
-    assert optimizer.engine.steps == 2
+    assert optimizer.engine.progress.steps == 2
 
     model = net()
     twin = KFAC(model, **OPTIONS, ema_decay=0.0)

@@ -303,7 +303,7 @@ def test_a_whole_encoder_trains_without_a_warning() -> None:
             loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
-        assert not optimizer.engine.without_statistics
+        assert not optimizer.engine.progress.without_statistics
         assert len(optimizer.diagnostics()["layers"]) == len(optimizer.engine.layers)
         model.eval()
         with torch.no_grad():
@@ -324,7 +324,7 @@ def test_state_dict_carries_all_factors_of_a_packed_weight() -> None:
     for name, factors in first.factors().items():
         assert all(torch.equal(a, b) for a, b in zip(second.factors()[name], factors, strict=True))
     assert relative_error(first.factors()["layers.0.self_attn.q"][1], first.factors()["layers.0.self_attn.v"][1]) > 0.1
-    assert not second.engine.without_statistics
+    assert not second.engine.progress.without_statistics
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -256,7 +256,7 @@ def test_between_any_two_steps(intervals: tuple[int, int], inverse: str) -> None
     optimizer, saved = KFAC(model, damping=damping, **settings), []
     for step in range(8):
         train(model, optimizer, range(step, step + 1))
-        saved.append(copy.deepcopy((model.state_dict(), optimizer.state_dict(), optimizer.engine.refreshes)))
+        saved.append(copy.deepcopy((model.state_dict(), optimizer.state_dict(), optimizer.engine.progress.refreshes)))
     for step, (its, state, refreshes) in enumerate(saved[:-1], 1):
         resumed = net()
         resumed.load_state_dict(its)
@@ -264,7 +264,7 @@ def test_between_any_two_steps(intervals: tuple[int, int], inverse: str) -> None
         other.load_state_dict(state)
         train(resumed, other, range(step, 8))
         assert torch.equal(vector(resumed), vector(model)), f"saved after {step} steps"
-        assert other.engine.refreshes == optimizer.engine.refreshes - refreshes, f"saved after {step} steps"
+        assert other.engine.progress.refreshes == optimizer.engine.progress.refreshes - refreshes, f"saved after {step} steps"
 
 
 def test_another_damping_than_that_of_the_saved_inverses_makes_new_ones() -> None:
@@ -276,7 +276,7 @@ def test_another_damping_than_that_of_the_saved_inverses_makes_new_ones() -> Non
         other = KFAC(other_model, damping=damping, statistics_every=9, inverse_every=2)
         other.load_state_dict(optimizer.state_dict())
         train(other_model, other, range(3, 5))
-        assert other.engine.refreshes == refreshes
+        assert other.engine.progress.refreshes == refreshes
 
 
 @pytest.mark.parametrize("damage", ["lacks a layer", "lacks inverses of a layer", "has inverses of another size"])
@@ -306,11 +306,11 @@ def test_inverses_of_some_layers_alone_are_not_taken(damage: str) -> None:
     results = []
     for layers in (saved["layers"], plain):
         model, preconditioner = trained(7)
-        before = preconditioner.engine.refreshes
+        before = preconditioner.engine.progress.refreshes
         preconditioner.load_state_dict({**saved, "layers": layers})
         backward(model, 2)
         preconditioner.precondition_()
-        assert preconditioner.engine.refreshes == before + 1
+        assert preconditioner.engine.progress.refreshes == before + 1
         results.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert torch.equal(*results)
 

@@ -104,7 +104,7 @@ def test_a_checkpoint_without_factors_is_small_and_goes_on_with_the_step() -> No
     other, resumed = _stepped(0)
     other.load_state_dict(model.state_dict())
     resumed.load_state_dict(copy.deepcopy(small))
-    assert resumed.engine.steps == 3
+    assert resumed.engine.progress.steps == 3
     assert not resumed.engine.gate.open  # statistics come in step 4
     assert (resumed.engine.bank.updates == 0).all()
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
@@ -120,10 +120,10 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_changes_nothing() -> None
     for values in saved["state"].values():
         if "kfac_format" in values:
             values["kfac_format"] += 1
-    before, step = optimizer.factors(), optimizer.engine.steps
+    before, step = optimizer.factors(), optimizer.engine.progress.steps
     with pytest.raises(ValueError, match=r"is of format 2, and this version .* reads formats up to 1; install a newer"):
         optimizer.load_state_dict(saved)
-    assert optimizer.engine.steps == step
+    assert optimizer.engine.progress.steps == step
     for name, pair in optimizer.factors().items():
         assert all(torch.equal(a, b) for a, b in zip(pair, before[name], strict=True))
 
@@ -232,7 +232,7 @@ def test_an_empty_dict_stands_for_what_a_checkpoint_lacks(auto: bool) -> None:
     model = mlp()
     optimizer = KFAC(model, **settings)
     optimizer.load_state_dict(saved)
-    assert optimizer.engine.steps == 0
+    assert optimizer.engine.progress.steps == 0
     assert all((optimizer.state[p]["momentum_buffer"] == 0).all() for p in model.parameters())
     assert all((side == 0).all() for pair in optimizer.factors().values() for side in pair)
 
@@ -242,9 +242,9 @@ def test_a_preconditioners_step_goes_on_whatever_layers_are_saved() -> None:
     saved = preconditioner.state_dict()
     with pytest.raises(ValueError, match="is of format 2"):
         preconditioner.load_state_dict({**saved, "kfac_format": 2, "kfac_steps": 9})
-    assert preconditioner.engine.steps == 0
+    assert preconditioner.engine.progress.steps == 0
     preconditioner.load_state_dict({**saved, "kfac_steps": 9, "layers": {}})
-    assert preconditioner.engine.steps == 9
+    assert preconditioner.engine.progress.steps == 9
 
 
 def test_a_layer_of_another_size_begins_anew_and_the_others_go_on() -> None:
@@ -258,9 +258,9 @@ def test_a_layer_of_another_size_begins_anew_and_the_others_go_on() -> None:
             before = optimizer.factors()
             model[0].bias.requires_grad_(True)
             optimizer.add_param_group({"params": [model[0].bias]})
-            assert optimizer.engine.steps == 1
+            assert optimizer.engine.progress.steps == 1
             assert torch.equal(optimizer.factors()["2"][0], before["2"][0])
-            assert optimizer.engine.without_statistics == {0}
+            assert optimizer.engine.progress.without_statistics == {0}
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
@@ -276,7 +276,7 @@ def test_steps_go_on_where_no_layer_does() -> None:
     _steps(model, optimizer, range(3))
     model.bias.requires_grad_(True)
     optimizer.add_param_group({"params": [model.bias]})
-    assert optimizer.engine.steps == 3
+    assert optimizer.engine.progress.steps == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -289,7 +289,7 @@ def test_certificates_come_back_bit_for_bit(dtype: torch.dtype) -> None:
         assert torch.equal(one.damping, its.damping)
         assert torch.equal(one.residual, its.residual)
         assert (one.damping > 0).any()
-    assert optimizer.engine.damping == other.engine.damping
+    assert optimizer.engine.progress.damping == other.engine.progress.damping
 
 
 def test_of_a_layer_that_is_left_out_now_nothing_stays() -> None:

@@ -35,7 +35,7 @@ def _everything(model: nn.Module, optimizer: KFAC) -> list[Tensor]:
     engine = optimizer.engine
     factors = [side for pair in optimizer.factors().values() for side in pair]
     state = [x for p in model.parameters() for x in optimizer.state[p].values() if x is not None]
-    numbers = torch.tensor([engine.steps, engine.refreshes, len(engine.without_statistics)])
+    numbers = torch.tensor([engine.progress.steps, engine.progress.refreshes, len(engine.progress.without_statistics)])
     return [x.detach().clone() for x in (*model.parameters(), *factors, *state, engine.bank.updates, numbers)]
 
 
@@ -64,7 +64,7 @@ def test_out_of_memory_anywhere_in_a_step(name: str, first: int, stride: int) ->
             refused += stride
         assert all(torch.equal(x, y) for x, y in zip(before, _everything(model, optimizer), strict=True)), f"request {refused}"
         train(model, optimizer, range(first, first + 1))
-        assert optimizer.engine.steps == first + 1
+        assert optimizer.engine.progress.steps == first + 1
         assert vector(model).isfinite().all()
     assert refused > 50
 
@@ -126,7 +126,7 @@ def test_a_closure_that_fails_in_lr_auto() -> None:
         optimizer.step(closure)
     assert all(torch.equal(x, y) for x, y in zip(before, _everything(model, optimizer), strict=True))
     train(model, optimizer, range(2, 4))
-    assert optimizer.engine.steps == 4
+    assert optimizer.engine.progress.steps == 4
 
 
 def test_a_preconditioner_that_fails_leaves_its_factors() -> None:
@@ -141,7 +141,7 @@ def test_a_preconditioner_that_fails_leaves_its_factors() -> None:
     after = preconditioner.factors()
     assert all(torch.equal(x, y) for k in before for x, y in zip(before[k], after[k], strict=True))
     assert torch.equal(preconditioner.engine.bank.updates, updates)
-    assert preconditioner.engine.steps == 1
+    assert preconditioner.engine.progress.steps == 1
 
 
 @pytest.mark.parametrize("at_step", range(4))
@@ -153,7 +153,7 @@ def test_a_step_that_fails_and_is_done_again_is_the_step(at_step: int) -> None:
         model, failed = _model(), False
         optimizer = KFAC(model, damping=lambda step: 0.1 if step < 1 else 0.05, **settings)
         train(model, optimizer, range(at_step))
-        refreshes = optimizer.engine.refreshes
+        refreshes = optimizer.engine.progress.refreshes
         if refused is not None:
             backward(model, at_step)
             try:
@@ -164,7 +164,7 @@ def test_a_step_that_fails_and_is_done_again_is_the_step(at_step: int) -> None:
             else:
                 return vector(model), 0, False
         train(model, optimizer, range(at_step, 6))
-        return vector(model), optimizer.engine.refreshes - refreshes, failed
+        return vector(model), optimizer.engine.progress.refreshes - refreshes, failed
 
     expected, refreshes, _ = run(None)
     for refused in range(1, 2000, 11):
@@ -191,7 +191,7 @@ def test_a_failed_step_with_another_damping_leaves_no_inverses_of_it() -> None:
             train(model, optimizer, range(at_step, 4))
             results.append(vector(model))
         assert torch.equal(*results)
-        assert optimizer.engine.refreshes == refreshes
+        assert optimizer.engine.progress.refreshes == refreshes
 
 
 def _fail_at_the_end(model: nn.Module, optimizer: KFAC, step: int) -> None:
@@ -235,7 +235,7 @@ def test_an_attached_closure_that_is_interrupted_leaves_no_statistics(error: typ
     with pytest.raises(error):
         optimizer.step(closure)
     assert all(s.counts.tolist() == [0, 0] for s in preconditioner.engine.statistics)
-    assert preconditioner.engine.steps == 0
+    assert preconditioner.engine.progress.steps == 0
 
 
 def test_kernels_path_backs_up_what_waited_beside_what_was_summed() -> None:
