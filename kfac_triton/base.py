@@ -2,47 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import Self  # torch depends on it
 
 from .diagnostics import diagnostics
 from .engine import Engine
+from .steps.auto import AutoStep
 
-T = TypeVar("T")
 
+@dataclass
+class Run:
+    """What is replaced as training goes on, in one place that an optimizer shares with its wrappers.
 
-class WrittenThrough(Generic[T]):
-    """An attribute that an optimizer replaces as it goes, and shares with its wrappers.
+    Wrappers of Lightning and Fabric inherit from the optimizer's class, so its methods run on them. What is read they take from
+    the optimizer, but what is assigned stays with them: so methods assign attributes of this alone, after construction.
 
-    Those of Lightning and Fabric inherit from the optimizer's class, so its methods run on them. What is read they take from
-    the optimizer, but what is written stays with them: so it goes into a dict that is only read.
+    Attributes:
+        engine: statistics, factors and preconditioned gradients of the layers.
+        known: the parameters that the optimizer's state belongs to.
+        dropped: how many gradients of parameters that K-FAC does not cover were not finite, on the device.
+        auto: with lr="auto" what chooses the steps.
     """
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, instance: Any, owner: type | None = None) -> T:
-        if instance is None:
-            return self  # type: ignore[return-value]
-        shared: dict[str, T] = instance._shared
-        if self.name not in shared:
-            raise AttributeError(self.name)
-        return shared[self.name]
-
-    def __set__(self, instance: Any, value: T) -> None:
-        if not hasattr(instance, "_shared"):  # which a wrapper of an optimizer has
-            instance._shared = {}
-        instance._shared[self.name] = value
+    engine: Engine
+    known: Sequence[Tensor] = ()
+    dropped: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long))
+    auto: AutoStep | None = None
 
 
 class KFACBase:
-    """Mixin over an `engine` attribute."""
+    """Mixin over a run."""
 
-    engine: Engine
+    _run: Run
+
+    @property
+    def engine(self) -> Engine:
+        """What takes statistics and preconditions gradients; another one as soon as other layers are covered."""
+        return self._run.engine
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Module name -> copies of the bias-corrected factors (A, G).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from . import cuda_graphs
-from .base import KFACBase, WrittenThrough
+from .base import KFACBase, Run
 from .engine import EAGER, Engine
 from .fisher.likelihood import Likelihood
 from .layers import Choice
@@ -108,11 +108,6 @@ class KFAC(KFACBase, Optimizer):
         >>> optimizer.close()
     """
 
-    engine = WrittenThrough[Engine]()
-    _known = WrittenThrough[Sequence[Tensor]]()  # the parameters that state belongs to
-    _dropped = WrittenThrough[Tensor]()
-    _auto = WrittenThrough["AutoStep | None"]()
-
     def __init__(
         self,
         model: nn.Module,
@@ -172,16 +167,16 @@ class KFAC(KFACBase, Optimizer):
         if tail == "sgd":  # OneCycleLR and CyclicLR leave momentum alone where betas are among the defaults
             del self.defaults["betas"]
         self._model = model
-        self.engine = Engine(model, settings, self._parameters())
-        self._dropped = torch.zeros((), dtype=torch.long, device=self.engine.bank.home)
-        auto = {"damping_every": damping_every, "damping_range": damping_range, "states": []}
-        self._auto = self._auto_from(auto) if is_auto else None
+        engine = Engine(model, settings, self._parameters())
+        self._run = Run(engine, self._parameters(), torch.zeros((), dtype=torch.long, device=engine.bank.home))
+        if is_auto:
+            self._run.auto = self._auto_from({"damping_every": damping_every, "damping_range": damping_range, "states": []})
         checkpoint.declare_keys(self, self.engine, is_auto)
 
     @property
     def is_auto(self) -> bool:
         """Whether the quadratic model chooses the steps (lr="auto")."""
-        return self._auto is not None
+        return self._run.auto is not None
 
     def _parameters(self) -> list[nn.Parameter]:
         return param_groups.parameters_of(self)
@@ -197,26 +192,27 @@ class KFAC(KFACBase, Optimizer):
         group.setdefault("betas", self._betas)
         for parameter in group["params"]:
             self.state[parameter].update(param_groups.initial_state(parameter, group))
-        self._known = self._parameters()
-        if hasattr(self, "engine"):  # not while the base class builds its first groups
+        if hasattr(self, "_run"):  # not while the base class builds its first groups
+            self._run.known = self._parameters()
             self._cover_anew()
 
     def _keep_up(self) -> None:
         """Follows parameters that others have taken the place of, or that have moved to another device."""
-        if len(self._parameters()) != len(self._known):  # groups were assigned: Lightning's finetuning callback resumes so
-            self._known = param_groups.complete(self, self._betas)
+        if len(self._parameters()) != len(self._run.known):  # groups were assigned: Lightning's finetuning callback resumes so
+            self._run.known = param_groups.complete(self, self._betas)
             self._cover_anew()
-        self._known = param_groups.rekey_swapped(self, self._known)
+        self._run.known = param_groups.rekey_swapped(self, self._run.known)
         if self.engine.changed_device():
             param_groups.move_state(self)
             self._cover_anew()
 
     def _cover_anew(self) -> None:
         """Finds the layers again; those that were covered before keep what is known of them."""
-        self.engine = rebuild_engine(self._model, self.engine, self._parameters())
-        self._dropped = self._dropped.to(self.engine.bank.home)
-        if self._auto is not None:
-            self._auto = self._auto_from(self._auto.arguments())
+        run = self._run
+        run.engine = rebuild_engine(self._model, run.engine, self._parameters())
+        run.dropped = run.dropped.to(run.engine.bank.home)
+        if run.auto is not None:
+            run.auto = self._auto_from(run.auto.arguments())
         checkpoint.declare_keys(self, self.engine, self.is_auto)
 
     def _auto_from(self, arguments: dict[str, Any]) -> AutoStep:
@@ -254,9 +250,9 @@ class KFAC(KFACBase, Optimizer):
             TypeError, ValueError: if lr is "auto" and there is no closure, or one that does not return (outputs, targets).
         """
         self._keep_up()
-        if self._auto is not None:
+        if self._run.auto is not None:
             with transaction(self.engine):
-                loss = self._auto.step(closure, self._decays())
+                loss = self._run.auto.step(closure, self._decays())
         else:
             loss = self._plain_step(closure)
         if self.engine.has_unfrozen():
@@ -274,7 +270,7 @@ class KFAC(KFACBase, Optimizer):
         with transaction(self.engine):
             updates = self.engine.precondition(lambda p: learning_rates.get(p, 0.0))
             finite, mixed = self.engine.finite, self.engine.mixed
-            self._dropped += first_order.drop_bad_gradients(self._parameters(), updates, finite, mixed)
+            self._run.dropped += first_order.drop_bad_gradients(self._parameters(), updates, finite, mixed)
             # All that needs memory comes before the first parameter moves.
             work = [first_order.prepare(group, updates, self.state) for group in self.param_groups]
             held = first_order.hold(self.param_groups, work, finite)
@@ -287,8 +283,8 @@ class KFAC(KFACBase, Optimizer):
 
         "dropped_gradients" counts gradients with a NaN or Inf of parameters that K-FAC does not cover, so far.
         """
-        own = {"dropped_gradients": int(self._dropped)}
-        return super().diagnostics() | own | (self._auto.diagnostics() if self._auto is not None else {})
+        own = {"dropped_gradients": int(self._run.dropped)}
+        return super().diagnostics() | own | (self._run.auto.diagnostics() if self._run.auto is not None else {})
 
     def state_dict(self, *, include_factors: bool = True, include_inverses: bool = True) -> dict[str, Any]:
         """As any optimizer's, with the factors in the state of each covered weight (float32 whatever the weight's type).
@@ -302,7 +298,7 @@ class KFAC(KFACBase, Optimizer):
         """
         self._keep_up()
         checkpoint.declare_keys(self, self.engine, self.is_auto)
-        extra = self._auto.export() if self._auto is not None else []
+        extra = self._run.auto.export() if self._run.auto is not None else []
         return checkpoint.add_layer_state(super().state_dict(), self, extra, include_factors, include_inverses)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -316,8 +312,8 @@ class KFAC(KFACBase, Optimizer):
         layers = checkpoint.layer_states(self, by_parameter)
         param_groups.check_tail(self, plain)
         check_layers(self.engine, layers)
-        if self._auto is not None:
-            self._auto.restore([extra.get(i, {}) for i in range(len(self._parameters()))])
+        if self._run.auto is not None:
+            self._run.auto.restore([extra.get(i, {}) for i in range(len(self._parameters()))])
         super().load_state_dict(plain)
         step = checkpoint.saved_step(state_dict)
         if step is not None:
@@ -333,8 +329,8 @@ class KFAC(KFACBase, Optimizer):
             "layers": export_layers(self.engine),
             "closed": self.engine.closed,
             "betas": self._betas,
-            "dropped": self._dropped,
-            "auto": self._auto.arguments() if self._auto is not None else None,
+            "dropped": self._run.dropped,
+            "auto": self._run.auto.arguments() if self._run.auto is not None else None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -343,12 +339,14 @@ class KFAC(KFACBase, Optimizer):
         super().__setstate__(base)
         if "betas" in state:
             self._betas = state["betas"]
-        self._known = param_groups.complete(self, self._betas)
+        known = param_groups.complete(self, self._betas)
         if "model" in state:
-            self._model, self._dropped = state["model"], state["dropped"]
-            self.engine = Engine(self._model, state["settings"], self._parameters())
+            self._model = state["model"]
+            self._run = Run(Engine(self._model, state["settings"], known), known, state["dropped"])
             restore_layers(self.engine, state["layers"])
-            self._auto = self._auto_from(state["auto"]) if state["auto"] is not None else None
+            if state["auto"] is not None:
+                self._run.auto = self._auto_from(state["auto"])
             if state["closed"]:
                 self.close()
+        self._run.known = known
         checkpoint.declare_keys(self, self.engine, self.is_auto)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from . import validation
-from .base import KFACBase
+from .base import KFACBase, Run
 from .engine import EAGER, Engine
 from .settings import Settings
 from .state.layer_state import check_layers, export_layers, rebuild_engine, restore_layers
@@ -49,7 +49,7 @@ class KFACPreconditioner(KFACBase):
 
     def __init__(self, model: nn.Module, *, lr: float = 0.1, **settings: Any) -> None:
         self.lr = validation.real("lr", lr)
-        self.engine = Engine(model, Settings(**settings))
+        self._run = Run(Engine(model, Settings(**settings)))
         self._model = model
         # Weakly: the optimizer holds the preconditioner, by its hook, and both should go when the optimizer does.
         self._attached: list[tuple[weakref.ref[Optimizer], RemovableHandle]] = []
@@ -78,7 +78,7 @@ class KFACPreconditioner(KFACBase):
 
     def _cover_anew(self) -> None:
         """Finds the layers again, where they are now; those that were covered before keep what is known of them."""
-        self.engine = rebuild_engine(self._model, self.engine, None)
+        self._run.engine = rebuild_engine(self._model, self.engine, None)
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Preconditions at the start of every step of the optimizer, from now on.
@@ -135,7 +135,7 @@ class KFACPreconditioner(KFACBase):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.lr, self._model, self._attached = state["lr"], state["model"], []
-        self.engine = Engine(self._model, state["settings"])
+        self._run = Run(Engine(self._model, state["settings"]))
         restore_layers(self.engine, state["layers"])
         for optimizer in state["attached"]:
             self.attach(optimizer)

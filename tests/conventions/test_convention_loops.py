@@ -286,3 +286,32 @@ def test_lightning_drives_it(contender: Contender) -> None:
         plain = train(plain_model, contender(plain_model), 3)
         for copies in (False, True):
             assert relative_error(_driven(contender, how, copies), plain) <= (1e-6 if how == "scaler" else 0.0)
+
+
+@convention(30)
+@pytest.mark.parametrize("event", ["wakes", "added"])
+def test_layers_that_come_through_the_wrapper(contender: Contender, event: str) -> None:
+    """Methods of the optimizer run on the wrapper, which inherits from it: what they replace has to be the optimizer's."""
+    results = []
+    for wrap in (lambda inner: inner, functools.partial(Imitation, copies=False), functools.partial(Imitation, copies=True)):
+        model = net()
+        new = list(model[0].parameters())
+        for p in new:
+            p.requires_grad_(event == "added")
+        inner = contender(model, [p for p in model.parameters() if event == "wakes" or all(p is not q for q in new)])
+        optimizer = wrap(inner)
+        for step in range(4):
+            if step == 2 and event == "wakes":
+                for p in new:
+                    p.requires_grad_(True)
+            elif step == 2:
+                optimizer.add_param_group({"params": new})
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            optimizer.step(closure=lambda: None)
+        results.append([vector(model), *factors(inner)])
+        if contender.is_kfac:
+            assert optimizer.engine is inner.engine
+            assert "0" in inner.factors()
+    assert equal(results[0], results[1])
+    assert equal(results[0], results[2])

@@ -132,7 +132,7 @@ def test_lr_auto_keeps_its_intervals_and_bounds() -> None:
     train(model, optimizer, range(2))
     _twin, its = copy.deepcopy((model, optimizer))
     for face in (optimizer, its):
-        controller = face._auto.controller
+        controller = face._run.auto.controller
         assert (controller.damping_every, controller.damping_floor, controller.damping_ceiling) == (2, 1e-3, 1e3)
     state = copy.deepcopy(optimizer.state_dict())
     train(model, optimizer, range(2, 4))
@@ -177,7 +177,7 @@ def test_lr_auto_before_its_first_step_has_no_step_before(way: str) -> None:
     optimizer = KFAC(model, lr="auto", loss=nn.MSELoss(), damping=1.0)
     _, its = WAYS[way]((model, optimizer))
     its.load_state_dict(optimizer.state_dict())
-    assert its._auto.controller.previous == [None] * len(list(model.parameters()))
+    assert its._run.auto.controller.previous == [None] * len(list(model.parameters()))
 
 
 def test_a_closed_one_follows_no_model() -> None:

@@ -68,8 +68,8 @@ def test_parameters_that_are_not_covered_move_by_a_coefficient_of_their_own() ->
     optimizer.step(lambda: (model(x), y))
     assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     assert optimizer.engine.change.__self__ is optimizer.engine
-    assert optimizer._auto.report["lr_others"] > 0
-    assert optimizer._auto.report["lr_others"] != optimizer._auto.report["lr"]
+    assert optimizer._run.auto.report["lr_others"] > 0
+    assert optimizer._run.auto.report["lr_others"] != optimizer._run.auto.report["lr"]
 
 
 def test_weight_decay_is_a_penalty() -> None:
@@ -102,7 +102,7 @@ def test_a_rejected_step_restores_everything_bit_for_bit() -> None:
     optimizer.step(closure)
     assert optimizer.diagnostics()["rejected_steps"] == 1
     assert optimizer.diagnostics()["damping"] == 0.1  # that the step was tried with; the next one takes more
-    assert optimizer._auto.controller.damping == pytest.approx(0.4)
+    assert optimizer._run.auto.controller.damping == pytest.approx(0.4)
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     assert all(torch.equal(b, old) for b, old in zip(model.buffers(), buffers, strict=True))
     assert calls[0]
@@ -200,7 +200,7 @@ def test_a_checkpoint_of_a_fixed_learning_rate_starts_the_controller_anew() -> N
     fixed.step()
     optimizer = _auto(model)
     optimizer.load_state_dict(copy.deepcopy(fixed.state_dict()))
-    assert optimizer._auto.controller.damping == 0.1
+    assert optimizer._run.auto.controller.damping == 0.1
     optimizer.step(lambda: (model(x), y))
 
 
@@ -210,17 +210,17 @@ def test_a_group_that_is_added_later_trains_too() -> None:
     optimizer = _auto(model, params=list(model[4].parameters()))
     for _ in range(6):
         optimizer.step(lambda: (model(x), y))
-    damping = optimizer._auto.controller.damping
+    damping = optimizer._run.auto.controller.damping
     first = model[0].weight.detach().clone()
     optimizer.add_param_group({"params": [*model[0].parameters(), *model[2].parameters()], "weight_decay": 0.5})
-    assert optimizer._auto.controller.damping == damping < 0.1
+    assert optimizer._run.auto.controller.damping == damping < 0.1
     optimizer.step(lambda: (model(x), y))
     assert not torch.equal(model[0].weight, first)
-    assert optimizer._auto.weight_decay == [0.0] * 2 + [0.5] * 4
+    assert optimizer._run.auto.weight_decay == [0.0] * 2 + [0.5] * 4
     optimizer.param_groups[1]["weight_decay"] = 0.0
     optimizer.step(lambda: (model(x), y))
-    assert optimizer._auto.weight_decay == [0.0] * 6
-    assert optimizer._auto.controller.steps == 8
+    assert optimizer._run.auto.weight_decay == [0.0] * 6
+    assert optimizer._run.auto.controller.steps == 8
 
 
 class _Squares(Likelihood):

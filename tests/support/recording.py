@@ -221,7 +221,7 @@ class Run:
         tail = [x for p in self.model.parameters() for x in self.optimizer.state[p].values()]
         inverses = [y for x in engine.curvature.inverses for y in (x.values, x.residual, x.damping, x.fallbacks)]
         factors = [side for pair in self.optimizer.factors().values() for side in pair]
-        counters = [engine.bank.updates, engine.dropped_statistics, engine.dropped_gradients, self.optimizer._dropped]
+        counters = [engine.bank.updates, engine.dropped_statistics, engine.dropped_gradients, self.optimizer._run.dropped]
         everything = (*self.model.parameters(), *tail, *factors, *inverses, *counters, engine.kl_clip_scale)
         return [x.detach().clone() for x in everything if x is not None]
 
