@@ -158,7 +158,7 @@ class Engine:
         if settings.is_due("inverse_every", steps) or self.progress.has_new_layers:
             self._refresh_inverses()
         updates = self._preconditioned_gradients(learning_rate)
-        self.resume(replace(self.progress, steps=steps + 1))
+        self.resume(self.progress.at_step(steps + 1))
         return updates
 
     def resume(self, progress: Progress) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
@@ -22,7 +21,6 @@ from .state.layer_state import check_layers, export_layers, rebuild_engine, rest
 from .state.transaction import transaction
 from .steps import first_order, param_groups
 from .steps.auto import AutoStep, auto_settings
-from .steps.param_groups import OPTIONS
 from .validation import require_module
 
 
@@ -153,16 +151,26 @@ class KFAC(KFACBase, Optimizer):
         capturable: bool = False,
         backend: str = Settings.backend,
     ) -> None:
-        arguments = locals()
-        settings = Settings(**{field.name: arguments[field.name] for field in dataclasses.fields(Settings)})
+        settings = Settings(
+            damping=damping, kl_clip=kl_clip, ema_decay=ema_decay, statistics_every=statistics_every,
+            inverse_every=inverse_every, warmup=warmup, fisher=fisher, fisher_samples=fisher_samples, loss=loss,
+            curvature=curvature, exact_damping=exact_damping, weight_sharing=weight_sharing, inverse=inverse,
+            inverse_tolerance=inverse_tolerance, loss_reduction=loss_reduction, loss_terms=loss_terms, loss_scale=loss_scale,
+            stats_fraction=stats_fraction, max_stats_tokens=max_stats_tokens, max_factor_size=max_factor_size,
+            oversize=oversize, factor_dtype=factor_dtype, norms=norms, skip=skip, include=include, split=split,
+            capturable=capturable, backend=backend,
+        )  # fmt: skip
         is_auto = isinstance(lr, str)
         if is_auto:
             settings = auto_settings(lr, settings, maximize=maximize, capturable=capturable)
             lr = 1.0  # of the groups, where schedulers expect a number; it does not matter
         require_module(model)
         params = [p for p in model.parameters() if p.requires_grad] if params is None else params
-        defaults = {"lr": lr, **{name: arguments[name] for name in OPTIONS}}
         self._betas = betas
+        defaults = {
+            "lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "tail": tail, "betas": betas,
+            "eps": eps, "foreach": foreach, "maximize": maximize, "capturable": capturable,
+        }  # fmt: skip
         super().__init__(params, defaults)
         if tail == "sgd":  # OneCycleLR and CyclicLR leave momentum alone where betas are among the defaults
             del self.defaults["betas"]
@@ -299,7 +307,8 @@ class KFAC(KFACBase, Optimizer):
         self._keep_up()
         checkpoint.declare_keys(self, self.engine, self.is_auto)
         extra = self._run.auto.export() if self._run.auto is not None else []
-        return checkpoint.add_layer_state(super().state_dict(), self, extra, include_factors, include_inverses)
+        layers = export_layers(self.engine, include_inverses) if include_factors else None
+        return checkpoint.add_layer_state(super().state_dict(), self, layers, extra)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave; inverses are made from the factors at the next step.
@@ -315,9 +324,8 @@ class KFAC(KFACBase, Optimizer):
         if self._run.auto is not None:
             self._run.auto.restore([extra.get(i, {}) for i in range(len(self._parameters()))])
         super().load_state_dict(plain)
-        step = checkpoint.saved_step(state_dict)
-        if step is not None:
-            self.engine.resume(dataclasses.replace(self.engine.progress, steps=step))
+        if (step := checkpoint.saved_step(state_dict)) is not None:
+            self.engine.resume(self.engine.progress.at_step(step))
         restore_layers(self.engine, layers)
 
     def __getstate__(self) -> dict[str, Any]:

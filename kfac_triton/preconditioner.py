@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -119,7 +118,7 @@ class KFACPreconditioner(KFACBase):
             raise ValueError(f"state_dict must be what a KFACPreconditioner's gave, but has no {', '.join(sorted(missing))}")
         require_readable(int(state_dict["kfac_format"]))
         check_layers(self.engine, state_dict["layers"])
-        self.engine.resume(replace(self.engine.progress, steps=int(state_dict["kfac_steps"])))
+        self.engine.resume(self.engine.progress.at_step(int(state_dict["kfac_steps"])))
         restore_layers(self.engine, state_dict["layers"])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -29,6 +29,10 @@ class Progress:
     is_stale: bool = True
     has_new_layers: bool = False
 
+    def at_step(self, steps: int) -> Progress:
+        """With another number of steps taken."""
+        return replace(self, steps=steps)
+
     def at_damping(self, damping: float) -> Progress:
         """With the damping of this step; inverses with another one are stale."""
         return replace(self, damping=damping, is_stale=self.is_stale or damping != self.damping)

@@ -273,3 +273,26 @@ def test_repr_names_the_options() -> None:
     text = repr(KFAC(mlp(), lr=0.25))
     assert "KFAC" in text
     assert "lr: 0.25" in text
+
+
+def test_every_argument_reaches_the_engine_or_the_groups() -> None:
+    """Each has a value of its own, so that one in the place of another would show."""
+    settings: dict[str, Any] = {
+        "damping": 0.11, "kl_clip": 0.12, "ema_decay": 0.13, "statistics_every": 2, "inverse_every": 3, "warmup": 4,
+        "fisher": "mc", "fisher_samples": 5, "loss": nn.CrossEntropyLoss(), "curvature": "ekfac", "exact_damping": True,
+        "weight_sharing": "reduce", "inverse": "eigh", "inverse_tolerance": 0.14, "loss_reduction": "sum",
+        "loss_terms": "tokens", "loss_scale": 16.0, "stats_fraction": 0.5, "max_stats_tokens": 6, "max_factor_size": 7,
+        "oversize": "block", "factor_dtype": "bfloat16", "norms": "full", "skip": "none", "include": "*e*",
+        "split": {"layer": 2}, "capturable": False, "backend": "torch",
+    }  # fmt: skip
+    options = {
+        "lr": 0.21, "momentum": 0.22, "nesterov": True, "weight_decay": 0.23, "tail": "adamw", "betas": (0.24, 0.25),
+        "eps": 0.26, "foreach": False, "maximize": True, "capturable": False,
+    }  # fmt: skip
+    optimizer = KFAC(Mixed(), **{**settings, **options})
+    assert vars(optimizer.engine.settings) == settings
+    (group,) = optimizer.param_groups
+    assert {name: value for name, value in group.items() if name != "params"} == options
+    optimizer = KFAC(nn.Linear(2, 2), capturable=True)
+    assert optimizer.engine.settings.capturable
+    assert optimizer.param_groups[0]["capturable"]

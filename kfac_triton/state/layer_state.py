@@ -101,7 +101,7 @@ def restore_layers(engine: Engine, states: dict[str, LayerState]) -> None:
     if not numbers:
         return
     any_of_them = next(iter(numbers.values()))
-    progress = replace(engine.progress.with_statistics(known), steps=int(any_of_them[STEPS]))
+    progress = engine.progress.with_statistics(known).at_step(int(any_of_them[STEPS]))
     if keeps_inverses:
         damping, is_stale = any_of_them[REFRESHED].tolist()
         progress = replace(progress, damping=damping, is_stale=bool(is_stale), has_new_layers=False)
@@ -129,7 +129,7 @@ def rebuild_engine(model: nn.Module, engine: Engine, parameters: Iterable[nn.Par
     sizes = {layer.name: [_shape(new, side) for side in _sides(new, number)] for number, layer in enumerate(new.layers)}
     fitting = {name: state for name, state in states.items() if sizes.get(name) == [tuple(state[key].shape) for key in FACTORS]}
     restore_layers(new, fitting)
-    new.resume(replace(new.progress, steps=engine.progress.steps))
+    new.resume(new.progress.at_step(engine.progress.steps))
     return new
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..engine import Engine
 from ..steps.controller import NUMBERS, PREVIOUS
 from ..steps.param_groups import parameters_of
-from .layer_state import FACTORS, KEYS, OF_THE_ENGINE, STEPS, LayerState, export_layers, keys_of
+from .layer_state import FACTORS, KEYS, OF_THE_ENGINE, STEPS, LayerState, keys_of
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -62,18 +62,15 @@ def _parted(values: LayerState, count: int) -> list[LayerState]:
 
 
 def add_layer_state(
-    state_dict: dict[str, Any],
-    optimizer: Any,
-    extra: Sequence[dict[str, Tensor]] = (),
-    include_factors: bool = True,
-    include_inverses: bool = True,
+    state_dict: dict[str, Any], optimizer: Any, layers: dict[str, LayerState] | None, extra: Sequence[dict[str, Tensor]] = ()
 ) -> dict[str, Any]:
-    """The optimizer's state dict with the engine's state (or its step alone), and what else belongs to each parameter."""
+    """The optimizer's state dict with the state of layers, or the engine's step alone, and more that parameters have."""
     engine = optimizer.engine
-    layers = export_layers(engine, include_inverses) if include_factors else {}
     state = {i: {k: v for k, v in values.items() if k not in _OURS} for i, values in state_dict["state"].items()}
     for index, names in _layers_by_weight(optimizer, engine).items():
-        values = _joined([layers[name] for name in names]) if include_factors else {STEPS: torch.tensor(engine.progress.steps)}
+        values = (
+            _joined([layers[name] for name in names]) if layers is not None else {STEPS: torch.tensor(engine.progress.steps)}
+        )
         state.setdefault(index, {}).update({**values, FORMAT_KEY: torch.tensor(FORMAT)})
     for index, values in enumerate(extra):
         state.setdefault(index, {}).update(values)

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from .. import validation
 
 TAILS = ("sgd", "adamw")
-OPTIONS = ("momentum", "nesterov", "weight_decay", "tail", "betas", "eps", "foreach", "maximize", "capturable")  # of a group
 
 
 def validate_group(group: dict[str, Any]) -> None:

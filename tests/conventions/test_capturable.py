@@ -5,8 +5,6 @@ Recorded and replayed on a CPU (see `recording`): what the host does between two
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from support.helpers import TokenModel, conv_net
@@ -224,7 +222,7 @@ def test_the_rows_of_stats_fraction_are_those_of_the_recorded_step() -> None:
     graph.record()
     graph.replay(REPLAYS)
     for _ in range(1 + REPLAYS):
-        eager.optimizer.engine.resume(replace(eager.optimizer.engine.progress, steps=WARM))
+        eager.optimizer.engine.resume(eager.optimizer.engine.progress.at_step(WARM))
         eager.steps(1)
     assert equal(eager, graph)
 
