@@ -99,7 +99,7 @@ def test_kernels_path_backs_up_what_waited() -> None:
         gradients()
         optimizer.step()
         gradients()
-        assert all(s.passes for s in optimizer.engine.statistics)
+        assert all(s.deferred for s in optimizer.engine.statistics)
         before = _everything(model, optimizer)
         try:
             with OutOfMemory(at):
@@ -254,7 +254,7 @@ def test_kernels_path_backs_up_what_waited_beside_what_was_summed() -> None:
             optimizer.step()
             kept = optimizer.factors()
             continue
-        assert [bool(s.passes) for s in optimizer.engine.statistics] == [False, True]
+        assert [bool(s.deferred) for s in optimizer.engine.statistics] == [False, True]
         before = _everything(model, optimizer)
         try:
             with OutOfMemory(at):
