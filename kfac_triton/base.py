@@ -1,4 +1,4 @@
-"""What both faces of the engine offer: looking inside, changing settings, closing."""
+"""What KFAC and KFACPreconditioner have in common: reading factors, changing settings, closing."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from .steps.auto import AutoStep
 
 @dataclass
 class Run:
-    """What is replaced as training goes on, in one place that an optimizer shares with its wrappers.
+    """The parts of an optimizer that are replaced during training, in one object that it shares with its wrappers.
 
-    Wrappers of Lightning and Fabric inherit from the optimizer's class, so its methods run on them. What is read they take from
-    the optimizer, but what is assigned stays with them: so methods assign attributes of this alone, after construction.
+    The wrappers of Lightning and Fabric inherit from the optimizer's class, so its methods run on the wrapper. They read
+    attributes of the optimizer, but an attribute that they assign would belong to the wrapper alone. So after construction
+    methods assign only attributes of this object.
 
     Attributes:
-        engine: statistics, factors and preconditioned gradients of the layers.
+        engine: takes statistics and preconditions gradients.
         known: the parameters that the optimizer's state belongs to.
-        dropped: how many gradients of parameters that K-FAC does not cover were not finite, on the device.
-        auto: with lr="auto" what chooses the steps.
+        dropped: number of gradients that were not finite, of parameters that K-FAC does not cover; on the device.
+        auto: with lr="auto", chooses the steps.
     """
 
     engine: Engine
@@ -38,37 +39,38 @@ class Run:
 
 
 class KFACBase:
-    """Mixin over a run."""
+    """Methods that need nothing but the engine."""
 
     _run: Run
 
     @property
     def engine(self) -> Engine:
-        """What takes statistics and preconditions gradients; another one as soon as other layers are covered."""
+        """Takes statistics and preconditions gradients. It is replaced by a new one when the covered layers change."""
         return self._run.engine
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Module name -> copies of the bias-corrected factors (A, G).
 
-        A is E[a a^T], the bias as last column of ones; G is E[g g^T] with g the gradient of one loss term (see `fisher`).
-        A layer with channel groups has (groups, n, n) stacks; of a factor that is kept as its diagonal that is returned,
-        (n,), and one that is kept in blocks is zero between them.
+        A is E[a a^T], where a ends with a 1 for the bias; G is E[g g^T], where g is the gradient of one loss term (see
+        `fisher`). A layer with channel groups has stacks of shape (groups, n, n). A factor that is stored as a diagonal is
+        returned as the vector (n,), and one that is stored in blocks is zero outside of them.
         """
         return self.engine.factors()
 
     def accumulate_fisher(self, outputs: Tensor, targets: Tensor | None = None) -> None:
-        """Takes the statistics of fisher="mc" or "ggn", in extra backward passes: call it between forward and backward.
+        """Takes the statistics for fisher="mc" or "ggn" by extra backward passes: call it between forward and backward.
 
-        No gradient of a parameter is touched. With fisher="empirical", or in a step that takes no statistics, it does nothing
-        but check. The outputs' graph is kept; under reentrant checkpointing it cannot run (use use_reentrant=False).
+        It does not change the gradients of parameters, and keeps the graph of the outputs. With fisher="empirical", or in a
+        step that takes no statistics, it only checks its arguments. It cannot run under reentrant checkpointing: pass
+        use_reentrant=False there.
 
         Args:
-            outputs: what the loss takes first: logits, or means.
-            targets: what it takes second; needed where targets decide which terms count (ignore_index, class weights).
+            outputs: the first argument of the loss: logits, or means.
+            targets: the second one; needed if targets decide which terms count (ignore_index, class weights).
 
         Raises:
             RuntimeError: if no loss was passed to the constructor, or outputs have no graph.
-            TypeError: if outputs are no tensor.
+            TypeError: if outputs is not a tensor.
             ValueError: if outputs or targets do not fit the loss.
         """
         self.engine.accumulate_fisher(outputs, targets)
@@ -91,9 +93,9 @@ class KFACBase:
         return self.engine.paused()
 
     def forget_statistics(self) -> None:
-        """Drops what backward passes left since the last step, for loops that throw gradients away.
+        """Drops all statistics since the last step, for loops that throw gradients away.
 
-        `KFAC.zero_grad` does so by itself; `model.zero_grad()` and another optimizer's `zero_grad` cannot.
+        `KFAC.zero_grad` calls this; `model.zero_grad()` and the `zero_grad` of another optimizer do not.
         """
         self.engine.forget_statistics()
 

@@ -1,4 +1,4 @@
-"""The engine behind both faces: statistics in, preconditioned gradients out."""
+"""The engine of KFAC and KFACPreconditioner: it takes statistics and preconditions gradients."""
 
 from __future__ import annotations
 
@@ -31,20 +31,21 @@ from .validation import require_module
 from .warning import warn_of_missing_statistics
 
 LearningRate = Callable[[nn.Parameter], float | Tensor]
-# Why nothing of a step is traced: counters and intervals on the host would be compiled in, and launches cost less than guards.
-EAGER = "K-FAC's step decides on the host what is due, and batches its own launches; compile the model"
+# Why torch.compile must not trace a step: it would turn counters and intervals into constants, and its guards cost more than
+# the launches.
+EAGER = "a K-FAC step decides on the host what is due, and batches its own kernel launches: compile the model instead"
 
 
 class Engine:
-    """K-FAC of one model: hooks, factors, inverses and the preconditioned gradient.
+    """K-FAC for one model: hooks, factors, inverses and the preconditioned gradient.
 
     Args:
         model: the module tree to cover.
         settings: hyperparameters.
-        parameters: cover only layers whose weight is among these; None covers all.
+        parameters: K-FAC covers only layers whose weight is one of these; None covers all.
 
     Raises:
-        TypeError: if model is not a module, or the loss none that is known.
+        TypeError: if model is not a module, or the loss is not supported.
         ValueError: if K-FAC covers no layer of the model, or the loss's options do not fit.
     """
 
@@ -54,19 +55,20 @@ class Engine:
         likelihood = None if settings.loss is None else likelihood_of(settings.loss)
         parameters = None if parameters is None else list(parameters)
         self.layers, self.skipped = select_layers(model, settings, parameters)
-        self._asleep = frozen_weights(model, parameters)
+        self._frozen = frozen_weights(model, parameters)
         require_backend(settings.backend, self.layers)
         self.partition = Partition(self.layers, settings.max_factor_size, settings.oversize)
         self._devices = [layer.weight.device for layer in self.layers]
         home = self._devices[0]
-        # The host may look at what a CPU computed; for a GPU it would have to wait.
+        # On a CPU the host can read results at once; for those of a GPU it would have to wait.
         self.host_looks = home.type == "cpu" and settings.backend != "triton"
         self.curvature = Curvature(self.partition, settings, self.host_looks)
         self.bank = self.curvature.bank
         self.gate = Gate(home, empirical=settings.fisher == "empirical")
         self.gate.scaler = settings.scaler
         kernels_serve = settings.backend != "torch" and all(s.sums.dtype == torch.float32 for s in self.bank.stacks)
-        # What waits goes straight into the factors: not where these are kept in another type, or moments need the rows.
+        # A kernel adds deferred rows straight to the factors. This needs factors in the kernel's type, and EKFAC's moments need
+        # the rows before that.
         goes_straight = settings.factor_dtype == "float32" and not self.curvature.is_ekfac
         can_defer = kernels_serve and not self.host_looks and goes_straight
         self.collector = FactorUpdate(self.partition, self.bank, self.gate, settings.backend, can_defer, self.curvature.moments)
@@ -77,21 +79,22 @@ class Engine:
         self.kl_clip_scale = torch.ones((), device=self.bank.home)
         self.dropped_statistics = torch.zeros(len(self.layers), dtype=torch.long, device=self.bank.home)
         self.dropped_gradients = torch.zeros(len(self.partition.tiles), dtype=torch.long, device=self.bank.home)
-        # Of the last step: whether parameters' gradients were finite, flags on the device, where the host does not look;
-        # and which parameters go along their gradient in some rows, whose layer has no statistics yet.
+        # About the last step: a flag on the device for each parameter whether its gradient was finite (None where the host
+        # looks), and the parameters of which some rows take the plain gradient, as their layer has no statistics yet.
         self.finite: dict[nn.Parameter, Tensor] | None = None
         self.mixed: set[nn.Parameter] = set()
         self._warned: set[int] = set()
         self._open_gate()
 
         handles = attach(self.layers, self.statistics) + attach_functional(self.layers, self.statistics)
-        # Also when an engine is dropped without close(): its hooks must not outlive it. The gate shuts compiled graphs.
+        # The hooks must not outlive an engine that is dropped without close(). A compiled graph keeps them, but finds the gate
+        # closed.
         self._finalizer = weakref.finalize(self, _detach, handles, self.gate)
         self.closed = False  # whether the hooks are gone
 
     @property
     def statistics(self) -> list[Statistics]:
-        """Statistics of the layers since the last step."""
+        """The statistics of each layer since the last step."""
         return self.collector.statistics
 
     def close(self) -> None:
@@ -101,7 +104,7 @@ class Engine:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """No statistics from forward passes inside (gradient penalties, saliency maps)."""
+        """Context in which forward passes leave no statistics (gradient penalties, saliency maps)."""
         was_open, self.gate.open = self.gate.open, False
         try:
             yield
@@ -109,24 +112,24 @@ class Engine:
             self.gate.open = was_open and not self.closed
 
     def change(self, **settings: Any) -> None:
-        """Changes settings between steps; checked as in the constructor."""
+        """Changes settings between steps; they are checked as in the constructor."""
         self.settings = self.settings.changed(**settings)
         self.gate.scaler = self.settings.scaler
         self._open_gate()
 
     @torch.compiler.disable(reason=EAGER)
     def accumulate_fisher(self, outputs: Tensor, targets: Tensor | None) -> None:
-        """Statistics of the model's own distribution; see `KFACBase.accumulate_fisher`."""
+        """Takes the statistics for fisher="mc" or "ggn"; see `KFACBase.accumulate_fisher`."""
         self.require_open()
         loss = self.settings.loss
         if loss is None:
             raise RuntimeError(
-                "accumulate_fisher needs to know the loss: pass loss=nn.CrossEntropyLoss(), say, when making this"
+                "accumulate_fisher needs to know the loss: pass it to the constructor, for example loss=nn.CrossEntropyLoss()"
             )
         if not isinstance(outputs, Tensor):
             raise TypeError(
-                f"outputs must be a tensor, what the loss takes, but is {type(outputs).__name__}; of a Hugging Face model pass "
-                "its .logits"
+                f"outputs must be the tensor that the loss takes, but is {type(outputs).__name__}; for a Hugging Face model "
+                "pass its .logits"
             )
         likelihood_of(loss).check(outputs, targets)
         if self._fisher_pass is not None and self.gate.open:
@@ -134,27 +137,27 @@ class Engine:
 
     @torch.no_grad()
     def precondition(self, learning_rate: LearningRate) -> dict[nn.Parameter, Tensor | None]:
-        """One step of the engine: factors, inverses when due, and the clipped preconditioned gradients.
+        """Updates the factors, recomputes inverses that are due, and gives the preconditioned gradients, clipped.
 
         Args:
-            learning_rate: of a parameter, for the KL clip; a layer counts with that of its weight.
+            learning_rate: maps a parameter to its learning rate, for the KL clip; a layer takes that of its weight.
 
         Returns:
-            Parameters with the tensors that stand for their gradients, valid until the next call. Parameters that K-FAC does
-            not cover, or has no statistics for, are not in it. Where the host looks, a gradient that is not finite gives None;
-            elsewhere `finite` has a flag for each parameter, and what is not finite gives zeros.
+            A dict of parameters and their preconditioned gradients, which are valid until the next call. It has no entry for
+            parameters that K-FAC does not cover or has no statistics for. Where the host looks, the entry is None if the
+            gradient is not finite; elsewhere it is zero then, and `finite` has a flag for each parameter.
 
         Raises:
             RuntimeError: if the engine is closed.
         """
         self.require_open()
         self._require_recordable()
-        refuse_sharded(self.layers)  # they may have been since construction
+        refuse_sharded(self.layers)  # which may have happened after construction
         settings, steps = self.settings, self.progress.steps
         if settings.is_due("statistics_every", steps):
             self._update_factors()
         self.progress = self.progress.at_damping(settings.damping_at(steps))
-        # A layer's first statistics do not wait: until it has an inverse, its damping alone would scale the gradient up.
+        # A layer with its first statistics gets an inverse at once. Until then damping alone would scale its gradient up.
         if settings.is_due("inverse_every", steps) or self.progress.has_new_layers:
             self._refresh_inverses()
         updates = self._preconditioned_gradients(learning_rate)
@@ -162,32 +165,33 @@ class Engine:
         return updates
 
     def resume(self, progress: Progress) -> None:
-        """Goes on from there: schedules and intervals, and whether the next passes leave statistics, depend on it."""
+        """Continues from this progress: it determines schedules, intervals, and whether the next passes leave statistics."""
         self.progress = progress
         self._open_gate()
 
     def forget_statistics(self) -> None:
-        """Drops what backward passes left since the last step."""
+        """Drops all statistics since the last step."""
         self.collector.forget()
 
     def forget_with_gradients(self) -> None:
-        """Drops the statistics that belong to gradients which are thrown away.
+        """Drops the statistics that belong to gradients that are thrown away.
 
-        A Fisher pass may come before `zero_grad`, and the loss's backward pass after it: then they belong to the next ones.
+        If a Fisher pass runs before `zero_grad` and the backward pass of the loss after it, its statistics belong to the
+        gradients to come and are kept.
         """
         if self.gate.empirical or self.gate.saw_loss:
             self.forget_statistics()
 
     def changed_device(self) -> bool:
-        """Whether weights are on another device than when layers were chosen; of no matter once it is closed."""
+        """Whether a weight has moved to another device since layers were chosen; False for a closed engine."""
         return not self.closed and any(x.weight.device != device for x, device in zip(self.layers, self._devices, strict=True))
 
     def has_unfrozen(self) -> bool:
-        """Whether a weight that was frozen when layers were chosen is trained now; of no matter once it is closed."""
-        return not self.closed and any(weight.requires_grad for weight in self._asleep)
+        """Whether a weight that was frozen when layers were chosen is trained now; False for a closed engine."""
+        return not self.closed and any(weight.requires_grad for weight in self._frozen)
 
     def require_open(self) -> None:
-        """Refuses to go on with hooks that are gone.
+        """Refuses to continue without hooks.
 
         Raises:
             RuntimeError: if the engine is closed.
@@ -196,11 +200,11 @@ class Engine:
             raise RuntimeError("this K-FAC optimizer is closed, and its hooks are gone: make a new one to go on training")
 
     def _require_recordable(self) -> None:
-        """Refuses to be recorded in a CUDA graph where the host decides something in a step; does nothing outside of one.
+        """While a CUDA graph is being recorded, refuses steps in which the host decides something.
 
         Raises:
-            ValueError: if a setting is not the same for all steps, or makes the host wait.
-            RuntimeError: if steps have to be taken outside of a graph first.
+            ValueError: if a setting changes between steps, or makes the host wait.
+            RuntimeError: if a step has to be taken outside of the graph first.
         """
         if not runtime.is_recording():
             return
@@ -210,18 +214,19 @@ class Engine:
         missing = self.progress.without_statistics
         new = [repr(self.layers[i].name) for i in sorted(missing) if self.layers[i].weight.grad is not None]
         if new or self.progress.has_new_layers or self.has_unfrozen():
-            what = f"layers {', '.join(new)} have no statistics yet" if new else "inverses are still to be made, with a wait"
+            what = f"layers {', '.join(new)} have no statistics yet" if new else "the host has to wait for new inverses"
             raise RuntimeError(f"a CUDA graph cannot record this step, because {what}: take a step outside of it first")
 
     def _open_gate(self) -> None:
-        """Opens the gate for the next step, if it takes statistics."""
+        """Opens the gate if the next step takes statistics, and closes it otherwise."""
         self.gate.open = self.settings.is_due("statistics_every", self.progress.steps)
         self.gate.stride = math.ceil(1 / self.settings.stats_fraction - 1e-9)
         self.gate.max_rows = self.settings.max_stats_tokens
         self.gate.step = self.progress.steps
 
     def _update_factors(self) -> None:
-        # Asked before the statistics are forgotten; a layer whose first ones come in this step is worth one wait.
+        # Read before the statistics are forgotten. The host waits for the outcome only in a step that may bring a layer's
+        # first statistics.
         known = [s.on_host.rows > 0 for s in self.statistics]
         outcome = self.collector.update(self.settings)
         if self.curvature.is_ekfac:
@@ -235,7 +240,7 @@ class Engine:
         self.progress = replace(self.progress, is_stale=True)
 
     def _notice_missing(self, accepted: list[bool], fresh: list[bool]) -> None:
-        """Remembers which layers have statistics by now and warns, once a layer, of gradients that came without any."""
+        """Notes which layers have statistics now, and warns once for each layer that has a gradient but no statistics."""
         self.progress = self.progress.with_statistics({i for i in self.progress.without_statistics if accepted[i]})
         unwarned = sorted(self.progress.without_statistics - self._warned)
         missing = [i for i in unwarned if not fresh[i] and self.layers[i].weight.grad is not None]
@@ -248,7 +253,7 @@ class Engine:
         if not self.progress.is_stale:
             return
         self.progress = self.progress.rewritten()
-        # With newcomers, what is certified now is an inverse of nothing, or of what a checkpoint overwrote.
+        # With new layers, the current certificates belong to no factors, or to those that a checkpoint has replaced.
         self.curvature.refresh(self.progress.damping, restart=self.progress.has_new_layers)
         self.progress = self.progress.refreshed()
 
@@ -274,7 +279,7 @@ class Engine:
         return result
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Module name -> copies of (A, G), bias-corrected; see `KFACBase.factors`."""
+        """Module name -> copies of the bias-corrected factors (A, G); see `KFACBase.factors`."""
         result = {}
         for number, layer in enumerate(self.layers):
             pairs = [[self._side(side) for side in self.partition.parts_of[i]] for i in self.partition.blocks_of(number)]
@@ -283,7 +288,7 @@ class Engine:
         return result
 
     def _side(self, parts: range) -> Tensor:
-        """A or G of a block, or its diagonal."""
+        """A or G of a block; only its diagonal where that is all that is stored."""
         views = [self.bank.view(self.bank.slots[i]) for i in parts]
         return views[0].clone() if len(views) == 1 else torch.block_diag(*views)
 

@@ -25,71 +25,66 @@ from .validation import require_module
 
 
 class KFAC(KFACBase, Optimizer):
-    r"""Kronecker-factored approximate curvature (Martens and Grosse 2015) with an SGD-momentum or AdamW tail.
+    r"""Kronecker-factored approximate curvature (Martens and Grosse 2015), followed by SGD with momentum or AdamW.
 
-    For each covered layer with weight matrix W = [weight | bias] and gradient dW the step goes along
+    A layer with the weight matrix W = [weight | bias] and its gradient dW has the preconditioned gradient
 
         V = (G + sqrt(damping) / pi I)^-1  dW  (A + sqrt(damping) pi I)^-1
 
-    with A = E[a a^T] of its inputs and G = E[g g^T] of its output gradients, exponential moving averages that forward hooks
-    keep. Covered are linear layers, convolutions and transposed ones, embeddings, norms and attention (docs/layers.md says how
-    exactly); every other parameter goes along its gradient. Make the optimizer before the first run of a compiled model.
+    where A = E[a a^T] of the layer's inputs and G = E[g g^T] of the gradients of its outputs are exponential moving averages.
+    K-FAC covers linear layers, (transposed) convolutions, embeddings, norms and attention; see docs/layers.md for details. All
+    other parameters take the plain gradient. Create the optimizer before the first run of a compiled model.
 
     Args:
         model: the module to train.
-        params: parameters or parameter groups to optimize, as for any optimizer; None takes all trainable ones.
-            A group may set lr, momentum, nesterov, weight_decay, tail, betas and eps for itself.
-        lr: learning rate. With a KL clip, 1 is the natural start: the clip then sets the length of early steps. "auto" leaves
-            it to the quadratic model of the loss (Martens and Grosse 2015, sections 6.4 to 7): learning rate, momentum and
-            damping need no tuning. `step` then takes a closure that runs the model and returns (outputs, targets), without
-            backward; `loss` must be passed; `weight_decay` is an L2 penalty; momentum, kl_clip and the tail do not matter.
-        momentum: of the SGD tail, in [0, 1).
-        nesterov: Nesterov momentum.
-        weight_decay: decoupled (Loshchilov and Hutter 2019).
-        tail: "sgd" or "adamw".
-        betas: of the AdamW tail.
-        eps: of the AdamW tail.
-        damping: Tikhonov damping of the Fisher of the mean loss, split by pi between the factors. Its unit is that of a
+        params: parameters or parameter groups to optimize, as for any optimizer; None takes all trainable ones. Each group
+            may set its own lr, momentum, nesterov, weight_decay, tail, betas and eps.
+        lr: learning rate. With a KL clip, start with 1: the clip then limits the length of early steps. With "auto" the
+            quadratic model of the loss chooses learning rate, momentum and damping (Martens and Grosse 2015, sections 6.4 to
+            7). `step` then takes a closure that runs the model and returns (outputs, targets), without backward; `loss` is
+            required; `weight_decay` is an L2 penalty; momentum, kl_clip and tail have no effect.
+        momentum: for tail="sgd", in [0, 1).
+        nesterov: whether momentum is Nesterov's.
+        weight_decay: decoupled weight decay (Loshchilov and Hutter 2019).
+        tail: rule that takes the preconditioned gradients: "sgd" or "adamw".
+        betas: for tail="adamw".
+        eps: for tail="adamw".
+        damping: Tikhonov damping of the Fisher matrix of the mean loss, split by pi between the factors. Its unit is that of a
             squared gradient of the loss over a squared parameter. A number, or a function of the step.
         kl_clip: bound on `lr^2 <V, dW>`, twice the KL divergence of a step; None for no bound.
-        ema_decay: weight of the past in the factors' moving averages, bias-corrected.
+        ema_decay: decay of the factors' moving averages, which are bias-corrected.
         statistics_every: steps between statistics: a number, or a function of the step.
-        inverse_every: steps between inverses, likewise. Fresh ones allow lower damping and longer steps.
-        warmup: steps at the start in which both are made every time.
-        fisher: whose labels make G: "empirical", the data's; "mc", drawn from the model, the true Fisher; "ggn", the
-            generalized Gauss-Newton matrix, exact, a backward pass an output. The last two need `loss` and a call of
-            `accumulate_fisher(outputs, targets)` between forward and backward.
-        fisher_samples: label draws a step of "mc".
-        loss: the loss that is trained with, nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss, or a
-            `kfac_triton.Likelihood`.
+        inverse_every: steps between inverses, likewise. Fresh inverses allow lower damping and longer steps.
+        warmup: number of steps at the start in which both intervals are 1.
+        fisher: labels for G: "empirical" takes those of the data; "mc" draws them from the model (true Fisher); "ggn" computes
+            the exact generalized Gauss-Newton matrix, with one backward pass for each output. The last two need `loss` and a
+            call of `accumulate_fisher(outputs, targets)` between forward and backward.
+        fisher_samples: number of labels that "mc" draws in a step.
+        loss: the training loss: nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss, or a `kfac_triton.Likelihood`.
         curvature: "kfac", or "ekfac" (George et al. 2018): eigenbases when inverses are due, their second moments every step.
-        exact_damping: dampen the Kronecker product itself, in its eigenbasis, instead of its factors. EKFAC always does.
+        exact_damping: whether to damp the Kronecker product, in its eigenbasis, instead of its factors. EKFAC always does.
         weight_sharing: "expand" or "reduce" for positions and tokens (Eschenhagen et al. 2023).
         inverse: "auto", "newton_schulz", "factored", "cholesky" or "eigh".
-        inverse_tolerance: energy-norm error that the iterative inverses stop at.
-        loss_reduction: "mean" or "sum", how the loss goes over its terms.
-        loss_terms: "examples", or "tokens" when each position has a loss of its own (language models).
-        loss_scale: factor on the loss when gradients were captured: a number, a `torch.amp.GradScaler`, or a function that
-            returns it.
-        stats_fraction: part of the rows (tokens, images) that statistics are taken of, in (0, 1]: every second, third, ... one,
-            at most this part.
-        max_stats_tokens: most rows that a pass takes of a layer; None for all.
-        max_factor_size: a side of W beyond it is kept as `oversize` says; None for no limit.
-        oversize: "diagonal", or "block": cut into blocks along the diagonal.
-        factor_dtype: "float32", or "bfloat16": factors are kept in 16 bits between steps, rounded at random so that slow moving
-            averages still move; sums and inverses stay in single precision. (Float64 weights have float64 for "float32".)
-        norms: scale and shift of norms: "diagonal", "full" or "skip".
+        inverse_tolerance: error in the energy norm at which iterative inverses stop.
+        loss_reduction: "mean" or "sum" of the loss terms.
+        loss_terms: "examples", or "tokens" if each position has a loss term (language models).
+        loss_scale: factor on the loss in the backward pass: a number, a `torch.amp.GradScaler`, or a function that returns it.
+        stats_fraction: largest part of the rows (tokens, images) to take statistics of, in (0, 1]: every 2nd, 3rd, ... row.
+        max_stats_tokens: largest number of rows of a layer to take statistics of in a pass; None for all.
+        max_factor_size: largest size of a dense factor, see `oversize`; None for no limit.
+        oversize: how to store larger factors: "diagonal", or "block" for blocks along the diagonal.
+        factor_dtype: "float32" (for float64 weights float64), or "bfloat16": factors are stored in 16 bits, with stochastic
+            rounding so that slow moving averages still move; sums and inverses stay in single precision.
+        norms: curvature for scale and shift of norms: "diagonal", "full" or "skip".
         skip: modules to leave out: patterns of their names or classes (* and ?), or a function of name and module.
         include: modules to consider, likewise.
-        split: layers whose output is several things (query, key and value): a dict of patterns and numbers of equal blocks
-            that G is cut into, such as {"*.qkv": 3}. A is shared.
+        split: layers whose output has several parts (query, key, value), with their number: {"*.qkv": 3}. Each has its own G.
         damping_every: with lr="auto", steps between adaptations of damping.
-        damping_range: with lr="auto", the least and the highest damping.
-        foreach: whether the tail takes many parameters in one operation; None lets PyTorch choose.
-        maximize: whether to go up instead of down.
+        damping_range: with lr="auto", smallest and largest damping.
+        foreach: whether one operation updates many parameters; None lets PyTorch choose.
+        maximize: whether to maximize the loss instead.
         capturable: whether a step can be recorded in a CUDA graph (docs/speed.md): intervals must be 1, schedules constant.
-        backend: "auto" runs the Triton kernels on a GPU and PyTorch elsewhere, "triton" insists on the kernels, "torch" does
-            without them.
+        backend: "auto" takes the Triton kernels on a GPU and PyTorch elsewhere; "triton" always takes kernels, "torch" never.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -163,7 +158,7 @@ class KFAC(KFACBase, Optimizer):
         is_auto = isinstance(lr, str)
         if is_auto:
             settings = auto_settings(lr, settings, maximize=maximize, capturable=capturable)
-            lr = 1.0  # of the groups, where schedulers expect a number; it does not matter
+            lr = 1.0  # has no effect, but schedulers expect a number in the groups
         require_module(model)
         params = [p for p in model.parameters() if p.requires_grad] if params is None else params
         self._betas = betas
@@ -172,7 +167,7 @@ class KFAC(KFACBase, Optimizer):
             "eps": eps, "foreach": foreach, "maximize": maximize, "capturable": capturable,
         }  # fmt: skip
         super().__init__(params, defaults)
-        if tail == "sgd":  # OneCycleLR and CyclicLR leave momentum alone where betas are among the defaults
+        if tail == "sgd":  # if the defaults have betas, OneCycleLR and CyclicLR change these instead of momentum
             del self.defaults["betas"]
         self._model = model
         engine = Engine(model, settings, self._parameters())
@@ -183,7 +178,7 @@ class KFAC(KFACBase, Optimizer):
 
     @property
     def is_auto(self) -> bool:
-        """Whether the quadratic model chooses the steps (lr="auto")."""
+        """Whether the quadratic model chooses the steps: lr="auto"."""
         return self._run.auto is not None
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -193,7 +188,7 @@ class KFAC(KFACBase, Optimizer):
         return [group["weight_decay"] for group in self.param_groups for _ in group["params"]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; layers whose weights it brings are covered from then on, the others keep their factors."""
+        """Adds a group. K-FAC covers the layers of its weights from then on; other layers keep their factors."""
         param_groups.validate_group({"betas": self._betas, **self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -205,8 +200,8 @@ class KFAC(KFACBase, Optimizer):
             self._cover_anew()
 
     def _keep_up(self) -> None:
-        """Follows parameters that others have taken the place of, or that have moved to another device."""
-        if len(self._parameters()) != len(self._run.known):  # groups were assigned: Lightning's finetuning callback resumes so
+        """Keeps up with groups or parameters that were replaced, and with a model that was moved to another device."""
+        if len(self._parameters()) != len(self._run.known):  # Lightning's finetuning callback assigns groups when it resumes
             self._run.known = param_groups.complete(self, self._betas)
             self._cover_anew()
         self._run.known = param_groups.rekey_swapped(self, self._run.known)
@@ -215,7 +210,7 @@ class KFAC(KFACBase, Optimizer):
             self._cover_anew()
 
     def _cover_anew(self) -> None:
-        """Finds the layers again; those that were covered before keep what is known of them."""
+        """Selects the layers again; those that were covered before keep their state."""
         run = self._run
         run.engine = rebuild_engine(self._model, run.engine, self._parameters())
         run.dropped = run.dropped.to(run.engine.bank.home)
@@ -228,7 +223,7 @@ class KFAC(KFACBase, Optimizer):
 
     @torch.compiler.disable(reason=EAGER)
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As any optimizer's; statistics that belong to these gradients (of a skipped step, say) are thrown away with them."""
+        """Clears gradients, and drops the statistics that belong to them (for example after a skipped step)."""
         super().zero_grad(set_to_none)
         self.engine.forget_with_gradients()
         self._keep_up()
@@ -244,11 +239,11 @@ class KFAC(KFACBase, Optimizer):
     @torch.compiler.disable(reason=EAGER)
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step: statistics into factors, inverses when due, and the tail along the preconditioned gradients.
+        """One step: updates factors, recomputes inverses that are due, and moves along the preconditioned gradients.
 
         Args:
-            closure: evaluates the model and returns the loss, with gradients; run once, before the step. With lr="auto": runs
-                the model and returns (outputs, targets); run up to five times on the same batch, with the same random numbers.
+            closure: computes gradients and returns the loss; called once, before the step. With lr="auto" it runs the model
+                and returns (outputs, targets); called up to five times on the same batch, with the same random numbers.
 
         Returns:
             The loss before the step, if there is a closure.
@@ -277,9 +272,9 @@ class KFAC(KFACBase, Optimizer):
         learning_rates = {p: group["lr"] for group in self.param_groups for p in group["params"]}
         with transaction(self.engine):
             updates = self.engine.precondition(lambda p: learning_rates.get(p, 0.0))
-            finite, mixed = self.engine.finite, self.engine.mixed
-            self._run.dropped += first_order.drop_bad_gradients(self._parameters(), updates, finite, mixed)
-            # All that needs memory comes before the first parameter moves.
+            finite = self.engine.finite
+            self._run.dropped += first_order.drop_bad_gradients(self._parameters(), updates, finite, self.engine.mixed)
+            # All memory is allocated before the first parameter changes.
             work = [first_order.prepare(group, updates, self.state) for group in self.param_groups]
             held = first_order.hold(self.param_groups, work, finite)
             for group, (params, gradients, states) in zip(self.param_groups, work, strict=True):
@@ -289,20 +284,20 @@ class KFAC(KFACBase, Optimizer):
     def diagnostics(self) -> dict[str, Any]:
         """Numbers of the last step as a plain dict; see `kfac_triton.diagnostics.diagnostics` and `AutoStep.diagnostics`.
 
-        "dropped_gradients" counts gradients with a NaN or Inf of parameters that K-FAC does not cover, so far.
+        "dropped_gradients" counts the gradients so far that had a NaN or Inf, of parameters that K-FAC does not cover.
         """
         own = {"dropped_gradients": int(self._run.dropped)}
         return super().diagnostics() | own | (self._run.auto.diagnostics() if self._run.auto is not None else {})
 
     def state_dict(self, *, include_factors: bool = True, include_inverses: bool = True) -> dict[str, Any]:
-        """As any optimizer's, with the factors in the state of each covered weight (float32 whatever the weight's type).
+        """The state dict of any optimizer, with factors in the state of each covered weight (float32 for weights of 16 bits).
 
         Args:
-            include_factors: without them the checkpoint is as small as another optimizer's; they then begin anew after loading,
-                while steps, schedules and the tail go on.
-            include_inverses: keeps inverses (or eigenbases, with EKFAC's moments) where a run that goes on would not make the
-                same ones from the factors: inverse_every above 1, warm inverses, eigenbases. Without them the checkpoint has
-                half the size, and a resumed run has fresher inverses than the uninterrupted one.
+            include_factors: without them factors start again after loading; steps, schedules, momentum and Adam's averages
+                continue.
+            include_inverses: keeps inverses, and EKFAC's moments, if a resumed run could not compute the same ones from the
+                factors (inverse_every above 1, warm inverses, eigenbases). Without them the checkpoint has half the size, and
+                a resumed run has fresher inverses than the uninterrupted one.
         """
         self._keep_up()
         checkpoint.declare_keys(self, self.engine, self.is_auto)
@@ -311,7 +306,7 @@ class KFAC(KFACBase, Optimizer):
         return checkpoint.add_layer_state(super().state_dict(), self, layers, extra)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave; inverses are made from the factors at the next step.
+        """Loads the result of `state_dict`; the next step computes inverses that are not in it from the factors.
 
         Raises:
             ValueError: if the state does not fit, a newer version wrote it, or a factor is not finite; nothing is changed then.
@@ -329,7 +324,7 @@ class KFAC(KFACBase, Optimizer):
         restore_layers(self.engine, layers)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the model comes along, so that a copy has layers of its own to hook."""
+        """For copies and pickles. They include the model, so that a copy has its own layers to hook."""
         return {
             **super().__getstate__(),
             "model": self._model,
@@ -342,14 +337,12 @@ class KFAC(KFACBase, Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also what the base class ends `load_state_dict` with; then only state and groups are in it."""
-        base: dict[str, Any] = {key: state[key] for key in ("defaults", "state", "param_groups") if key in state}
-        super().__setstate__(base)
-        if "betas" in state:
-            self._betas = state["betas"]
+        """For copies and pickles. The base class also calls it in `load_state_dict`, with state and groups alone."""
+        super().__setstate__({key: state[key] for key in ("defaults", "state", "param_groups") if key in state})
+        if "model" in state:
+            self._betas, self._model = state["betas"], state["model"]
         known = param_groups.complete(self, self._betas)
         if "model" in state:
-            self._model = state["model"]
             self._run = Run(Engine(self._model, state["settings"], known), known, state["dropped"])
             restore_layers(self.engine, state["layers"])
             if state["auto"] is not None:

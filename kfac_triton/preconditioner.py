@@ -1,4 +1,4 @@
-"""KFACPreconditioner: the engine in front of any optimizer."""
+"""KFACPreconditioner: K-FAC in front of any optimizer."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .state.transaction import transaction
 
 
 class KFACPreconditioner(KFACBase):
-    """Replaces gradients by K-FAC's preconditioned ones, for another optimizer to step along.
+    """Replaces gradients by preconditioned ones, for another optimizer to use.
 
     Either call `precondition_()` between backward and the optimizer's step, or `attach(optimizer)` once.
 
     Args:
         model: the module to train.
-        lr: learning rate that the KL clip reckons with while no optimizer is attached; an attached one's own rates win.
-        settings: curvature settings by name, the same as for `KFAC`: all of its arguments from `damping` on.
+        lr: learning rate for the KL clip of parameters that no attached optimizer has; others take that of their group.
+        settings: curvature settings by name: the arguments of `KFAC` from `damping` on.
 
     Raises:
         TypeError: if an argument has the wrong type or an unknown name.
@@ -50,15 +50,15 @@ class KFACPreconditioner(KFACBase):
         self.lr = validation.real("lr", lr)
         self._run = Run(Engine(model, Settings(**settings)))
         self._model = model
-        # Weakly: the optimizer holds the preconditioner, by its hook, and both should go when the optimizer does.
+        # A weak reference: the optimizer's hook holds the preconditioner, and both should be freed with the optimizer.
         self._attached: list[tuple[weakref.ref[Optimizer], RemovableHandle]] = []
 
     @torch.compiler.disable(reason=EAGER)
     def precondition_(self) -> None:
         """Overwrites the gradients of covered layers, in place, with the KL-clipped preconditioned ones.
 
-        A layer whose gradient has a NaN or Inf gets zeros. Momentum and weight decay of the optimizer go on from there, and
-        gradients of parameters that K-FAC does not cover stay as they are: unlike `KFAC`, this cannot keep a parameter still.
+        A layer whose gradient has a NaN or Inf gets zeros. Its parameters may still move, by the optimizer's momentum and
+        weight decay, unlike with `KFAC`. Gradients of parameters that K-FAC does not cover are not changed.
 
         Raises:
             RuntimeError: if the preconditioner is closed.
@@ -76,32 +76,32 @@ class KFACPreconditioner(KFACBase):
             self._cover_anew()
 
     def _cover_anew(self) -> None:
-        """Finds the layers again, where they are now; those that were covered before keep what is known of them."""
+        """Selects the layers again, on their current device; those that were covered before keep their state."""
         self._run.engine = rebuild_engine(self._model, self.engine, None)
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Preconditions at the start of every step of the optimizer, from now on.
 
-        A step with a closure evaluates it first and hands the optimizer its result: optimizers that evaluate a closure more
-        than once (LBFGS) cannot be preconditioned in this way. With `torch.amp.GradScaler` it sees unscaled gradients, and a
-        skipped step does not call it.
+        If a step has a closure, it is called first and the optimizer gets its result. So optimizers that call a closure more
+        than once (LBFGS) cannot be preconditioned in this way. With `torch.amp.GradScaler`, gradients are unscaled before
+        they are preconditioned, and nothing happens in a step that the scaler skips.
 
         Returns:
             A handle; its remove() detaches.
 
         Raises:
-            TypeError: if optimizer is none.
+            TypeError: if optimizer is not a torch.optim.Optimizer, or is LBFGS.
         """
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is {type(optimizer).__name__}")
         if isinstance(optimizer, torch.optim.LBFGS):
-            raise TypeError("optimizer must evaluate its closure once a step; LBFGS evaluates it many times")
+            raise TypeError("optimizer must evaluate its closure once in a step; LBFGS evaluates it many times")
         handle = optimizer.register_step_pre_hook(self._before_step)
         self._attached.append((weakref.ref(optimizer), handle))
         return handle
 
     def state_dict(self, *, include_inverses: bool = True) -> dict[str, Any]:
-        """What has been learned, as plain tensors by module name; see `KFAC.state_dict` for include_inverses."""
+        """Factors and inverses as plain tensors by module name; see `KFAC.state_dict` for include_inverses."""
         return {
             "kfac_format": FORMAT,
             "kfac_steps": self.engine.progress.steps,
@@ -109,20 +109,20 @@ class KFACPreconditioner(KFACBase):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave; layers that are not in it keep their factors.
+        """Loads the result of `state_dict`; layers that are not in it keep their factors.
 
         Raises:
             ValueError: if a newer version wrote it, it does not fit, or it is not finite; nothing is changed then.
         """
         if missing := {"kfac_format", "kfac_steps", "layers"} - state_dict.keys():
-            raise ValueError(f"state_dict must be what a KFACPreconditioner's gave, but has no {', '.join(sorted(missing))}")
+            raise ValueError(f"state_dict must be that of a KFACPreconditioner, but has no {', '.join(sorted(missing))}")
         require_readable(int(state_dict["kfac_format"]))
         check_layers(self.engine, state_dict["layers"])
         self.engine.resume(self.engine.progress.at_step(int(state_dict["kfac_steps"])))
         restore_layers(self.engine, state_dict["layers"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the model and the attached optimizers come along."""
+        """For copies and pickles. They include the model and the attached optimizers."""
         return {
             "lr": self.lr,
             "model": self._model,
@@ -149,14 +149,14 @@ class KFACPreconditioner(KFACBase):
         super().close()
 
     def _optimizers(self) -> list[Optimizer]:
-        """Those attached that are still there."""
+        """The attached optimizers that still exist."""
         return [optimizer for reference, _ in self._attached if (optimizer := reference()) is not None]
 
     @torch.compiler.disable(reason=EAGER)
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # The hook runs before the closure would, when there are no gradients yet: so it runs the closure itself.
+        # This hook runs before the step calls the closure, when there are no gradients yet. So it calls the closure itself.
         closure: Callable[[], Any] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self.precondition_()
@@ -165,7 +165,7 @@ class KFACPreconditioner(KFACBase):
             with torch.enable_grad():
                 loss = closure()
         except BaseException:
-            # Its gradients are thrown away by a zero_grad that is not ours.
+            # The gradients will be cleared by the other optimizer's zero_grad, which keeps statistics.
             self.engine.forget_statistics()
             raise
         self.precondition_()

@@ -1,4 +1,4 @@
-"""The engine's settings, checked whenever they are made or changed."""
+"""The settings of the curvature, which are checked whenever they are created or changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOSS_TERMS = ("examples", "tokens")
 METHODS = ("auto", "newton_schulz", "factored", "cholesky", "eigh")
 OVERSIZE = ("diagonal", "block")
 
-# What an engine reads anew in every step; it is built for the others.
+# An engine reads these in every step. It is constructed for the values of the others.
 CHANGEABLE = (
     "damping",
     "kl_clip",
@@ -41,7 +41,7 @@ Schedule = float | Callable[[int], float]
 
 @dataclass(frozen=True)
 class Settings:
-    """Hyperparameters of the curvature; see `KFAC` for their meaning.
+    """Settings of the curvature; see `KFAC` for their meaning.
 
     Raises:
         TypeError: if a value has the wrong type.
@@ -89,7 +89,7 @@ class Settings:
         validation.whole("fisher_samples", self.fisher_samples)
         if self.loss is None and self.fisher != "empirical":
             raise ValueError(
-                f"fisher is {self.fisher!r}, which needs the distribution that the model's outputs (logits) parametrize: pass "
+                f"fisher is {self.fisher!r}, which needs the distribution that the model's outputs parametrize (logits): pass "
                 "loss=nn.CrossEntropyLoss() or the loss that you train with, and call accumulate_fisher(outputs, targets) "
                 "between forward and backward"
             )
@@ -122,17 +122,17 @@ class Settings:
             validation.real("loss_scale", self.loss_scale, open_low=True)
 
     def damping_at(self, step: int) -> float:
-        """Damping in a step."""
+        """The damping in this step."""
         return validation.real("damping", self.damping(step) if callable(self.damping) else self.damping, open_low=True)
 
     def interval_at(self, name: str, step: int) -> int:
-        """`statistics_every` or `inverse_every` in a step: 1 in the warm-up."""
+        """The value of `statistics_every` or `inverse_every` in this step, which is 1 during warm-up."""
         value = getattr(self, name)
         interval = validation.whole(name, value(step) if callable(value) else value)
         return 1 if step < self.warmup else interval
 
     def changed(self, **settings: Any) -> Settings:
-        """These with some others.
+        """A copy with other values for some of them.
 
         Raises:
             TypeError: if a name is unknown, or a setting is fixed at construction.
@@ -140,15 +140,15 @@ class Settings:
         for name in settings:
             if name not in CHANGEABLE:
                 known = name in Settings.__dataclass_fields__
-                what = "is fixed at construction: make a new optimizer, and load the state_dict" if known else "is no setting"
-                raise TypeError(f"{name} {what}; what can be changed is {', '.join(CHANGEABLE)}")
+                what = "is fixed at construction: make a new optimizer and load the state_dict" if known else "is not a setting"
+                raise TypeError(f"{name} {what}; these can be changed: {', '.join(CHANGEABLE)}")
         return replace(self, **settings)
 
     def require_constant(self) -> None:
-        """Refuses what a recorded step cannot do: it is the same each time.
+        """Refuses settings that a CUDA graph cannot repeat: every replay does the same.
 
         Raises:
-            ValueError: if statistics or inverses are not due in every step, or damping is scheduled.
+            ValueError: if statistics or inverses are not due in every step, a value is scheduled, or the host has to wait.
         """
         for name in ("statistics_every", "inverse_every"):
             if getattr(self, name) != 1:
@@ -158,27 +158,27 @@ class Settings:
         if callable(self.loss_scale) and self.scaler is None:
             raise ValueError("capturable is True, so loss_scale must be a number or a GradScaler, but is a function")
         if self.curvature != "kfac" or self.exact_damping:
-            raise ValueError("capturable is True, so curvature must be 'kfac', without exact_damping: eigenbases wait")
+            raise ValueError("capturable is True, so curvature must be 'kfac' without exact_damping: the host waits for bases")
         if self.factor_dtype != "float32":
-            raise ValueError("capturable is True, so factor_dtype must be 'float32': rounding at random is not recorded")
+            raise ValueError("capturable is True, so factor_dtype must be 'float32': stochastic rounding is not recorded")
 
     def is_due(self, name: str, step: int) -> bool:
-        """Whether statistics are taken, or inverses made, in a step."""
+        """Whether statistics are taken, or inverses computed, in this step."""
         return step % self.interval_at(name, step) == 0
 
     @property
     def scaler(self) -> GradScaler | None:
-        """The scaler that the loss scale is of, given as such, or by its `get_scale`; None if it is switched off."""
+        """The GradScaler, if loss_scale is one or its method `get_scale`; None if there is none, or it is disabled."""
         owner = getattr(self.loss_scale, "__self__", self.loss_scale)
         return owner if isinstance(owner, GradScaler) and owner.is_enabled() else None
 
     def current_loss_scale(self) -> float | Tensor:
-        """The loss scale of the gradients at hand: a number, a scaler's, or what the callable says.
+        """The loss scale of the current gradients.
 
-        A tensor is taken as it is, unread: the host does not wait for it.
+        A tensor is returned as it is: reading it would make the host wait.
 
         Raises:
-            ValueError: if the callable's answer is not a positive finite number.
+            ValueError: if the function returns something that is not a positive finite number.
         """
         if self.scaler is not None:
             scale = self.scaler._get_scale_async()  # its get_scale would wait for the device

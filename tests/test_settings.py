@@ -68,5 +68,5 @@ def test_what_can_be_changed_and_what_is_fixed() -> None:
         else:
             with pytest.raises(TypeError, match=f"{name} is fixed at construction"):
                 settings.changed(**{name: value})
-    with pytest.raises(TypeError, match="dumping is no setting"):
+    with pytest.raises(TypeError, match="dumping is not a setting"):
         settings.changed(dumping=1.0)

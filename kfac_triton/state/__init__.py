@@ -1,1 +1,1 @@
-"""What an optimizer has learned: into a checkpoint and back, and back to before a step that failed."""
+"""Saving and restoring factors, inverses and progress: in checkpoints, and after a step that failed."""

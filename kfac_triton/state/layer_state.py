@@ -1,4 +1,4 @@
-"""What an engine has learned of each layer, as plain tensors: factors, and what cannot be made from them again."""
+"""The state of each layer as plain tensors: factors, and what cannot be computed from them again."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ LayerState = dict[str, Tensor]
 
 FACTORS = ("kfac_A", "kfac_G")
 UPDATES, STEPS = "kfac_updates", "kfac_steps"
-# Inverses are named after their kind, so that those of another kind are not taken for them.
+# The kind of inverse is part of the key, so that an engine does not load inverses of another kind.
 INVERSES = {kind: (f"kfac_{kind}_A", f"kfac_{kind}_G") for kind in ("inverse", "root", "basis")}
 CERTIFICATES, REFRESHED = "kfac_certificates", "kfac_refreshed"
 MOMENTS, MOMENT_UPDATES = "kfac_moments", "kfac_moment_updates"
 
-# One for all layers; the others have a first dimension of channel groups.
+# These are the same for all layers. The first dimension of the others is that of channel groups.
 OF_THE_ENGINE = (STEPS, REFRESHED)
 KEYS = (*FACTORS, UPDATES, *(key for keys in INVERSES.values() for key in keys), CERTIFICATES, MOMENTS, MOMENT_UPDATES)
 
@@ -27,20 +27,20 @@ KEYS = (*FACTORS, UPDATES, *(key for keys in INVERSES.values() for key in keys),
 def export_layers(engine: Engine, include_inverses: bool = True) -> dict[str, LayerState]:
     """Module name -> state of the layer.
 
-    Inverses are in it where a run that goes on from here needs them: the next step uses older ones than the factors would
-    give (inverse_every above 1), or the method starts from the last (warm refreshes, eigenbases).
+    It includes inverses if a run that continues from here needs them, because the next step uses inverses of older factors
+    (inverse_every above 1), or because the method starts from the last ones (warm refreshes, eigenbases).
 
     Args:
-        engine: where from.
-        include_inverses: without them, and without EKFAC's moments, which mean nothing outside their basis, the next step
-            makes them anew.
+        engine: the engine.
+        include_inverses: without inverses there are no moments of EKFAC either, which need their basis. The next step computes
+            both from the factors.
 
     Returns:
-        Per layer "kfac_A" and "kfac_G": (groups, n, n); (groups, n) of diagonals; (groups, numbers) of several blocks, end to
-        end. "kfac_updates": how many statistics they are made of, (groups, 2). "kfac_steps": the engine's. With inverses
-        "kfac_inverse_A" and "kfac_inverse_G" (or root, or basis): (groups, numbers), as they are stored, with the pad;
-        "kfac_certificates": residual and damping of each, (groups, factors, 2); "kfac_refreshed": damping of the last refresh,
-        and whether factors have changed since. With EKFAC "kfac_moments": (groups, numbers), and "kfac_moment_updates":
+        For each layer "kfac_A" and "kfac_G": (groups, n, n), for diagonals (groups, n), for factors in several blocks (groups,
+        numbers) with one block after another; "kfac_updates": numbers of updates of A and G, (groups, 2); "kfac_steps": number
+        of steps. With inverses "kfac_inverse_A" and "kfac_inverse_G" (or root, or basis): (groups, numbers), as stored, with
+        padding; "kfac_certificates": residual and damping of each, (groups, factors, 2); "kfac_refreshed": damping of the last
+        step, and whether inverses are stale. With EKFAC "kfac_moments": (groups, numbers), and "kfac_moment_updates":
         (groups,).
     """
     keeps_inverses = include_inverses and _needs_inverses(engine)
@@ -57,10 +57,10 @@ def export_layers(engine: Engine, include_inverses: bool = True) -> dict[str, La
 
 
 def check_layers(engine: Engine, states: dict[str, LayerState]) -> None:
-    """Whether `restore_layers` could use them.
+    """Checks states for `restore_layers`.
 
     Raises:
-        ValueError: if something is missing, a factor has the wrong shape, or it or what is kept beside it is not finite.
+        ValueError: if a value is missing, has the wrong shape, or is not finite.
     """
     for number, layer in enumerate(engine.layers):
         if layer.name not in states:
@@ -74,16 +74,16 @@ def check_layers(engine: Engine, states: dict[str, LayerState]) -> None:
             if tuple(state[key].shape) != expected:
                 raise ValueError(f"{key} of layer {layer.name!r} must have shape {expected}, but has {tuple(state[key].shape)}")
         for key, value in state.items():
-            # A residual is infinite where there is no inverse, which is then zero.
+            # A residual is infinite if there is no inverse; what is stored in its place is zero.
             bad = torch.isnan(value) if key == CERTIFICATES else ~torch.isfinite(value)
             if bool(bad.any()):
                 raise ValueError(f"{key} of layer {layer.name!r} has values that are not finite; load another checkpoint")
 
 
 def restore_layers(engine: Engine, states: dict[str, LayerState]) -> None:
-    """Writes states that passed `check_layers`; layers without any keep theirs.
+    """Writes states that passed `check_layers`; layers without one keep theirs.
 
-    Inverses are taken over if all layers have them, of the engine's kind and sizes; else the next step makes them anew.
+    Inverses are restored if all layers have them, of the engine's kind and sizes. Otherwise the next step computes them.
     """
     numbers = {number: states[layer.name] for number, layer in enumerate(engine.layers) if layer.name in states}
     keeps_inverses = len(numbers) == len(engine.layers) and all(_has_inverses(engine, i, x) for i, x in numbers.items())
@@ -109,7 +109,7 @@ def restore_layers(engine: Engine, states: dict[str, LayerState]) -> None:
 
 
 def keys_of(engine: Engine) -> tuple[str, ...]:
-    """Keys of the state that `export_layers` gives for each layer."""
+    """Keys of the state that `export_layers` returns for each layer."""
     if not _needs_inverses(engine):
         return (*FACTORS, UPDATES, STEPS)
     moments = (MOMENTS, MOMENT_UPDATES) if engine.curvature.is_ekfac else ()
@@ -117,9 +117,10 @@ def keys_of(engine: Engine) -> tuple[str, ...]:
 
 
 def rebuild_engine(model: nn.Module, engine: Engine, parameters: Iterable[nn.Parameter] | None) -> Engine:
-    """An engine of the layers that the model has now, with what the old one, which is closed, knows of them.
+    """A new engine for the layers that the model has now, with the state of the old engine, which is closed.
 
-    A layer whose factors have another size now (its bias is trained, too) begins anew. Of a closed one a closed one is made.
+    A layer whose factors have another size now (for example because its bias is trained, too) starts again. If the old engine
+    was closed before, the new one is closed as well.
     """
     new = Engine(model, engine.settings, parameters)
     if engine.closed:
@@ -142,7 +143,7 @@ def _needs_inverses(engine: Engine) -> bool:
 
 
 def _sides(engine: Engine, number: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Slots of a layer's A and of its G, a list a group."""
+    """Slots of a layer's A, and of its G: one list for each channel group."""
     sides = [engine.partition.parts_of[block] for block in engine.partition.blocks_of(number)]
     return tuple([[engine.bank.slots[i] for i in side[k]] for side in sides] for k in (0, 1))  # type: ignore[return-value]
 
@@ -159,7 +160,7 @@ def _flat_inverses(engine: Engine, groups: list[list[int]]) -> Tensor:
 
 
 def _certificates(engine: Engine, slots: list[int]) -> Tensor:
-    """Residual and damping of the inverses in some slots, (slots, 2)."""
+    """Residual and damping of the inverses in these slots, (slots, 2)."""
     stores = map(engine.curvature.inverse_at.__getitem__, slots)
     return torch.stack([torch.stack([store.residual[i].double(), store.damping[i].double()]) for store, i in stores])
 
@@ -178,7 +179,7 @@ def _export_inverses(engine: Engine, number: int) -> LayerState:
 
 
 def _has_inverses(engine: Engine, number: int, state: LayerState) -> bool:
-    """Whether a state has inverses that fit the engine."""
+    """Whether a state has inverses of the kind and sizes of the engine."""
     own = _export_inverses(engine, number)
     return all(key in state and state[key].shape == value.shape for key, value in own.items())
 

@@ -1,4 +1,4 @@
-"""What an engine has learned, in the state dict of an optimizer: plain tensors beside the state of each covered weight."""
+"""Factors and inverses in the state dict of an optimizer: plain tensors in the state of each covered weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .layer_state import FACTORS, KEYS, OF_THE_ENGINE, STEPS, LayerState, keys_o
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-# Raised with every change that an older reader would get wrong; what has no number is of format 1.
+# Increased with every change that older versions would misread. A state dict without a number has format 1.
 FORMAT, FORMAT_KEY = 1, "kfac_format"
 _OURS = (*KEYS, *OF_THE_ENGINE, PREVIOUS, NUMBERS, FORMAT_KEY)
 
@@ -24,7 +24,7 @@ _ByNumber = dict[int, LayerState]
 
 
 def require_readable(number: int) -> None:
-    """Refuses a format that is not known yet.
+    """Refuses a format that this version does not know.
 
     Raises:
         ValueError: if a newer version wrote it.
@@ -36,7 +36,7 @@ def require_readable(number: int) -> None:
 
 
 def _layers_by_weight(optimizer: Optimizer, engine: Engine) -> dict[int, list[str]]:
-    """The number of a weight in the optimizer's state dict -> names of the layers that are made of it."""
+    """Number of a weight in the optimizer's state dict -> names of the layers that use it."""
     order = {id(p): i for i, p in enumerate(parameters_of(optimizer))}
     result: dict[int, list[str]] = {}
     for layer in engine.layers:
@@ -46,7 +46,7 @@ def _layers_by_weight(optimizer: Optimizer, engine: Engine) -> dict[int, list[st
 
 
 def _joined(layers: list[LayerState]) -> LayerState:
-    """The state of layers on one weight, end to end along their groups; they are of one size."""
+    """The state of layers on one weight, which have the same size, concatenated along the groups."""
     if len(layers) == 1:
         return layers[0]
     first = layers[0]
@@ -54,7 +54,7 @@ def _joined(layers: list[LayerState]) -> LayerState:
 
 
 def _parted(values: LayerState, count: int) -> list[LayerState]:
-    """The reverse of `_joined`; a number of groups that does not fit is left to `check_layers`."""
+    """The reverse of `_joined`. `check_layers` will refuse a wrong number of groups."""
     if count == 1:
         return [values]
     pieces = {key: [x] * count if key in OF_THE_ENGINE else x.tensor_split(count) for key, x in values.items()}
@@ -64,7 +64,14 @@ def _parted(values: LayerState, count: int) -> list[LayerState]:
 def add_layer_state(
     state_dict: dict[str, Any], optimizer: Any, layers: dict[str, LayerState] | None, extra: Sequence[dict[str, Tensor]] = ()
 ) -> dict[str, Any]:
-    """The optimizer's state dict with the state of layers, or the engine's step alone, and more that parameters have."""
+    """The optimizer's state dict with more in the state of each parameter.
+
+    Args:
+        state_dict: of the base class.
+        optimizer: whose state dict it is.
+        layers: the state of layers by name; None to add nothing but the number of steps.
+        extra: what lr="auto" keeps of each parameter.
+    """
     engine = optimizer.engine
     state = {i: {k: v for k, v in values.items() if k not in _OURS} for i, values in state_dict["state"].items()}
     for index, names in _layers_by_weight(optimizer, engine).items():
@@ -78,9 +85,9 @@ def add_layer_state(
 
 
 def take_layer_state(state_dict: dict[str, Any]) -> tuple[dict[str, Any], _ByNumber, _ByNumber]:
-    """(state dict, state of layers, what lr="auto" keeps), the last two by number of the parameter.
+    """Splits a state dict into (state dict, state of layers, state of lr="auto"), the last two by number of the parameter.
 
-    The base class would cast both to the parameter's type.
+    They are taken out because the base class would cast them to the parameter's type.
 
     Raises:
         ValueError: if a newer version wrote them.
@@ -90,15 +97,15 @@ def take_layer_state(state_dict: dict[str, Any]) -> tuple[dict[str, Any], _ByNum
     plain: dict[Any, dict[str, Any]] = {}
     layers: _ByNumber = {}
     extra: _ByNumber = {}
-    # Names (torch.distributed.checkpoint) or numbers: what counts is the order in the groups.
+    # Parameters may have names (torch.distributed.checkpoint) instead of numbers. Only their order in the groups counts.
     saved = [number for group in state_dict["param_groups"] for number in group["params"]]
     for index, number in enumerate(saved):
-        # Where a flat distributed checkpoint lacks something that was announced, an empty dict stands for it.
+        # A flat distributed checkpoint has an empty dict for a declared key that it lacks.
         values = {key: value for key, value in state_dict["state"].get(number, {}).items() if not isinstance(value, dict)}
-        # Copied: the base class would keep the very tensors of the source, which is another optimizer's state, perhaps.
+        # The base class would keep these very tensors, which may be the state of another optimizer: so they are copied.
         plain[number] = {key: _copy(value) for key, value in values.items() if key not in _OURS}
         extra[index] = {key: values[key] for key in (PREVIOUS, NUMBERS) if key in values}
-        if any(key in values for key in FACTORS):  # one without the other is refused
+        if any(key in values for key in FACTORS):  # check_layers refuses one without the other
             layers[index] = {key: values[key] for key in (*KEYS, *OF_THE_ENGINE) if key in values}
     return {**state_dict, "state": plain}, layers, extra
 
@@ -108,7 +115,7 @@ def _copy(value: Any) -> Any:
 
 
 def declare_keys(optimizer: Optimizer, engine: Engine, is_auto: bool) -> None:
-    """Names in the state of each parameter what `add_layer_state` will put there: checkpoint tools load nothing else."""
+    """Declares the keys that `add_layer_state` adds to each parameter's state: checkpoint tools load only known keys."""
     weights = _layers_by_weight(optimizer, engine)
     for index, parameter in enumerate(parameters_of(optimizer)):
         keys = (*keys_of(engine), FORMAT_KEY) if index in weights else ()
@@ -120,12 +127,12 @@ def declare_keys(optimizer: Optimizer, engine: Engine, is_auto: bool) -> None:
 
 
 def saved_step(state_dict: dict[str, Any]) -> int | None:
-    """The engine's step in a state dict; None if K-FAC did not write it."""
+    """The number of steps in a state dict; None if K-FAC did not write it."""
     return next((int(x[STEPS]) for x in state_dict["state"].values() if isinstance(x.get(STEPS), Tensor)), None)
 
 
 def layer_states(optimizer: Any, states: _ByNumber) -> dict[str, LayerState]:
-    """State by module name from state by number of the weight."""
+    """The state of layers by name, from that by number of the weight."""
     result: dict[str, LayerState] = {}
     for index, names in _layers_by_weight(optimizer, optimizer.engine).items():
         if index in states:

@@ -1,4 +1,4 @@
-"""All or nothing: a step that fails half way leaves factors and counters as they were."""
+"""A step that fails half way leaves factors and counters as they were before it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..engine import Engine
 def transaction(engine: Engine) -> Iterator[None]:
     """Context of one step.
 
-    Whatever is raised inside (a device out of memory, an interrupt, an error of a closure) is passed on, after factors, their
-    counters and the engine's step are what they were. Statistics are forgotten, inverses are made anew at the next step, and
-    EKFAC's moments begin anew.
+    If anything is raised inside (a device out of memory, an interrupt, an error in a closure), factors, their counters and the
+    engine's progress are restored, and the exception is passed on. The statistics of the step are dropped. If inverses or
+    EKFAC's moments had been overwritten, the next step computes inverses from the factors, and the moments start again.
 
-    The old factors wait in the buffers of the sums, which nobody reads before the next backward pass: no memory is needed for
-    them, nor to put them back.
+    The old factors are kept in the buffers of the sums, which are not read before the next backward pass: neither keeping nor
+    restoring them needs memory.
     """
     before, updates = engine.progress, None
     try:

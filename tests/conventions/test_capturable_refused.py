@@ -31,7 +31,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, Callable[[Run], Any], str]] = {
     "capturable": ({"capturable": False}, WARM, id, "group 0 has capturable=False"),
     "a rate elsewhere": ({}, WARM, _set_lr, "lr of group 0 is a tensor on meta"),
     "first step": ({}, 0, id, "layers '0', '2', '4' have no statistics yet: take a step outside"),
-    "checkpoint": ({}, WARM, _load, "because inverses are still to be made, with a wait: take a step outside"),
+    "checkpoint": ({}, WARM, _load, "because the host has to wait for new inverses: take a step outside"),
     "cholesky": ({"inverse": "cholesky"}, WARM, id, "inverse must be 'factored', but is 'cholesky'"),
     "intervals": ({"capturable": False, "inverse_every": 2}, WARM, _capturable, "inverse_every must be 1"),
 }

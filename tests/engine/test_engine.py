@@ -116,7 +116,7 @@ def test_a_bad_change_changes_nothing() -> None:
     with pytest.raises(ValueError, match=r"kl_clip must be .* but is -1"):
         preconditioner.change(damping=0.1, kl_clip=-1)
     assert preconditioner.engine.settings.damping == 0.5
-    with pytest.raises(TypeError, match=r"dampening is no setting; what can be changed is damping, "):
+    with pytest.raises(TypeError, match=r"dampening is not a setting; these can be changed: damping, "):
         preconditioner.change(dampening=0.1)
     with pytest.raises(TypeError, match="backend is fixed at construction: make a new optimizer"):
         preconditioner.change(damping=0.1, backend="torch")
