@@ -12,7 +12,7 @@ from ..kernels.covariance.reference import patch_matrix
 from ..layers import Rows
 from ..layers.partition import Partition
 
-_CHUNK = 1 << 24  # elements of per-example gradients in flight: 64 MiB in single precision
+_CHUNK = 1 << 24  # elements of per-example gradients at a time: 64 MiB in single precision
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Backward passes that leave the statistics of the model's own distribution, and touch no gradient of a parameter."""
+"""Backward passes that add statistics of the model's own distribution and leave the gradients of parameters alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .gate import Gate
 
 
 class FisherPass:
-    """Extra backward passes that leave statistics and touch no gradient of a parameter.
+    """Extra backward passes that add statistics and leave the gradients of parameters alone.
 
     Args:
         likelihood: what the outputs parametrize.
@@ -61,8 +61,8 @@ class FisherPass:
             for _ in range(self._samples):
                 yield self._likelihood.sample(outputs, targets)
             return
-        # Where an example has several loss terms, one backward pass sends a column of each. Random signs make what mixes them
-        # (attention, before the outputs) vanish in expectation; of one term an example nothing depends on a sign.
+        # If an example has several loss terms, one backward pass sends a column of each. Random signs make the products of two
+        # terms (which attention mixes) vanish in expectation. With one term per example nothing depends on a sign.
         several = self._likelihood.terms_per_example(outputs) > 1
         shape = self._likelihood.term_shape(outputs)
         for column in self._likelihood.columns(outputs, targets):

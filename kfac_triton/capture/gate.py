@@ -16,12 +16,12 @@ class Gate:
     Attributes:
         open: whether forward passes are tapped.
         records: whether an eager backward pass through a tap leaves statistics.
-        counts_terms: whether such a pass counts rows and terms and adds to A: not from the second class column of a GGN on.
+        counts_terms: whether such a pass counts rows and terms and adds to A. Of the columns of a GGN only the first does.
         terms: loss terms of the Fisher pass that runs; None counts them by the shapes of a layer's rows.
         weight: what a compiled pass, which cannot ask `records`, multiplies its statistics by: 0 or 1.
         compiled_terms: `terms` for compiled passes.
         probe: requires a gradient and gets none: asking for it runs a backward pass through all taps, and past all weights.
-        stride: one row in so many is taken, at most. (A fraction would be a number that torch.compile cannot trace as dynamic.)
+        stride: at most one row in `stride` is taken. (torch.compile could not trace a fraction as dynamic.)
         max_rows: most rows that a pass takes of a layer.
         step: shifts the rows that are taken.
         scaler: the `torch.amp.GradScaler` that scales the loss, if one does.

@@ -1,4 +1,4 @@
-"""Capture of layer inputs and output gradients: one forward hook a layer, whose identity Function adds to sums in backward.
+"""Capture of layer inputs and output gradients: one forward hook per layer, whose identity Function adds to sums in backward.
 
 Of all the hook idioms only this one fires exactly once, with the right values, under checkpointing (both modes),
 torch.compile(fullgraph=True), in-place operations after the layer, shared modules and double backward.
@@ -101,7 +101,7 @@ def remove_inert(module: nn.Module, kind: str, like: Any) -> None:
 
 
 def attach(layers: list[Layer], statistics: list[Statistics]) -> list[RemovableHandle]:
-    """Hooks that feed the statistics, one a module of each layer (see `capture.attention.attach_functional` for the others)."""
+    """Hooks that feed the statistics, one for each module of a layer (`capture.attention.attach_functional` has the others)."""
     for layer in layers:
         for module in layer.modules:
             remove_inert(module, "_forward_hooks", CaptureHook())

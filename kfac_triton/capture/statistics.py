@@ -1,4 +1,4 @@
-"""What backward passes leave of one layer between two steps."""
+"""Sums and counts that backward passes add for one layer between two steps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SharedCounts(NamedTuple):
 
     Attributes:
         counts: `Counts` of the device, (4,): a compiled pass may not touch Python numbers.
-        beta: weight of what a sum holds when the next pass comes, one a sum. With zero it is overwritten, never cleared.
+        beta: for each sum, the weight of its contents when a pass is added. With zero they are overwritten, never cleared.
     """
 
     counts: Tensor
@@ -56,18 +56,18 @@ class FactorSum(NamedTuple):
 
 
 class Statistics:
-    """What backward passes left of one layer since the last step.
+    """Sums and counts of one layer since the last step.
 
-    A pass is summed at once, in buffers of the factors' size. Where kernels take many layers in one launch, a pass whose rows
-    take no more memory than those buffers waits for the step instead, and goes straight into the factors.
+    A pass is summed at once, in buffers of the factors' size. If the kernels take many layers in one launch, a pass whose rows
+    need no more memory than those buffers waits for the step instead, and is then added directly to the factors.
 
     Attributes:
         dense: factors that are matrices, those of A first.
         diagonal: factors of which the diagonal is kept, those of A first.
-        passes: rows of the passes that wait.
+        deferred: rows of the passes that wait for the step.
         on_host: what the host counted.
         on_device: what the device counted, (4,), in the order of `Counts`.
-        second: those of a second use of the weight, which is summed apart (see `capture.tied`).
+        tied: statistics of a second use of the weight, which is summed separately (see `capture.tied`).
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Statistics:
         moments: Moments | None = None,
     ) -> None:
         self.layer = layer
-        self.device = layer.weight.device  # a model that moves leaves no statistics until it has an engine there
+        self.device = layer.weight.device  # a model that is moved has no statistics until the engine is rebuilt there
         self.gate = gate
         self.dense = sorted((e for e in entries if not e.part.diagonal), key=lambda e: not e.part.is_input)
         self.diagonal = sorted((e for e in entries if e.part.diagonal), key=lambda e: not e.part.is_input)
@@ -148,7 +148,7 @@ class Statistics:
             self.on_host.taken += terms * rows.share
 
     def clear(self) -> None:
-        """Forgets everything, but for what it shares."""
+        """Forgets everything except what it shares."""
         self.on_host = Counts()
         self.deferred = []
         if self.moments is not None:

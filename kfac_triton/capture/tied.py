@@ -1,4 +1,4 @@
-"""The second use of a tied weight: summed apart, and joined with the first before the factors are updated."""
+"""The second use of a tied weight: summed separately, and joined with the first before the factors are updated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TiedStatistics:
     """
 
     def __init__(self, layer: TiedLayer, gate: Gate, entries: list[FactorSum], backend: str) -> None:
-        # A of an embedding stands on the side of G, and G on that of A; the bias's column has no part in it.
+        # The embedding's A is added to the layer's G, and its G to the layer's A, without the column of the bias.
         self._pairs = []
         for entry in entries:
             part = entry.part
@@ -49,7 +49,7 @@ class TiedStatistics:
 
             u = sqrt(tr(r S_c) tr S_hh / (tr S_gg tr S_e)).
 
-        Where only part of the rows is taken, r makes up for that, too. Of a use that comes alone the sums stay as they are.
+        If only part of the rows is taken, r corrects for that too. If only one use has statistics, its sums stay as they are.
 
         Args:
             first_counts: `Counts` of the first use, (4,). Sums without a pass are stale, and not read.

@@ -1,6 +1,6 @@
 """The distribution that a model's outputs parametrize, and the curvature of its negative log-likelihood.
 
-A loss is the mean or the sum of terms l_n(f_n), one term an image, a token, a row. K-FAC's true Fisher and the generalized
+A loss is the mean or the sum of terms l_n(f_n), one term for each image, token or row. K-FAC's true Fisher and the generalized
 Gauss-Newton matrix (GGN) need of each term its Hessian with respect to the outputs,
 
     H_n = d^2 l_n / d f_n^2      so that, for a mean loss, GGN = (1 / terms) sum_n J_n^T H_n J_n,

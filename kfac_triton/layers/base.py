@@ -23,7 +23,7 @@ class Rows:
         gradient_window: the same for gradients.
         input_count: rows of A in this pass: examples times positions (expand) or examples (reduce).
         terms: loss terms in this pass, the number that a mean loss divides by.
-        examples: rows belong to so many examples, as many to each, those of one example together.
+        examples: number of examples; each has equally many rows, next to each other.
         share: part of the rows that is in here, where only some are taken.
     """
 
@@ -42,7 +42,7 @@ class Rows:
         return list(self.input_window * len(self.inputs) + self.gradient_window * len(self.gradients))
 
     def sample(self, every: int, offset: int) -> Rows:
-        """Every so-many-th row (of a matrix) or example (of a convolution), as views, from a row below `every` on."""
+        """One row (of a matrix) or example (of a convolution) in `every`, as views, beginning with row `offset`."""
         first = min(offset, max(0, len(self.gradients[0]) - 1)) if self.gradients else 0
         inputs = [source[first::every] for source in self.inputs]
         gradients = [source[first::every] for source in self.gradients]
@@ -65,7 +65,7 @@ class Layer(ABC):
         autocasts: whether the module's forward is one operation that autocast runs in low precision.
         weight_is_transposed: whether the module stores W^T: a weight (in, out).
         applies_weight_itself: whether the module's forward applies the weight by `F.linear`, so that no module's hook sees it.
-        modules: those that share the weight; one, as a rule.
+        modules: those that share the weight, usually one.
         output_blocks: equal blocks along its diagonal that G is cut into.
     """
 
@@ -130,13 +130,13 @@ class Layer(ABC):
         return None
 
     def share(self, modules: list[nn.Module]) -> None:
-        """Says that these modules share the weight. A bias that they do not share stays out."""
+        """Records that these modules share the weight. A bias that they do not share is not covered."""
         self.modules = modules
         self.has_bias &= len({id(module._parameters.get("bias")) for module in modules}) == 1
 
     @property
     def weight(self) -> nn.Parameter:
-        """Looked up anew each time: parameter objects may be swapped (FSDP2, load with assign)."""
+        """Looked up each time: parameter objects may be replaced (FSDP2, load with assign)."""
         return self.module.weight  # type: ignore[return-value]
 
     @property

@@ -1,4 +1,4 @@
-"""nn.Conv1d, Conv2d and Conv3d: rows of A are patches, one a position (Grosse and Martens 2016, KFC)."""
+"""nn.Conv1d, Conv2d and Conv3d: rows of A are patches, one for each position (Grosse and Martens 2016, KFC)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def padding_amounts(module: _Conv) -> list[tuple[int, int]]:
 def mean_patches(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], positions: Sequence[int]
 ) -> Tensor:
-    """Patches averaged over positions, (N, C * kernel elements): one mean per kernel element, no patch is ever made."""
+    """Patches averaged over positions, (N, C * kernel elements): one mean per kernel element, without making the patches."""
     means = []
     for offset in itertools.product(*(range(k) for k in kernel)):
         window = tuple(

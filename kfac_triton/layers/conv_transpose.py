@@ -39,7 +39,7 @@ class ConvTransposeLayer(ConvLayer):
         return patch_rows(self, self._spread(x, gradient.shape[2:]), gradient, kernel, (1,) * spatial, (0,) * spatial, dilation)
 
     def _spread(self, x: Tensor, output: torch.Size) -> Tensor:
-        """Z. How long it is follows from the output, whose size a call may choose (output_size)."""
+        """Z. Its size follows from that of the output, which a call may choose (output_size)."""
         conv = self.conv
         spans = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         z = x.new_zeros(*x.shape[:2], *(n + span for n, span in zip(output, spans, strict=True)))

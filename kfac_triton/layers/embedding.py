@@ -24,7 +24,7 @@ class EmbeddingLayer(Layer):
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
-        """Also none whose gradient is sparse or rescaled, or whose forward changes the weight."""
+        """An embedding is not covered either if its gradient is sparse or rescaled, or if its forward changes the weight."""
         embedding = cast(nn.Embedding, module)
         if embedding.sparse:
             return "its gradient is sparse"

@@ -24,9 +24,9 @@ class NormLayer(Layer):
     The Fisher matrix of theta = [scale | shift] is F = E[u_n u_n^T]. It is small enough to be kept as it is: W = theta is
     one column, a = 1, G = F ("full") or diag F ("diagonal"), and V = (F + damping)^-1 W. Nothing is factorized.
 
-    Xhat is computed anew from the input: to invert y would divide by scale, which may be zero. Where loss terms are tokens, a
-    position is a term: "expand" takes its gradient by itself, which is right as long as no later layer mixes positions;
-    "reduce" sums over them all the same.
+    Xhat is recomputed from the input: to invert y would divide by scale, which may be zero. If loss terms are tokens, each
+    position is a term: "expand" uses the gradient of each position, which is right as long as no later layer mixes positions;
+    "reduce" still sums over positions.
     """
 
     diagonal_inputs = True
@@ -50,7 +50,7 @@ class NormLayer(Layer):
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
-        """Also none without a scale."""
+        """A norm without a scale is not covered either."""
         if "weight" in module._parameters and module._parameters["weight"] is None:
             return "it has no scale (affine is off)"
         return super().why_not(module)

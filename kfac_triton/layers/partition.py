@@ -1,7 +1,7 @@
 """How layers fall into factors: parts of the sides of W, and tiles of W, each between a part of A and a part of G.
 
-As a rule a layer is one tile between two parts, its A and its G. Where a side is larger than `max_factor_size` it is kept as
-its diagonal, or cut into blocks along its diagonal; a tile is then what lies between one block of A and one of G.
+Usually a layer is one tile between two parts, its A and its G. A side larger than `max_factor_size` is kept as its diagonal,
+or cut into blocks along its diagonal; a tile is then what lies between one block of A and one of G.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .base import Layer, Rows
 
 
 def factor_dtype(weight: Tensor) -> torch.dtype:
-    """Single precision for every weight up to it: moving averages in 16 bits stop moving."""
+    """Double precision for such a weight, else single: moving averages in 16 bits stop moving."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
@@ -42,7 +42,7 @@ class Part:
         start, stop: range of the side, the bias column of W included.
         diagonal: whether only the diagonal is kept.
         has_bias_column: whether the last place is the bias's, whose input is 1.
-        unit: columns a channel; `start` and `stop` without the bias are multiples.
+        unit: columns per channel; `start` and `stop` without the bias are multiples of it.
         whole: whether it is the whole side.
         group: channel group of the block. Known here, so that a graph of torch.compile does not depend on the block's number.
     """

@@ -41,10 +41,10 @@ Choice = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 
 def register(layer_type: type[Layer]) -> type[Layer]:
-    """Makes K-FAC cover a module type; a class decorator. What is registered later is asked first.
+    """Makes K-FAC cover a module type; a class decorator. Later registrations take precedence.
 
     Raises:
-        TypeError: if layer_type is no `Layer` with a module type.
+        TypeError: if layer_type is not a `Layer` with a module type.
     """
     if not (isinstance(layer_type, type) and issubclass(layer_type, Layer) and hasattr(layer_type, "module_type")):
         raise TypeError(f"layer_type must be a class derived from Layer with a module_type, but is {layer_type!r}")

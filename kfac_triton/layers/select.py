@@ -17,7 +17,7 @@ from .registry import find_layers, weights_of
 def select_layers(
     model: nn.Module, settings: Settings, parameters: Iterable[nn.Parameter] | None
 ) -> tuple[list[Layer], dict[str, str]]:
-    """Layers with a weight among the parameters (None: any), and why the others of a supported type are none.
+    """Layers with a weight among the parameters (None: any), and why the other modules of supported types are not covered.
 
     Raises:
         ValueError: if there are none.

@@ -13,8 +13,8 @@ class TiedLayer(LinearLayer):
     """One Kronecker block for both uses: G (rows, tokens) is diagonal, A (columns, dimensions) a matrix.
 
     As a Linear, the decoder, the weight has the Fisher matrix R_d (x) C_d with R_d the diagonal of E[g g^T] and C_d = E[h h^T];
-    as an embedding R_e (x) C_e with R_e = diag(frequencies) and C_e = E[g_e g_e^T]. The sum of the two is no Kronecker product,
-    but for every u > 0
+    as an embedding R_e (x) C_e with R_e = diag(frequencies) and C_e = E[g_e g_e^T]. The sum of the two is not a Kronecker
+    product, but for every u > 0
 
         (R_d + R_e / u) (x) (C_d + u C_e) = R_d (x) C_d + R_e (x) C_e + u R_d (x) C_e + R_e (x) C_d / u
 
@@ -22,8 +22,8 @@ class TiedLayer(LinearLayer):
 
         u = sqrt(tr R_e tr C_d / (tr R_d tr C_e)),
 
-    which is how Martens and Grosse (2015, section 6.3) choose pi. What the two uses have in common is dropped, as between any
-    two layers. The uses are summed apart, and joined at the step (see `kfac_triton.capture.tied`).
+    which is how Martens and Grosse (2015, section 6.3) choose pi. Curvature between the two uses is dropped, as between any
+    two layers. The uses are summed separately, and joined at the step (see `kfac_triton.capture.tied`).
 
     The bias is the decoder's, if it has one and is the only one.
     """
@@ -32,7 +32,7 @@ class TiedLayer(LinearLayer):
 
     @classmethod
     def tie(cls, modules: list[nn.Module]) -> type[Layer] | None:
-        """At least one of each, and no embedding that is not covered alone."""
+        """This adapter for at least one module of each kind, if every embedding could be covered alone."""
         embeddings = [module for module in modules if type(module) is nn.Embedding]
         decoders = [module for module in modules if type(module) is nn.Linear]
         if not embeddings or not decoders or len(embeddings) + len(decoders) < len(modules):

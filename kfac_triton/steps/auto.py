@@ -25,7 +25,7 @@ def auto_settings(lr: Any, settings: Settings, **options: bool) -> Settings:
 
     Raises:
         TypeError: if lr is another string.
-        ValueError: if one of the options is set, which it does not have.
+        ValueError: if one of the options is set: lr="auto" has none of them.
     """
     if lr != "auto":
         raise TypeError(f"lr must be a number, a tensor or 'auto', but is {lr!r}")
@@ -95,7 +95,7 @@ class AutoStep:
             next step), reduction_ratio, predicted (M(delta)), rejected and skipped.
 
     Raises:
-        TypeError, ValueError: if the loss is none that can be evaluated, damping is no number, or a value is out of range.
+        TypeError, ValueError: if the loss cannot be evaluated, damping is not a number, or a value is out of range.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class AutoStep:
         self.report: dict[str, Any] = {}
 
     def arguments(self) -> dict[str, Any]:
-        """What `from_arguments` makes another from."""
+        """What `from_arguments` needs to make a copy for a new engine."""
         controller = self.controller
         bounds = controller.damping_floor, controller.damping_ceiling
         return {"damping_every": controller.damping_every, "damping_range": bounds, "states": self.export()}
@@ -138,7 +138,7 @@ class AutoStep:
     def from_arguments(
         cls, model: nn.Module, engine: Engine, parameters: Sequence[nn.Parameter], arguments: dict[str, Any]
     ) -> AutoStep:
-        """One that goes on where another stood, possibly with more parameters behind those that it had."""
+        """A copy that continues from the same state, possibly with more parameters behind those that there were."""
         other = cls(model, engine, parameters, arguments["damping_every"], arguments["damping_range"])
         states = arguments["states"]
         other.restore(states + [{}] * (len(parameters) - len(states)))
@@ -187,7 +187,7 @@ class AutoStep:
         try:
             self.report = self._step(closure)
         finally:
-            # Nothing may stay of a step that was skipped, or that an error in the closure ended.
+            # A step that was skipped, or ended by an error in the closure, must leave no statistics.
             self._engine.forget_statistics()
         loss: Tensor = self.report["loss"]
         return loss
@@ -254,7 +254,7 @@ class AutoStep:
         return float(sum((x.to(loss.device) for x in penalties), loss.double()))
 
     def _directions(self, gradient: list[Tensor | None], terms: float) -> dict[str, list[Tensor | None]]:
-        """Those of the three directions that some parameter has, in the parameters' types."""
+        """The directions by name, in the parameters' types, without those that no parameter has."""
         sizes = [p.numel() for p in self._parameters]
         decay = sum(n * eta for n, eta in zip(sizes, self.weight_decay, strict=True)) / max(sum(sizes), 1)
         for p, h in zip(self._parameters, gradient, strict=True):
@@ -297,7 +297,7 @@ class AutoStep:
     def _try(
         self, step: Direction, batch: _Batch, gradient: Direction, predicted: float, before: Snapshot, after: Snapshot
     ) -> tuple[bool, float]:
-        """Moves the parameters, and back again unless the objective allows it; returns whether it does, and rho."""
+        """Moves the parameters, and back again if the step is rejected; returns whether it is accepted, and rho."""
         old = self._objective(batch.loss, gradient)
         promised = -predicted > ROUNDING * torch.finfo(batch.outputs.dtype).eps * abs(old)
         triples = [(p, d, p.clone()) for p, d in zip(self._parameters, step, strict=True) if d is not None]
@@ -312,7 +312,7 @@ class AutoStep:
         finally:  # also when the closure raises
             after.restore_generators()
             if accepted:
-                after.restore_buffers()  # statistics advance once a step
+                after.restore_buffers()  # running statistics advance once per step
             else:
                 for p, _, copy in triples:
                     p.copy_(copy)

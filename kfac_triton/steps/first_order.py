@@ -1,4 +1,4 @@
-"""The first-order rule that moves the parameters, along preconditioned gradients where there are any."""
+"""The first-order rule (SGD or AdamW) that moves the parameters, by preconditioned gradients where there are any."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .hold import Hold, portions
 
 
 def refuse_gradients(parameters: list[nn.Parameter]) -> None:
-    """Refuses gradients that no step can be taken along.
+    """Refuses gradients that no rule can use.
 
     Raises:
         RuntimeError: if one is sparse.
@@ -35,9 +35,9 @@ def drop_bad_gradients(
 
     Args:
         parameters: all of them.
-        updates: of those that K-FAC covers. Where the host looks, None is added for others whose gradient is not finite.
-        finite: None where the host looks. Elsewhere whether the gradients of those in updates are finite; others are added.
-        mixed: those in updates that go along their gradient in some rows.
+        updates: of those that K-FAC covers. If the host checks, None is added for others whose gradient is not finite.
+        finite: None if the host checks. Otherwise whether the gradients of those in updates are finite; others are added.
+        mixed: those in updates some rows of which use the plain gradient.
 
     Returns:
         How many of these have a gradient that is not finite.
@@ -62,11 +62,12 @@ Work = tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]
 
 
 def prepare(group: dict[str, Any], updates: dict[nn.Parameter, Tensor | None], states: dict[Any, dict[str, Any]]) -> Work:
-    """Parameters of a group that move, with what they move along and their states."""
+    """Parameters of a group that move, with the gradients that they use and their states."""
     pairs = [(p, updates.get(p, p.grad)) for p in group["params"] if p.grad is not None]
     moving = [(p, along.to(p.dtype)) for p, along in pairs if along is not None]
     if group["tail"] == "adamw" or group["capturable"]:
-        # They ask for this much memory when they have changed their state already: freed again, it is in the allocator's cache.
+        # The rules need this much memory after they have changed their state. Allocated and freed now, it is in the
+        # allocator's cache then.
         for places in portions([p for p, _ in moving], group["foreach"] is not False):
             reserve = [torch.empty_like(moving[i][0]) for i in places if moving[i][0].is_cuda]
             del reserve
@@ -81,7 +82,7 @@ def _changes(group: dict[str, Any]) -> tuple[str, ...]:
 
 
 def hold(groups: list[dict[str, Any]], work: list[Work], finite: dict[nn.Parameter, Tensor] | None) -> Hold | None:
-    """What keeps parameters whose gradients are not finite as they are, with its memory; None where the host looks."""
+    """What keeps parameters whose gradients are not finite as they are, with its memory; None if the host checks."""
     if finite is None:
         return None
     result = Hold(finite)
@@ -102,9 +103,9 @@ def apply(
     Args:
         group: options, checked by `validate_group`.
         params: parameters that have a gradient.
-        gradients: what to move along, one a parameter; not changed.
-        states: from `initial_state`, one a parameter.
-        held: what keeps some of them as they are, where the host does not know which. Steps are then counted on the device,
+        gradients: one for each parameter; not changed.
+        states: from `initial_state`, one for each parameter.
+        held: keeps some of them as they are if only the device knows which. Steps are then counted on the device,
             and Adam's bias correction, which depends on the count, is computed there.
     """
     if not params:
@@ -164,7 +165,7 @@ def _apply(group: dict[str, Any], params: list[Tensor], gradients: list[Tensor],
 def _apply_on_device(
     group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
 ) -> None:
-    """`apply` without a word from the device: PyTorch's SGD reads a rate in a tensor, and its Adam wants a GPU for this."""
+    """`apply` without a wait for the device. PyTorch's SGD would read a rate in a tensor, and its Adam needs a GPU for this."""
     lr = group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.to(params[0].device, torch.float64, non_blocking=True).reshape(())
@@ -198,7 +199,7 @@ def _adamw_on_device(
         params, gradients = ([torch.view_as_real(x) for x in xs] for xs in (params, gradients))
     moments = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq"))
     means, squares = ([torch.view_as_real(x) if x.is_complex() else x for x in xs] for xs in moments)
-    # One minus a power near one, with the digits that a number on the host would have.
+    # In double precision, as on the host: one minus a power near one would lose digits in single precision.
     steps = torch.stack([s["step"] for s in states]).to(params[0].device, torch.float64)
     rates, roots = -lr / (1 - beta1**steps), (1 - beta2**steps).sqrt()
     torch._foreach_lerp_(means, gradients, 1 - beta1)

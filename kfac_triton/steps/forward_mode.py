@@ -1,4 +1,4 @@
-"""Products with the Jacobian of a model by forward-mode AD, and the state of the model that they leave as it was."""
+"""Products with the Jacobian of a model by forward-mode AD; they leave the state of the model unchanged."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .quadratic import Direction, inner
 
 Evaluate = Callable[[], tuple[Tensor, Any]]
 
-# By which the derivative along a direction may differ between forward and reverse mode, in shares of itself and of the sum
-# of its terms' magnitudes, where bfloat16 errs by about 0.01 a term.
+# By how much the derivative along a direction may differ between forward and reverse mode: as a share of itself, and of the sum
+# of the magnitudes of its terms, each of which has an error of about 0.01 in bfloat16.
 AGREEMENT = (0.05, 0.01)
 
 
 class Snapshot:
     """The state of the random generators (the CPU's and those of the model's GPUs) and the buffers of a model, as they are now.
 
-    A model in the same state makes the same function of its parameters: the same dropout masks, the same running statistics.
+    In the same state a model is the same function of its parameters: with the same dropout masks and running statistics.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,7 +54,7 @@ class Snapshot:
         """Puts the buffers back: the same tensors, some modules bind new ones, with the same contents."""
         for module, name, buffer, contents in self._buffers:
             module._buffers[name] = buffer
-            # An expanded tensor cannot be written to, so nobody has written to it.
+            # An expanded tensor cannot be written to, so it has not changed.
             if all(stride > 0 or size < 2 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)):
                 buffer.copy_(contents)
 
@@ -118,7 +118,7 @@ def jacobian_products(
                 with _in_place_of_parameters(model, duals):
                     outputs, _ = outputs_and_targets(evaluate())
                 value, tangent = forward_ad.unpack_dual(outputs)
-                # Out of the level a tensor may not keep a tangent of its own.
+                # Outside of the level a tensor must not keep a tangent.
                 products.append(torch.zeros_like(value) if tangent is None else tangent.detach().clone())
         except NotImplementedError as error:
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Parameters that keep their values although the host does not know which: those with a NaN or Inf in their gradient."""
+"""Parameters with a NaN or Inf in their gradient keep their values, even if only the device knows which these are."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ State = dict[str, Any]
 
 
 def portions(params: Sequence[Tensor], together: bool) -> list[list[int]]:
-    """Places of the parameters that one operation takes: those of one device and type, or each alone.
+    """Indices of the parameters that one operation takes together: those of one device and type, or each alone.
 
     A portion has no more elements than the largest parameter (or `_FEW`), so that temporaries stay small.
     """
@@ -37,10 +37,10 @@ def portions(params: Sequence[Tensor], together: bool) -> list[list[int]]:
 
 
 class Hold:
-    """Puts parameters back as they were, with what the tail keeps of them, if their gradient was not finite.
+    """Restores parameters, and the state that the first-order rule keeps of them, if their gradient was not finite.
 
-    The device decides, and the host does not wait to hear it. Nothing is multiplied by zero (of a NaN that is a NaN): the step
-    is taken, and the old numbers are selected in place of the new ones, so that those that stay are the same bit for bit.
+    The device decides, and the host does not wait. The step is taken, and then the old numbers are selected in place of the new
+    ones, so that they are the same bit for bit. (Nothing is multiplied by zero: zero times a NaN is a NaN.)
 
     Args:
         finite: whether the gradient of a parameter is finite, a bool on the device (its own or another).

@@ -56,8 +56,8 @@ def validate_group(group: dict[str, Any]) -> None:
 def initial_state(parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
     """State of one parameter, complete from the start: checkpoint tools ask for it before the first step.
 
-    The step is counted on the host, as PyTorch's optimizers do it, unless it has to be part of a recorded graph. Where the
-    device alone knows which gradients are finite, `Hold` moves the counter there.
+    The step is counted on the host, as in PyTorch's optimizers, unless it has to be part of a recorded graph. If only the
+    device knows which gradients are finite, `Hold` moves the counter there.
     """
     device = parameter.device if group["capturable"] else None
     state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
@@ -72,7 +72,7 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def complete(optimizer: Optimizer, betas: tuple[float, float]) -> list[nn.Parameter]:
-    """Gives options and state to groups that were not added, but loaded or assigned.
+    """Gives options and state to groups that were loaded or assigned instead of added.
 
     Returns:
         All parameters.
@@ -89,14 +89,14 @@ def complete(optimizer: Optimizer, betas: tuple[float, float]) -> list[nn.Parame
 
 
 def rekey_swapped(optimizer: Optimizer, known: Sequence[Tensor]) -> list[Tensor]:
-    """Hands on the state of parameters that others have taken the place of in the groups (accelerate does that).
+    """Gives the state of parameters that were replaced in the groups (accelerate does that) to their replacements.
 
     Args:
-        optimizer: whose state.
+        optimizer: the optimizer.
         known: the parameters that the state belongs to, in the order of the groups.
 
     Returns:
-        Those that it belongs to now.
+        The parameters that it belongs to now.
     """
     now: list[Tensor] = list(parameters_of(optimizer))
     for old, new in zip(known, now, strict=True):
@@ -106,7 +106,7 @@ def rekey_swapped(optimizer: Optimizer, known: Sequence[Tensor]) -> list[Tensor]
 
 
 def move_state(optimizer: Optimizer) -> None:
-    """Moves the tail's state to where the parameters are now."""
+    """Moves the state of the first-order rule to the devices of the parameters."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state[p]
@@ -117,7 +117,7 @@ def move_state(optimizer: Optimizer) -> None:
 
 
 def check_tail(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Whether what the tail keeps of each parameter can be gone on with.
+    """Checks that the saved state of the first-order rule fits the parameters.
 
     Raises:
         ValueError: if the groups do not match, or a tensor has the wrong shape or is not finite.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 Direction = Sequence[Tensor | None]
 
-# Of what rounding may do, in units of the machine precision: to an entry of a Gram matrix, or to a loss.
+# Bound of rounding errors in an entry of a Gram matrix or in a loss, in units of the machine precision.
 ROUNDING = 16.0
 
 
@@ -32,8 +32,8 @@ class QuadraticModel:
         B_ij = scale (J d_i)^T H (J d_j) + <d_i, R d_j>,    b_i = <h, d_i>
 
     where H is the Hessian of the sum of the loss terms with respect to the outputs, h the gradient of the objective, and R the
-    diagonal matrix of damping and L2 penalties (Martens and Grosse 2015, sections 6.4 and 7). So the curvature is exact, the
-    generalized Gauss-Newton matrix of the batch, and only the choice of the directions is K-FAC's.
+    diagonal matrix of damping and L2 penalties (Martens and Grosse 2015, sections 6.4 and 7). The curvature is exact: it is the
+    generalized Gauss-Newton matrix of the batch. K-FAC only chooses the directions.
 
     Args:
         gram: B, (directions, directions), symmetric.
@@ -64,7 +64,7 @@ class QuadraticModel:
             products: J d_i.
             curved: H J d_i.
             scale: 1 / terms for a mean loss, 1 for a sum.
-            ridge: the diagonal of R, a number a parameter.
+            ridge: the diagonal of R, one number for each parameter.
 
         Raises:
             ValueError: if there is no direction.
@@ -92,8 +92,8 @@ class QuadraticModel:
     def solve(self) -> Minimum:
         """The least M, by the pseudo-inverse of B scaled to a unit diagonal, D B D with D_ii = B_ii^-1/2.
 
-        The scaling makes the result independent of the lengths of the directions. Of parallel directions each takes a share; a
-        direction without curvature takes none, for along it the model has no minimum.
+        The scaling makes the result independent of the lengths of the directions. Parallel directions share the step. One
+        without curvature has coefficient 0, because the model has no minimum along it.
         """
         finite = self.gram.isfinite().all() & self.linear.isfinite().all()
         gram = torch.where(finite, self.gram, 0.0)
@@ -112,7 +112,7 @@ def all_finite(tensors: Direction) -> bool:
 
 
 def combined(coefficients: Sequence[float], directions: Sequence[Direction]) -> list[Tensor | None]:
-    """sum_i c_i d_i, a new tensor a parameter."""
+    """sum_i c_i d_i, a new tensor for each parameter."""
     result: list[Tensor | None] = []
     for entries in zip(*directions, strict=True):
         parts = [x * c for c, x in zip(coefficients, entries, strict=True) if x is not None]
