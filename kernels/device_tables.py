@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -31,3 +32,8 @@ def device_table(rows: tuple[tuple[float, ...], ...], device: torch.device, dtyp
         return _copies(rows, device, dtype)[0]
     _RECORDED.append(_copies.__wrapped__(rows, device, dtype))
     return _RECORDED[-1][0]
+
+
+def device_vector(values: Iterable[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A vector on the device, under the terms of `device_table`."""
+    return device_table((tuple(values),), device, dtype)[0]

@@ -15,7 +15,7 @@ from ..capture.statistics import Counts, FactorSum, SharedCounts, Statistics, me
 from ..capture.tied import TiedStatistics
 from ..fisher import scales
 from ..kernels import ops
-from ..kernels.device_tables import device_table
+from ..kernels.device_tables import device_table, device_vector
 from ..kernels.multi_tensor.launch import is_dense
 from ..layers import Layer, Rows
 from ..layers.partition import Partition, factor_dtype
@@ -135,8 +135,8 @@ class FactorUpdate:
         accept = accepted[self.layer_of_slot]
         rate = self.bank.weights(accept, settings.ema_decay)
         keep, gain = 1 - rate, rate * scale
-        flags = tuple((int(bool(s.deferred)),) for s in self.statistics)
-        waited = (device_table(flags, home).flatten() > 0)[self.layer_of_slot]
+        flags = device_vector((bool(s.deferred) for s in self.statistics), home)
+        waited = (flags > 0)[self.layer_of_slot]
         if any(s.deferred for s in self.statistics):
             self.bank.back_up(waited & ~summed[self.layer_of_slot])
             self._blend_passes(keep, gain, accept)
@@ -172,7 +172,7 @@ class FactorUpdate:
             # Copying strided or expanded rows (channel groups, the gradient of a sum) is cheap: only small ones are deferred.
             dense = [source if is_dense(source) else source.contiguous() for _, source in members]
             ops.squares(dense, squares, backend=self._backend)
-            places = device_table(tuple((i,) for i, _ in members), self.bank.home).flatten()
+            places = device_vector((i for i, _ in members), self.bank.home)
             broken = broken.index_add(0, places, (~torch.isfinite(squares)).long().to(self.bank.home))
         return broken == 0
 
@@ -199,7 +199,7 @@ class FactorUpdate:
             sources += some_sources
             windows += some_windows
             ones += some_ones
-        places = device_table(tuple((slot,) for slot in slots), self.bank.home).flatten()
+        places = device_vector(slots, self.bank.home)
         factors = [self.bank.padded_view(slot) for slot in slots]
         alpha, beta, flags = (vector[places].to(device) for vector in (gain, keep, accept))
         ops.covariance_ema(factors, sources, alpha, beta, ones, windows, flags, backend=self._backend)

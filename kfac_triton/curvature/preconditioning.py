@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import ops
-from ..kernels.device_tables import device_table
+from ..kernels.device_tables import device_vector
 from ..layers import Layer
 from ..layers.partition import Partition
 from .factor_bank import FactorBank
@@ -115,7 +115,7 @@ def unmoved(broken: Tensor, weights: Sequence[nn.Parameter]) -> tuple[Tensor, di
         Flags (tiles,) of those that are not to be updated, and for each weight whether its gradient is finite.
     """
     numbers = {weight: i for i, weight in enumerate(dict.fromkeys(weights))}
-    owners = device_table(tuple((numbers[weight],) for weight in weights), broken.device).flatten()
+    owners = device_vector((numbers[weight] for weight in weights), broken.device)
     stays = torch.zeros(len(numbers), dtype=torch.long, device=broken.device).index_add_(0, owners, broken.long()) > 0
     return stays[owners], dict(zip(numbers, (~stays).unbind(), strict=True))
 
@@ -166,8 +166,7 @@ def rate_vector(rates: list[float | Tensor], like: Tensor) -> Tensor:
     if any(isinstance(rate, Tensor) for rate in rates):
         numbers = [rate if isinstance(rate, Tensor) else like.new_full((), rate) for rate in rates]
         return torch.stack([number.to(like, non_blocking=True).reshape(()) for number in numbers])
-    values = tuple((float(rate),) for rate in rates)
-    return device_table(values, like.device, like.dtype).flatten()
+    return device_vector(map(float, rates), like.device, like.dtype)
 
 
 def updates_of_layers(
