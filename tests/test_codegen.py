@@ -79,8 +79,8 @@ def _is_launch(node: ast.AST) -> bool:
 
 @pytest.mark.parametrize("arch", gate.ARCHITECTURES)
 def test_every_kernel_has_a_case(results: Results, arch: str) -> None:
-    """Kernels are the public functions of the modules kernels/*/kernel.py; what is launched is one of them."""
-    kernels = {f"{path.parent.name}.{name}" for path in KERNELS.glob("*/kernel.py") for name in jitted(path)}
+    """Kernels are the public functions of the modules kernels/*/*kernel.py; what is launched is one of them."""
+    kernels = {f"{path.parent.name}.{name}" for path in KERNELS.glob("*/*kernel.py") for name in jitted(path)}
     assert {outcome.kernel for outcome in results[arch]} == kernels
     names = {kernel.partition(".")[2] for kernel in kernels}
     assert set().union(*(launched(path) for path in KERNELS.rglob("*.py"))) == names
