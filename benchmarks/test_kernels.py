@@ -108,7 +108,7 @@ def test_covariance_ema(benchmark: Any) -> None:
     case.factors = [stored[: len(factor), : len(factor)] for stored, factor in zip(factors, case.factors, strict=True)]
     count = len(factors)
     alpha, beta = torch.full((count,), (1 - EMA_DECAY) / BATCH), torch.full((count,), EMA_DECAY)
-    windows = ops.ROWS * count
+    windows = [ops.ROWS] * count
 
     def run() -> None:
         ops.covariance_ema(factors, case.inputs, alpha, beta, case.ones, windows)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from . import operators as _operators  # noqa: F401  (registers the operators)
-from .covariance.reference import ROWS, WINDOW, window
+from .covariance.window import ROWS, Window, window
 
 __all__ = [
     "ROWS",
-    "WINDOW",
+    "Window",
     "blend",
     "covariance_ema",
     "factored_newton_refresh",
@@ -58,7 +58,7 @@ def _require_like(name: str, tensor: Tensor, shape: tuple[int, ...], other: Tens
     )
 
 
-def _columns(i: int, source: Tensor, geometry: Sequence[int]) -> int:
+def _columns(i: int, source: Tensor, window: Window) -> int:
     """Columns of X for the input of layer i, once the input and its window are known to fit."""
     shape = tuple(source.shape)
     _require(
@@ -67,15 +67,18 @@ def _columns(i: int, source: Tensor, geometry: Sequence[int]) -> int:
     )
     if source.dim() == 2:
         return source.shape[1]
-    spatial = source.dim() - 2
-    kernel, stride, padding, dilation = (geometry[j * 3 + 3 - spatial : j * 3 + 3] for j in range(4))
+    kernel, stride, padding, dilation = window
     _require(
-        min(kernel) > 0 and min(stride) > 0 and min(dilation) > 0 and min(padding) >= 0,
-        f"windows of inputs[{i}], of shape {shape}, must come from window(...), but has kernel {list(kernel)}, stride "
-        f"{list(stride)}, padding {list(padding)} and dilation {list(dilation)}",
+        all(len(numbers) == source.dim() - 2 for numbers in window)
+        and min(kernel) > 0
+        and min(stride) > 0
+        and min(dilation) > 0
+        and min(padding) >= 0,
+        f"windows of inputs[{i}], of shape {shape}, must come from window(...), with a number per spatial dimension, but is "
+        f"{window}",
     )
     _require(
-        all(size + 2 * p > d * (k - 1) for size, k, p, d in zip(shape[2:], kernel, padding, dilation, strict=True)),
+        min(window.positions(shape[2:])) > 0,
         f"inputs[{i}] of shape {shape} must be at least as large as its kernel, but that is {list(kernel)} with dilation "
         f"{list(dilation)} and padding {list(padding)}",
     )
@@ -88,7 +91,7 @@ def covariance_ema(
     alpha: Tensor,
     beta: Tensor,
     ones_column: Sequence[bool],
-    windows: Sequence[int],
+    windows: Sequence[Window],
     accept: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
@@ -102,7 +105,7 @@ def covariance_ema(
         alpha: weight of the new statistics, (layers,), on the factors' device.
         beta: weight of the old factor, (layers,).
         ones_column: per layer, whether X gets a last column of ones (the bias).
-        windows: `WINDOW` integers per layer, from `window(...)` for a convolution and `ROWS` for a matrix.
+        windows: per layer `window(...)` for a convolution and `ROWS` for a matrix.
         accept: optional (layers,) flags; a factor whose flag is false stays as it is.
         backend: "auto", "triton" or "torch".
 
@@ -112,9 +115,9 @@ def covariance_ema(
     """
     count = len(factors)
     _require(
-        len(inputs) == count and len(ones_column) == count and len(windows) == count * WINDOW,
+        len(inputs) == count and len(ones_column) == count and len(windows) == count,
         f"factors, inputs, ones_column and windows must describe the same number of layers, but have {count}, "
-        f"{len(inputs)}, {len(ones_column)} and {len(windows)}/{WINDOW}",
+        f"{len(inputs)}, {len(ones_column)} and {len(windows)}",
     )
     for name, vector in (("alpha", alpha), ("beta", beta)) + ((("accept", accept),) if accept is not None else ()):
         _require(
@@ -124,7 +127,7 @@ def covariance_ema(
         )
     for i, (factor, source) in enumerate(zip(factors, inputs, strict=True)):
         _require_digits(f"factors[{i}]", factor)
-        columns = _columns(i, source, windows[i * WINDOW : (i + 1) * WINDOW]) + bool(ones_column[i])
+        columns = _columns(i, source, windows[i]) + bool(ones_column[i])
         _require(
             factor.dim() == 2 and factor.shape[0] == factor.shape[1] and factor.shape[0] >= columns,
             f"factors[{i}] must be square and at least {columns} wide for inputs[{i}] of shape {tuple(source.shape)}, "
@@ -135,7 +138,8 @@ def covariance_ema(
             f"inputs[{i}] must be on the device of all factors, {factors[0].device}, but is on {source.device} "
             f"(factors[{i}] on {factor.device})",
         )
-    torch.ops.kfac_triton.covariance_ema(factors, inputs, alpha, beta, ones_column, windows, accept, backend=backend)
+    numbers = [number for window in windows for number in window.flat]
+    torch.ops.kfac_triton.covariance_ema(factors, inputs, alpha, beta, ones_column, numbers, accept, backend=backend)
 
 
 def newton_schulz_inverse(

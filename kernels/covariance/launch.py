@@ -15,7 +15,7 @@ from ..device_tables import device_table
 from ..runtime import tl
 from ..tiles import count
 from . import kernel
-from .reference import WINDOW
+from .window import Window, unflatten
 
 _PROGRAMS_PER_PROCESSOR = 2  # rows are split until a launch has this many
 _LEAST_CHUNKS = 4  # loop iterations of a share of the rows
@@ -38,7 +38,7 @@ def can_use(
     accept: Tensor | None = None,
 ) -> str | None:
     """What keeps the kernel from serving these layers; None for nothing."""
-    for i, (factor, source) in enumerate(zip(factors, inputs, strict=True)):
+    for i, (factor, source, window) in enumerate(zip(factors, inputs, unflatten(windows, inputs), strict=True)):
         if factor.dtype != torch.float32:
             return f"factors[{i}] is {factor.dtype}, and the kernel keeps float32"
         if source.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -47,18 +47,18 @@ def can_use(
             return f"factors[{i}] has columns {factor.stride(1)} apart, and the kernel wants them side by side"
         if source.numel() // max(1, source.shape[1]) >= 2**31 or factor.shape[0] >= 2**31:
             return f"inputs[{i}] has more rows than 32 bits count"
-        if source.dim() > 2 and _extent(source, windows[i * WINDOW : (i + 1) * WINDOW]) >= 2**31:
+        if source.dim() > 2 and _extent(source, window) >= 2**31:
             return f"inputs[{i}] has images whose elements lie further apart than 32 bits count"
     return None
 
 
-def _extent(images: Tensor, window: Sequence[int]) -> int:
+def _extent(images: Tensor, window: Window) -> int:
     """How far apart in memory, in elements, the places of an image lie that a window reaches, padding included."""
-    padding = [0, *window[9 - (images.dim() - 2) : 9]]
+    padding = (0, *window.padding)
     return sum((size - 1 + 2 * p) * step for size, p, step in zip(images.shape[1:], padding, images.stride()[1:], strict=True))
 
 
-def geometry_of(source: Tensor, factor: Tensor, window: Sequence[int]) -> Geometry:
+def geometry_of(source: Tensor, factor: Tensor, window: Window) -> Geometry:
     """The row of the layer table for one input."""
     fields = [0] * kernel.LAYER_FIELDS
     fields[kernel.FACTOR_STRIDE] = factor.stride(0)
@@ -66,23 +66,19 @@ def geometry_of(source: Tensor, factor: Tensor, window: Sequence[int]) -> Geomet
         rows, n = source.shape
         fields[: kernel.FACTOR_STRIDE] = [rows, n, source.stride(0), source.stride(1)]
         return tuple(fields)
-    spatial = source.dim() - 2
-    missing = 3 - spatial
-    kernel_size, stride, padding, dilation = (list(window[i * 3 : i * 3 + 3]) for i in range(4))
+    missing = 5 - source.dim()
     sizes = [1] * missing + list(source.shape[2:])
-    outputs = [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(sizes, kernel_size, stride, padding, dilation, strict=True)
-    ]
+    window = window.in_three_dimensions()
+    outputs = window.positions(sizes)
     positions = math.prod(outputs)
-    fields[: kernel.FACTOR_STRIDE] = [source.shape[0] * positions, source.shape[1] * math.prod(kernel_size), 0, 0]
+    fields[: kernel.FACTOR_STRIDE] = [source.shape[0] * positions, source.shape[1] * math.prod(window.kernel), 0, 0]
     fields[kernel.POSITIONS] = positions
     for at, values in (
-        (kernel.KERNEL, kernel_size),
+        (kernel.KERNEL, window.kernel),
         (kernel.OUTPUT, outputs),
-        (kernel.STRIDE, stride),
-        (kernel.PADDING, padding),
-        (kernel.DILATION, dilation),
+        (kernel.STRIDE, window.stride),
+        (kernel.PADDING, window.padding),
+        (kernel.DILATION, window.dilation),
         (kernel.INPUT, sizes),
         (kernel.INPUT_STRIDE, [0] * missing + list(source.stride()[2:])),
     ):
@@ -180,10 +176,7 @@ def launch(
         return
     device = factors[0].device
     target = runtime.target(device)
-    geometries = tuple(
-        geometry_of(source, factor, windows[i * WINDOW : (i + 1) * WINDOW])
-        for i, (factor, source) in enumerate(zip(factors, inputs, strict=True))
-    )
+    geometries = tuple(map(geometry_of, inputs, factors, unflatten(windows, inputs)))
     # Layers of one kind go together: the kind decides how the kernel is compiled.
     kinds: dict[tuple[torch.dtype, int, bool], list[int]] = defaultdict(list)
     for i, (factor, source) in enumerate(zip(factors, inputs, strict=True)):

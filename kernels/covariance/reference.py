@@ -12,41 +12,18 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-WINDOW = 12  # integers per input: kernel, stride, padding and dilation in three spatial dimensions
-ROWS = (0,) * WINDOW  # the window of an input that already is a matrix of rows
+from .window import Window, unflatten
 
 _COLUMN_BLOCK = 128  # columns per GEMM of the symmetric product: measured fastest of 128..504 at n = 1008
 _PATCH_CHUNK = 1 << 20  # patch elements in flight: 4 MiB of fp32 stays in cache, 100 MiB of im2col does not
 
 
-def window(
-    kernel: Sequence[int],
-    stride: Sequence[int] = (),
-    padding: Sequence[int] = (),
-    dilation: Sequence[int] = (),
-) -> tuple[int, ...]:
-    """The window of an input (N, C, *spatial) with one to three spatial dimensions; missing dimensions are filled in front."""
-
-    def three(values: Sequence[int], fill: int) -> tuple[int, ...]:
-        return (fill,) * (3 - len(values)) + tuple(values)
-
-    return three(kernel, 1) + three(stride, 1) + three(padding, 0) + three(dilation, 1)
-
-
-def kernel_size(images: Tensor, geometry: Sequence[int]) -> Sequence[int]:
-    """Kernel sides, one a spatial dimension of images (N, C, *spatial)."""
-    return geometry[3 - (images.dim() - 2) : 3]
-
-
-def patch_matrix(images: Tensor, geometry: Sequence[int]) -> Tensor:
+def patch_matrix(images: Tensor, window: Window) -> Tensor:
     """Patches of images (N, C, *spatial) as columns: (C * kernel elements, N * positions), in the order of a conv weight."""
-    spatial = images.dim() - 2
-    kernel, stride, padding, dilation = (geometry[i * 3 + 3 - spatial : i * 3 + 3] for i in range(4))
+    kernel, stride, padding, dilation = window
+    positions = window.positions(images.shape[2:])
     if any(padding):
         images = F.pad(images, [amount for size in reversed(padding) for amount in (size, size)])
-    positions = [
-        (size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(images.shape[2:], kernel, stride, dilation, strict=True)
-    ]
     step = images.stride()
     view = images.as_strided(
         (images.shape[1], *kernel, images.shape[0], *positions),
@@ -72,20 +49,19 @@ def symmetric_update(factor: Tensor, rows: Tensor, alpha: float, beta: float) ->
         factor[start:stop, stop:].copy_(factor[stop:, start:stop].T)
 
 
-def _row_chunks(source: Tensor, geometry: Sequence[int]) -> Sequence[Tensor]:
+def _row_chunks(source: Tensor, window: Window) -> Sequence[Tensor]:
     """Rows of one input, as views where it already is a matrix; patches of a few images at a time otherwise."""
     if source.dim() == 2:
         return [source]
-    kernel, stride = kernel_size(source, geometry), geometry[6 - (source.dim() - 2) : 6]
-    per_image = source.shape[1:].numel() * math.prod(kernel) // max(1, math.prod(stride))
+    per_image = source.shape[1:].numel() * math.prod(window.kernel) // max(1, math.prod(window.stride))
     count = max(1, _PATCH_CHUNK // max(1, per_image))
     return source.split(count) if len(source) else ()
 
 
-def _accumulate(factor: Tensor, source: Tensor, geometry: Sequence[int], alpha: float, beta: float, ones: bool) -> None:
-    for chunk in _row_chunks(source, geometry):
+def _accumulate(factor: Tensor, source: Tensor, window: Window, alpha: float, beta: float, ones: bool) -> None:
+    for chunk in _row_chunks(source, window):
         chunk = chunk.to(factor.dtype)  # 16-bit inputs are summed in the factor's precision
-        rows = chunk if chunk.dim() == 2 else patch_matrix(chunk, geometry).T
+        rows = chunk if chunk.dim() == 2 else patch_matrix(chunk, window).T
         n = rows.shape[1]
         symmetric_update(factor[:n, :n], rows, alpha, beta)
         if ones:  # the column of ones of the bias, without a copy of X
@@ -96,7 +72,7 @@ def _accumulate(factor: Tensor, source: Tensor, geometry: Sequence[int], alpha: 
             factor[:n, n].copy_(border[:n])
         beta = 1.0
     if source.dim() > 2 and len(source) == 0:  # no patches: only the decay is left to apply
-        n = source.shape[1] * math.prod(kernel_size(source, geometry)) + ones
+        n = source.shape[1] * math.prod(window.kernel) + ones
         block = factor[:n, :n]
         block.mul_(beta) if beta else block.zero_()
 
@@ -114,7 +90,6 @@ def covariance_ema_reference(
     # The host reads the coefficients here; the Triton kernel reads them from device memory.
     alphas, betas = alpha.tolist(), beta.tolist()
     accepted = [True] * len(factors) if accept is None else accept.tolist()
-    for i, (factor, source) in enumerate(zip(factors, inputs, strict=True)):
+    for i, window in enumerate(unflatten(windows, inputs)):
         if accepted[i]:
-            geometry = windows[i * WINDOW : (i + 1) * WINDOW]
-            _accumulate(factor, source, geometry, alphas[i], betas[i], ones_column[i])
+            _accumulate(factors[i], inputs[i], window, alphas[i], betas[i], ones_column[i])

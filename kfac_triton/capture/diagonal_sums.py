@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..kernels.covariance.reference import WINDOW, patch_matrix
+from ..kernels.covariance.reference import patch_matrix
+from ..kernels.ops import Window
 
 
-def squared_rows(source: Tensor, geometry: Sequence[int], size: int, dtype: torch.dtype) -> Tensor:
+def squared_rows(source: Tensor, window: Window, size: int, dtype: torch.dtype) -> Tensor:
     """Diagonal of X^T X, without the ones, from rows as `kernels.ops.covariance_ema` takes them, or from indices.
 
     Args:
         source: X (rows, n); the input (N, C, *spatial) of a convolution; indices (rows,), which stand for one-hot rows; or
             indices (rows, m), each of whose rows stands for the mean of m one-hot rows.
-        geometry: the window of a convolution.
+        window: the window of a convolution.
         size: n.
         dtype: of the sum.
     """
@@ -30,11 +30,9 @@ def squared_rows(source: Tensor, geometry: Sequence[int], size: int, dtype: torc
     squares = source.to(dtype).square()
     if source.dim() == 2:
         return squares.sum(0)
-    assert len(geometry) == WINDOW
-    kernel = geometry[3 - (source.dim() - 2) : 3]
-    if math.prod(kernel) == 1:
+    if math.prod(window.kernel) == 1:
         return squares.flatten(2).sum((0, 2))
-    return patch_matrix(squares, geometry).sum(1)
+    return patch_matrix(squares, window).sum(1)
 
 
 def _squared_means(indices: Tensor, size: int, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.covariance.reference import patch_matrix
+from ..kernels.ops import Window
 from ..layers import Rows
 from ..layers.partition import Partition
 
@@ -57,10 +58,10 @@ class Moments:
         self.fresh = True
 
 
-def _matrix(source: Tensor, geometry: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _matrix(source: Tensor, window: Window, dtype: torch.dtype) -> Tensor:
     """Rows as a matrix, one example's after the other's."""
     source = source.to(dtype)
-    return source if source.dim() == 2 else patch_matrix(source, geometry).T
+    return source if source.dim() == 2 else patch_matrix(source, window).T
 
 
 def _add_squares(total: Tensor, a: Tensor, g: Tensor, examples: int) -> None:

@@ -161,10 +161,10 @@ class Statistics:
     def _is_small(self, rows: Rows) -> bool:
         return _bytes(rows.inputs + rows.gradients) <= _bytes([e.total for e in self.dense])
 
-    def read(self, entries: list[FactorSum], rows: Rows) -> tuple[list[Tensor], list[int], list[bool]]:
+    def read(self, entries: list[FactorSum], rows: Rows) -> tuple[list[Tensor], list[ops.Window], list[bool]]:
         """(sources, windows, ones column) of some dense factors, as `kernels.ops.covariance_ema` takes them."""
         found = [e.part.sources(rows) for e in entries]
-        return [x for x, _ in found], [i for _, window in found for i in window], [e.part.has_bias_column for e in entries]
+        return [x for x, _ in found], [window for _, window in found], [e.part.has_bias_column for e in entries]
 
     def _sum(self, rows: Rows, with_inputs: bool, weight: Tensor | None = None) -> None:
         """Adds to the sums. All of them in a pass that counts, those of G alone in another."""

@@ -192,7 +192,7 @@ class FactorUpdate:
         slots: list[int] = []
         sources: list[Tensor] = []
         ones: list[bool] = []
-        windows: list[int] = []
+        windows: list[ops.Window] = []
         for statistics, rows in members:
             some_sources, some_windows, some_ones = statistics.read(statistics.dense, rows)
             slots += [entry.slot for entry in statistics.dense]

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..kernels.ops import Window
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -29,17 +31,17 @@ class Rows:
 
     inputs: list[Tensor]
     gradients: list[Tensor]
-    input_window: tuple[int, ...]
-    gradient_window: tuple[int, ...]
+    input_window: Window
+    gradient_window: Window
     input_count: int
     terms: int
     examples: int = 0
     share: float = 1.0
 
     @property
-    def windows(self) -> list[int]:
+    def windows(self) -> list[Window]:
         """Windows of inputs, then of gradients, as `kernels.ops.covariance_ema` takes them."""
-        return list(self.input_window * len(self.inputs) + self.gradient_window * len(self.gradients))
+        return [self.input_window] * len(self.inputs) + [self.gradient_window] * len(self.gradients)
 
     def sample(self, every: int, offset: int) -> Rows:
         """One row (of a matrix) or example (of a convolution) in `every`, as views, beginning with row `offset`."""

@@ -69,7 +69,7 @@ class Part:
         unit = self.unit if source.dim() > 2 else 1  # mean patches are rows already
         return source[:, self.start // unit : (self.stop - self.has_bias_column) // unit]
 
-    def sources(self, rows: Rows) -> tuple[Tensor, tuple[int, ...]]:
+    def sources(self, rows: Rows) -> tuple[Tensor, ops.Window]:
         """Its columns of what a backward pass left, and how to read rows from them."""
         if self.is_input:
             return self.cut(rows.inputs[self.group]), rows.input_window

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kfac_triton.kernels import ops
 from kfac_triton.kernels.covariance import reference as covariance
+from kfac_triton.kernels.covariance.window import unflatten
 
 FLOATS = [torch.float32, torch.float64]
 INPUT_TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -74,7 +75,7 @@ class Case:
 
     factor: Tensor
     source: Tensor
-    window: tuple[int, ...]
+    window: ops.Window
     rows: Tensor
     ones: bool
 
@@ -91,7 +92,7 @@ def make_factor(size: int, pad: int, dtype: torch.dtype, beta: float) -> Tensor:
 
 def check(cases: list[Case], alphas: list[float], betas: list[float], dtype: torch.dtype, backend: str) -> None:
     factors = [case.factor.clone() for case in cases]
-    windows = list(itertools.chain(*(case.window for case in cases)))
+    windows = [case.window for case in cases]
     ones = [case.ones for case in cases]
     alpha, beta = torch.tensor(alphas, dtype=dtype), torch.tensor(betas, dtype=dtype)
     sources = [case.source.clone() for case in cases]
@@ -150,7 +151,7 @@ def test_integers_come_out_exactly(backend: str, rows: int, n: int, ones: bool, 
     old = old + old.T
     factor = old.float()
     alphas, betas = torch.tensor([alpha]), torch.tensor([beta])
-    ops.covariance_ema([factor], [x.float()], alphas, betas, [ones], list(ops.ROWS), backend=backend)
+    ops.covariance_ema([factor], [x.float()], alphas, betas, [ones], [ops.ROWS], backend=backend)
     full = with_ones(x, ones)
     assert torch.equal(factor.double(), beta * old.double() + alpha * (full.T @ full).double())
 
@@ -237,7 +238,7 @@ def test_image_layouts_give_the_same_integers(backend: str, layout: str) -> None
     geometry = [(3, 2), (2, 1), (1, 1), (1, 3)]
     rows = with_ones(unfolded(images.double(), *geometry), True)
     factor = torch.full((len(rows.T), len(rows.T)), torch.nan)
-    ops.covariance_ema([factor], [source], torch.ones(1), torch.zeros(1), [True], list(ops.window(*geometry)), backend=backend)
+    ops.covariance_ema([factor], [source], torch.ones(1), torch.zeros(1), [True], [ops.window(*geometry)], backend=backend)
     assert torch.equal(factor.double(), rows.T @ rows)
 
 
@@ -258,7 +259,7 @@ def test_a_window_fills_missing_dimensions_in_front(spatial: int) -> None:
     window = ops.window((3,) * spatial, (2,) * spatial, (1,) * spatial, (4,) * spatial)
     front = 3 - spatial
     assert (
-        window
+        window.flat
         == (1,) * front
         + (3,) * spatial
         + (1,) * front
@@ -269,7 +270,8 @@ def test_a_window_fills_missing_dimensions_in_front(spatial: int) -> None:
         + (4,) * spatial
     )
     assert ops.window((3,) * spatial) == ops.window((3,) * spatial, (1,) * spatial, (0,) * spatial, (1,) * spatial)
-    assert len(window) == ops.WINDOW == len(ops.ROWS)
+    images = torch.empty(2, 3, *(9,) * spatial, device="meta")
+    assert unflatten([*ops.ROWS.flat, *window.flat], [torch.empty(2, 3), images]) == [ops.ROWS, window]
 
 
 EMPTY = {
@@ -290,7 +292,7 @@ def test_an_empty_batch_only_decays_the_factor(backend: str, kind: str, ones: bo
     factor = make_factor(size, 3, torch.float32, beta)
     expected = factor.clone()
     expected[:size, :size] = beta * factor[:size, :size] if beta else 0.0
-    ops.covariance_ema([factor], [source], torch.ones(1), torch.tensor([beta]), [ones], list(window), backend=backend)
+    ops.covariance_ema([factor], [source], torch.ones(1), torch.tensor([beta]), [ones], [window], backend=backend)
     assert torch.equal(factor, expected)
 
 
@@ -302,7 +304,7 @@ def test_only_accepted_factors_change(backend: str, flags: tuple[bool, ...]) -> 
     for source, flag in zip(sources, flags, strict=True):
         if not flag:
             source.flatten()[0] = torch.nan
-    windows = [*ops.ROWS, *ops.ROWS, *ops.window((2, 2))]
+    windows = [ops.ROWS, ops.ROWS, ops.window((2, 2))]
     ones = [True, False, True]
     factors = [symmetric(6, torch.float32) for _ in sources]
     old, plain = [f.clone() for f in factors], [f.clone() for f in factors]
@@ -323,7 +325,7 @@ def test_factors_in_one_stack_are_updated_in_place(backend: str) -> None:
     """Rows of a stack, as the optimizer stores them: neighbours stay."""
     stack = torch.full((3, 4, 4), UNTOUCHED)
     x = torch.randn(9, 4)
-    ops.covariance_ema([stack[1]], [x], torch.ones(1), torch.zeros(1), [False], list(ops.ROWS), backend=backend)
+    ops.covariance_ema([stack[1]], [x], torch.ones(1), torch.zeros(1), [False], [ops.ROWS], backend=backend)
     assert_update(stack[1], stack[1], x.double(), 1.0, 0.0)
     assert (stack[[0, 2]] == UNTOUCHED).all()
 

@@ -19,7 +19,7 @@ def image(row_stride: int) -> torch.Tensor:
 @pytest.mark.parametrize(("padding", "largest"), [((0, 0), 2**31 - 2), ((1, 0), (2**31 - 2) // 3)])
 def test_images_must_lie_within_32_bits(padding: tuple[int, int], largest: int) -> None:
     """Padding counts: a window that starts before the image reaches further behind its start."""
-    factor, window = torch.empty(1, 1, device="meta"), list(ops.window((1, 1), padding=padding))
+    factor, window = torch.empty(1, 1, device="meta"), ops.window((1, 1), padding=padding).flat
     assert covariance_launch.can_use([factor], [image(largest)], *ANY, window) is None
     reason = covariance_launch.can_use([factor], [image(largest + 1)], *ANY, window)
     assert reason is not None

@@ -70,16 +70,14 @@ def test_one_launch_serves_any_number_of_layers(layers: int) -> None:
         inputs = [torch.ones(rows, 16) for _ in factors]
         ones = torch.ones(len(factors))
         with counted_launches() as counts:
-            ops.covariance_ema(
-                factors, inputs, ones, ones, [False] * len(factors), list(ops.ROWS) * len(factors), backend="triton"
-            )
+            ops.covariance_ema(factors, inputs, ones, ones, [False] * len(factors), [ops.ROWS] * len(factors), backend="triton")
         assert counts == kernels
 
 
 def test_layers_of_different_kinds_are_launched_apart() -> None:
     inputs = [torch.ones(4, 16), torch.ones(4, 15), torch.ones(4, 16).bfloat16(), torch.ones(2, 4, 3, 3)]
     factors = [torch.zeros(16, 16) for _ in inputs]
-    windows = [*ops.ROWS, *ops.ROWS, *ops.ROWS, *ops.window((2, 2))]
+    windows = [ops.ROWS, ops.ROWS, ops.ROWS, ops.window((2, 2))]
     ones = torch.ones(4)
     with counted_launches(run=True) as counts:
         ops.covariance_ema(factors, inputs, ones, ones, [False] * 4, windows, backend="triton")
@@ -94,7 +92,7 @@ def test_results_are_the_same_every_time() -> None:
     x, results = torch.randn(900, 40), []
     for _ in range(3):
         factor = torch.zeros(48, 48)
-        ops.covariance_ema([factor], [x], torch.ones(1), torch.zeros(1), [True], list(ops.ROWS), backend="triton")
+        ops.covariance_ema([factor], [x], torch.ones(1), torch.zeros(1), [True], [ops.ROWS], backend="triton")
         results.append(factor)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
@@ -106,7 +104,7 @@ def test_misaligned_rows_are_read_as_they_are(shift: int) -> None:
     x = torch.randint(-3, 4, (1, 20 * 16 + 8)).float().flatten()[shift : shift + 20 * 16].view(20, 16)
     factor = torch.zeros(16, 16)
     assert covariance_launch._is_aligned(x, factor) == (x.data_ptr() % 16 == 0 and factor.data_ptr() % 16 == 0)
-    ops.covariance_ema([factor], [x], torch.ones(1), torch.zeros(1), [False], list(ops.ROWS), backend="triton")
+    ops.covariance_ema([factor], [x], torch.ones(1), torch.zeros(1), [False], [ops.ROWS], backend="triton")
     assert torch.equal(factor, x.T @ x)
 
 
@@ -119,6 +117,6 @@ def test_misaligned_rows_are_read_as_they_are(shift: int) -> None:
     ],
 )
 def test_what_the_kernel_cannot_do_is_said(factor: torch.Tensor, source: torch.Tensor, message: str) -> None:
-    arguments = ([factor], [source], torch.ones(1), torch.ones(1), [False], list(ops.ROWS))
+    arguments = ([factor], [source], torch.ones(1), torch.ones(1), [False], [ops.ROWS])
     with pytest.raises(ValueError, match=message):
         ops.covariance_ema(*arguments, backend="triton")

@@ -46,7 +46,7 @@ def sums(layer: Layer, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, int
     out = [torch.empty(n, n, dtype=torch.float64) for n in (layer.input_size, layer.output_size)]
     one, zero = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     ops.covariance_ema(
-        out, rows.inputs + rows.gradients, one, zero, [layer.has_bias, False], [*rows.input_window, *rows.gradient_window]
+        out, rows.inputs + rows.gradients, one, zero, [layer.has_bias, False], [rows.input_window, rows.gradient_window]
     )
     return out[0], out[1], rows.input_count
 

@@ -198,7 +198,7 @@ def test_an_empty_batch_has_no_rows(spatial: int, weight_sharing: str) -> None:
     assert (rows.input_count, rows.terms) == (0, 0)
     total = [torch.ones(n, n, dtype=torch.float64) for n in (layer.input_size, layer.output_size)]
     one, zero = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    windows = [*rows.input_window, *rows.gradient_window]
+    windows = [rows.input_window, rows.gradient_window]
     ops.covariance_ema(total, [rows.inputs[0], rows.gradients[0]], one, zero, [True, False], windows)
     assert all((x == 0).all() for x in total)
 

@@ -33,7 +33,7 @@ def factors(layer: LinearLayer, x: Tensor, gradient: Tensor) -> tuple[Tensor, Te
         torch.ones(2, dtype=torch.float64),
         torch.zeros(2, dtype=torch.float64),
         [layer.has_bias, False],
-        [*rows.input_window, *rows.gradient_window],
+        [rows.input_window, rows.gradient_window],
     )
     return sums[0], sums[1]
 

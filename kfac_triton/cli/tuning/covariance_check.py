@@ -22,29 +22,18 @@ class RowSource(NamedTuple):
     """Where rows of X come from: a matrix, or images and a window; and whether a column of ones follows."""
 
     source: Tensor
-    window: tuple[int, ...] = ops.ROWS
+    window: ops.Window = ops.ROWS
     ones: bool = False
 
     @property
     def columns(self) -> int:
         """Side of the factor."""
-        elements = math.prod(self.window[:3]) if self.source.dim() > 2 else 1
-        return self.source.shape[1] * elements + self.ones
+        return self.source.shape[1] * math.prod(self.window.kernel) + self.ones
 
     @property
     def row_count(self) -> int:
         """Number of rows."""
-        if self.source.dim() == 2:
-            return len(self.source)
-        kernel, stride, padding, dilation = self.geometry
-        sizes = zip(self.source.shape[2:], kernel, stride, padding, dilation, strict=True)
-        return len(self.source) * math.prod((s + 2 * p - d * (k - 1) - 1) // t + 1 for s, k, t, p, d in sizes)
-
-    @property
-    def geometry(self) -> tuple[tuple[int, ...], ...]:
-        """Kernel, stride, padding and dilation."""
-        spatial = self.source.dim() - 2
-        return tuple(self.window[i * 3 + 3 - spatial : i * 3 + 3] for i in range(4))
+        return len(self.source) * math.prod(self.window.positions(self.source.shape[2:]))
 
     def pieces(self, dtype: torch.dtype) -> list[Tensor]:
         """The rows in this type, with their ones, a few images at a time."""
@@ -56,7 +45,7 @@ class RowSource(NamedTuple):
         for source in sources:
             rows = source.to(dtype)
             if rows.dim() == 4:
-                kernel, stride, padding, dilation = self.geometry
+                kernel, stride, padding, dilation = self.window
                 rows = F.unfold(rows, kernel, dilation, padding, stride).movedim(1, 2).flatten(0, 1)
             pieces.append(F.pad(rows, (0, 1), value=1.0) if self.ones else rows)
         return pieces
@@ -97,8 +86,7 @@ class Covariance(Problem):
 
     def calls(self) -> list[tuple[Any, ...]]:
         """One call for all layers."""
-        windows = [number for layer in self.rows for number in layer.window]
-        ones, sources = [layer.ones for layer in self.rows], [layer.source for layer in self.rows]
+        ones, sources, windows = ([getattr(layer, name) for layer in self.rows] for name in ("ones", "source", "window"))
         return [(self.storage, sources, self.alpha, self.beta, ones, windows, None)]
 
     def prepare(self) -> None:

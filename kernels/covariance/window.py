@@ -1,0 +1,53 @@
+"""How rows are read from an input: the window of a convolution, and the integers that stand for it in an operator's schema."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Window(NamedTuple):
+    """Kernel, stride, padding and dilation, each with one number per spatial dimension; empty for a matrix of rows."""
+
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+
+    def in_three_dimensions(self) -> Window:
+        """The same window with the spatial dimensions that are missing filled in front."""
+        missing = 3 - len(self.kernel)
+        ones, zeros = (1,) * missing, (0,) * missing
+        return Window(ones + self.kernel, ones + self.stride, zeros + self.padding, ones + self.dilation)
+
+    @property
+    def flat(self) -> tuple[int, ...]:
+        """Twelve integers, as the operator takes them: each field in three dimensions."""
+        kernel, stride, padding, dilation = self.in_three_dimensions()
+        return kernel + stride + padding + dilation
+
+    def positions(self, sizes: Sequence[int]) -> list[int]:
+        """Number of places of the window along each spatial dimension of images of these sizes."""
+        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(sizes, *self, strict=True)]
+
+
+ROWS = Window()  # of an input that already is a matrix of rows
+
+
+def window(
+    kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (), dilation: Sequence[int] = ()
+) -> Window:
+    """The window of an input (N, C, *spatial) with one to three spatial dimensions."""
+    ones, zeros = (1,) * len(kernel), (0,) * len(kernel)
+    return Window(tuple(kernel), tuple(stride) or ones, tuple(padding) or zeros, tuple(dilation) or ones)
+
+
+def unflatten(numbers: Sequence[int], inputs: Sequence[Tensor]) -> list[Window]:
+    """The windows of some inputs, (rows, n) or (N, C, *spatial), from their integers."""
+    windows = []
+    for i, source in enumerate(inputs):
+        ends, spatial = range(12 * i + 3, 12 * i + 13, 3), source.dim() - 2
+        windows.append(Window(*(tuple(numbers[end - spatial : end]) for end in ends)) if spatial else ROWS)
+    return windows
