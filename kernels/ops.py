@@ -13,8 +13,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import operators as _operators  # noqa: F401  (registers the operators)
+from .covariance import launch as covariance_launch
+from .covariance.reference import covariance_ema_reference
 from .covariance.window import ROWS, Window, window
+from .factored_newton import launch as factored_newton_launch
+from .factored_newton.reference import factored_newton_refresh_reference
+from .multi_tensor import launch as multi_tensor_launch
+from .multi_tensor.reference import blend_reference, gather_reference, squares_reference
+from .newton_schulz import launch as newton_schulz_launch
+from .newton_schulz.reference import newton_schulz_inverse_reference
+from .operators import operator
+from .precondition import launch as precondition_launch
+from .precondition.reference import precondition_reference
 
 __all__ = [
     "ROWS",
@@ -85,6 +95,12 @@ def _columns(i: int, source: Tensor, window: Window) -> int:
     return source.shape[1] * math.prod(kernel)
 
 
+@operator(
+    "Tensor(a!)[] factors, Tensor[] inputs, Tensor alpha, Tensor beta, bool[] ones_column, int[] windows, Tensor? accept=None",
+    reference=covariance_ema_reference,
+    launch=covariance_launch.launch,
+    can_use=covariance_launch.can_use,
+)
 def covariance_ema(
     factors: list[Tensor],
     inputs: list[Tensor],
@@ -142,6 +158,12 @@ def covariance_ema(
     torch.ops.kfac_triton.covariance_ema(factors, inputs, alpha, beta, ones_column, numbers, accept, backend=backend)
 
 
+@operator(
+    "Tensor factor, Tensor damping, Tensor(a!) inverse, Tensor(b!) residual, float tolerance, int max_steps",
+    reference=newton_schulz_inverse_reference,
+    launch=newton_schulz_launch.launch,
+    can_use=newton_schulz_launch.can_use,
+)
 def newton_schulz_inverse(
     factor: Tensor,
     damping: Tensor,
@@ -173,6 +195,12 @@ def newton_schulz_inverse(
     torch.ops.kfac_triton.newton_schulz_inverse(factor, damping, inverse, residual, tolerance, max_steps, backend=backend)
 
 
+@operator(
+    "Tensor factor, Tensor damping, Tensor(a!) root, Tensor(b!) residual, float tolerance, int max_steps",
+    reference=factored_newton_refresh_reference,
+    launch=factored_newton_launch.launch,
+    can_use=factored_newton_launch.can_use,
+)
 def factored_newton_refresh(
     factor: Tensor,
     damping: Tensor,
@@ -203,6 +231,14 @@ def factored_newton_refresh(
     torch.ops.kfac_triton.factored_newton_refresh(factor, damping, root, residual, tolerance, max_steps, backend=backend)
 
 
+@operator(
+    "Tensor gradient, Tensor left, Tensor right, Tensor(a!) out, Tensor(b!) product, bool factored",
+    reference=precondition_reference,
+    launch=precondition_launch.launch,
+    can_use=precondition_launch.can_use,
+    library=precondition_launch.multiply_by_library,
+    prefers_library=precondition_launch.prefers_library,
+)
 def precondition(
     gradient: Tensor,
     left: Tensor,
@@ -236,6 +272,12 @@ def precondition(
     torch.ops.kfac_triton.precondition(gradient, left, right, out, product, factored, backend=backend)
 
 
+@operator(
+    "Tensor[] inputs, Tensor(a!) out",
+    reference=squares_reference,
+    launch=multi_tensor_launch.launch_squares,
+    can_use=multi_tensor_launch.can_use_squares,
+)
 def squares(inputs: list[Tensor], out: Tensor, backend: str = "auto") -> None:
     """Sum of the squares of all elements of each tensor: finite exactly when nothing in it is NaN, infinite or too large.
 
@@ -255,6 +297,12 @@ def squares(inputs: list[Tensor], out: Tensor, backend: str = "auto") -> None:
         torch.ops.kfac_triton.squares(inputs, out, backend=backend)
 
 
+@operator(
+    "Tensor[] weights, Tensor[] biases, Tensor(a!) out",
+    reference=gather_reference,
+    launch=multi_tensor_launch.launch_gather,
+    can_use=multi_tensor_launch.can_use_gather,
+)
 def gather(weights: list[Tensor], biases: list[Tensor], out: Tensor, backend: str = "auto") -> None:
     """[weight | bias] of every layer into the leading part of its block of a stack.
 
@@ -284,6 +332,12 @@ def gather(weights: list[Tensor], biases: list[Tensor], out: Tensor, backend: st
     torch.ops.kfac_triton.gather(weights, biases, out, backend=backend)
 
 
+@operator(
+    "Tensor(a!) factor, Tensor total, Tensor keep, Tensor gain, Tensor accept",
+    reference=blend_reference,
+    launch=multi_tensor_launch.launch_blend,
+    can_use=multi_tensor_launch.can_use_blend,
+)
 def blend(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Tensor, backend: str = "auto") -> None:
     """Factor <- keep factor + gain total, for every matrix of a stack that is accepted.
 

@@ -69,8 +69,8 @@ class Problem(ABC):
 
 def kernel_obstacle(problem: Problem) -> str | None:
     """Why no Triton kernel can serve a problem; None if one can."""
-    operator = operators.OPERATORS[problem.operation]
-    reasons = (operator.why_not(*arguments) for arguments in problem.calls())
+    can_use = operators.OPERATORS[problem.operation].can_use
+    reasons = (can_use(*arguments) for arguments in problem.calls())
     return runtime.obstacle(problem.device) or next(filter(None, reasons), None)
 
 

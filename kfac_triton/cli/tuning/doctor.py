@@ -112,8 +112,7 @@ def examine(problem: Problem, backend: str) -> Finding:
 
 def choice(problem: Problem) -> tuple[str, str]:
     """The backend that `auto` chooses, and why."""
-    prefers_library = operators.OPERATORS[problem.operation].prefers_library
-    if prefers_library is not None and prefers_library(problem.device):
+    if operators.OPERATORS[problem.operation].prefers_library(problem.device):
         return "library", "its TF32 products were faster wherever that was measured"
     obstacle = kernel_obstacle(problem)
     if obstacle is not None:
