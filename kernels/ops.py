@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .covariance import launch as covariance_launch
 from .covariance.reference import covariance_ema_reference
-from .covariance.window import ROWS, Window, window
+from .covariance.window import ROWS, Window, flatten, window
 from .factored_newton import launch as factored_newton_launch
 from .factored_newton.reference import factored_newton_refresh_reference
 from .multi_tensor import launch as multi_tensor_launch
@@ -154,8 +154,7 @@ def covariance_ema(
             f"inputs[{i}] must be on the device of all factors, {factors[0].device}, but is on {source.device} "
             f"(factors[{i}] on {factor.device})",
         )
-    numbers = [number for window in windows for number in window.flat]
-    torch.ops.kfac_triton.covariance_ema(factors, inputs, alpha, beta, ones_column, numbers, accept, backend=backend)
+    torch.ops.kfac_triton.covariance_ema(factors, inputs, alpha, beta, ones_column, flatten(windows), accept, backend=backend)
 
 
 @operator(

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def _unchanged(function: Any = None, **options: Any) -> Any:
@@ -36,6 +37,10 @@ AVAILABLE: bool = tl is not None
 INTERPRETED: bool = AVAILABLE and bool(triton.knobs.runtime.interpret)
 
 BACKENDS = ("auto", "triton", "torch")
+# What kernels read, and Triton's names for it.
+TYPES = {
+    dtype: getattr(tl, str(dtype).removeprefix("torch."), None) for dtype in (torch.float32, torch.bfloat16, torch.float16)
+}
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,11 @@ def obstacle(device: torch.device) -> str | None:
     if torch.version.hip is None and target(device).capability < 80:
         return f"the kernels need an NVIDIA GPU of compute capability 8.0 or newer, and this is {target(device).arch}"
     return None
+
+
+def unreadable(name: str, tensor: Tensor) -> str | None:
+    """Why kernels that take several types cannot read a tensor; None if they can."""
+    return None if tensor.dtype in TYPES else f"{name} is {tensor.dtype}, and the kernel reads float32, bfloat16 and float16"
 
 
 def choose(operation: str, backend: str, device: torch.device, why_not: Callable[[], str | None]) -> bool:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .runtime import tl, triton
 
+ALIGNMENT = 16  # rows of scratch start a multiple of 64 bytes apart
+MOST_MATRICES = 65535  # the second dimension of a launch
+
 
 @functools.cache  # for good: a CUDA graph goes on reading them
 def lower_tiles(tiles: int, device: torch.device) -> Tensor:
@@ -26,6 +29,11 @@ def lower_tiles(tiles: int, device: torch.device) -> Tensor:
 def count(size: int, block: int) -> int:
     """Tiles of this block that cover a side."""
     return -(-size // block)
+
+
+def padded(size: int) -> int:
+    """The distance between rows of scratch that have this many columns."""
+    return count(size, ALIGNMENT) * ALIGNMENT
 
 
 @triton.jit

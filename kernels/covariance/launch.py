@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .. import precision, runtime, tuning
 from ..device_tables import device_table
-from ..runtime import tl
 from ..tiles import count
 from . import kernel
 from .window import Window, unflatten
@@ -41,8 +40,8 @@ def can_use(
     for i, (factor, source, window) in enumerate(zip(factors, inputs, unflatten(windows, inputs), strict=True)):
         if factor.dtype != torch.float32:
             return f"factors[{i}] is {factor.dtype}, and the kernel keeps float32"
-        if source.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"inputs[{i}] is {source.dtype}, and the kernel reads float32, bfloat16 and float16"
+        if reason := runtime.unreadable(f"inputs[{i}]", source):
+            return reason
         if factor.stride(1) != 1:
             return f"factors[{i}] has columns {factor.stride(1)} apart, and the kernel wants them side by side"
         if source.numel() // max(1, source.shape[1]) >= 2**31 or factor.shape[0] >= 2**31:
@@ -201,7 +200,7 @@ def launch(
         shared = (alpha, beta, alpha if flags is None else flags, workspace)
         kernel.covariance_kernel[(len(tile_table),)](
             addresses[0], addresses[1], layer_table, tile_table, *shared,
-            DTYPE={torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype],
+            DTYPE=runtime.TYPES[dtype],
             BLOCK=block, BLOCK_K=block_k, PRECISION=precision.resolve(precision.ROWS, target),
             ALIGNED=aligned, SPATIAL=spatial, UPCAST=runtime.INTERPRETED and dtype != torch.float32,
             HAS_ACCEPT=flags is not None, enable_fp_fusion=True, **config,

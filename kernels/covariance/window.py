@@ -22,12 +22,6 @@ class Window(NamedTuple):
         ones, zeros = (1,) * missing, (0,) * missing
         return Window(ones + self.kernel, ones + self.stride, zeros + self.padding, ones + self.dilation)
 
-    @property
-    def flat(self) -> tuple[int, ...]:
-        """Twelve integers, as the operator takes them: each field in three dimensions."""
-        kernel, stride, padding, dilation = self.in_three_dimensions()
-        return kernel + stride + padding + dilation
-
     def positions(self, sizes: Sequence[int]) -> list[int]:
         """Number of places of the window along each spatial dimension of images of these sizes."""
         return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(sizes, *self, strict=True)]
@@ -42,6 +36,11 @@ def window(
     """The window of an input (N, C, *spatial) with one to three spatial dimensions."""
     ones, zeros = (1,) * len(kernel), (0,) * len(kernel)
     return Window(tuple(kernel), tuple(stride) or ones, tuple(padding) or zeros, tuple(dilation) or ones)
+
+
+def flatten(windows: Sequence[Window]) -> list[int]:
+    """Twelve integers per window, as the operator takes them: each field in three dimensions."""
+    return [number for window in windows for numbers in window.in_three_dimensions() for number in numbers]
 
 
 def unflatten(numbers: Sequence[int], inputs: Sequence[Tensor]) -> list[Window]:

@@ -10,13 +10,11 @@ from torch import Tensor
 
 from .. import precision, runtime, tuning
 from ..certificate import COMPUTED
-from ..tiles import count, lower_tiles
+from ..tiles import ALIGNMENT, MOST_MATRICES, count, lower_tiles, padded
 from . import kernel
 from . import plan_kernel as planning
 from .reference import ITERATE_ABOVE, fixed_probes
 
-_ALIGNMENT = 16  # rows of scratch start 64 bytes apart or a multiple
-_MOST_MATRICES = 65535  # the second dimension of a launch
 _CHUNK = 128  # sums over tiles and over the diagonal; from 256 on, the plan spills registers on sm_100
 # Above this side, the power iteration is spread over the grid: one program would read the matrix eight times for milliseconds.
 # Up to it, nine more launches a step would cost the host more than they save.
@@ -30,12 +28,12 @@ def can_use(factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tol
         return f"factor is {factor.dtype}, and the kernel keeps float32"
     if n == 0:
         return "the matrices are empty"
-    if batch > _MOST_MATRICES:
-        return f"factor has {batch} matrices, and a launch takes {_MOST_MATRICES}"
+    if batch > MOST_MATRICES:
+        return f"factor has {batch} matrices, and a launch takes {MOST_MATRICES}"
     for name, stack in (("factor", factor), ("root", root)):
         if n > 1 and stack.stride(2) != 1:
             return f"{name} has columns {stack.stride(2)} apart, and the kernel wants them side by side"
-        if n * max(stack.stride(1), n + _ALIGNMENT) >= 2**31:
+        if n * max(stack.stride(1), n + ALIGNMENT) >= 2**31:
             return f"{name} has matrices larger than 32 bits count"
     if not residual.is_contiguous():
         return "residual has gaps, and the kernel wants it contiguous"
@@ -50,7 +48,7 @@ def launch(factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tole
     device, target = factor.device, runtime.target(factor.device)
     mode = precision.resolve(precision.COARSE, target)
     rounds = mode == "tf32"
-    side = count(n, _ALIGNMENT) * _ALIGNMENT
+    side = padded(n)
     config = dict(tuning.lookup("factored_newton", n, target))
     block, block_k = config.pop("BLOCK"), config.pop("BLOCK_K")
     plan_config = tuning.lookup("factored_newton_plan", n, target)

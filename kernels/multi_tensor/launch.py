@@ -9,10 +9,8 @@ from torch import Tensor
 
 from .. import runtime
 from ..device_tables import device_table
-from ..runtime import tl
+from ..tiles import count
 from . import kernel
-
-_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -21,15 +19,11 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or tensor.numel() == span
 
 
-def _triton_type(dtype: torch.dtype) -> object:
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
-
-
 def can_use_squares(inputs: list[Tensor], out: Tensor) -> str | None:
     """What keeps the kernel from serving these inputs; None for nothing."""
     for i, source in enumerate(inputs):
-        if source.dtype not in _TYPES:
-            return f"inputs[{i}] is {source.dtype}, and the kernel reads float32, bfloat16 and float16"
+        if reason := runtime.unreadable(f"inputs[{i}]", source):
+            return reason
         if not is_dense(source):
             return f"inputs[{i}] of shape {tuple(source.shape)} and strides {source.stride()} has gaps"
     return None if out.dtype == torch.float32 else f"out is {out.dtype}, and the kernel sums in float32"
@@ -41,7 +35,7 @@ def launch_squares(inputs: list[Tensor], out: Tensor) -> None:
         members = [i for i, source in enumerate(inputs) if source.dtype == dtype]
         table = device_table(tuple((inputs[i].data_ptr(), inputs[i].numel(), i) for i in members), out.device)
         kernel.squares_kernel[(len(members),)](
-            table, out, DTYPE=_triton_type(dtype), BLOCK=1024 if runtime.INTERPRETED else 8192, num_warps=8
+            table, out, DTYPE=runtime.TYPES[dtype], BLOCK=1024 if runtime.INTERPRETED else 8192, num_warps=8
         )
 
 
@@ -49,8 +43,8 @@ def can_use_gather(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> 
     """What keeps the kernel from serving these gradients; None for nothing."""
     for name, tensors in (("weights", weights), ("biases", biases)):
         for i, tensor in enumerate(tensors):
-            if tensor.dtype not in _TYPES:
-                return f"{name}[{i}] is {tensor.dtype}, and the kernel reads float32, bfloat16 and float16"
+            if reason := runtime.unreadable(f"{name}[{i}]", tensor):
+                return reason
             if not tensor.is_contiguous():
                 return f"{name}[{i}] is not contiguous"
     if len({tensor.dtype for tensor in weights + biases if tensor.numel()}) > 1:
@@ -66,13 +60,13 @@ def launch_gather(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> N
     ]
     dtype = next((tensor.dtype for tensor in weights if tensor.numel()), torch.float32)
     block = 64 if runtime.INTERPRETED else 1024
-    grid: Sequence[int] = (-(-out.shape[1] * out.shape[2] // block), len(weights))
+    grid: Sequence[int] = (count(out.shape[1] * out.shape[2], block), len(weights))
     kernel.gather_kernel[grid](
         device_table(tuple(rows), out.device),
         out,
         out.shape[1],
         out.shape[2],
-        DTYPE=_triton_type(dtype),
+        DTYPE=runtime.TYPES[dtype],
         BLOCK=block,
         num_warps=4,
     )
@@ -88,6 +82,6 @@ def can_use_blend(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, acc
 def launch_blend(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Tensor) -> None:
     """The Triton twin of `blend_reference`."""
     size, block = factor[0].numel(), 1024
-    kernel.blend_kernel[(-(-size // block), len(factor))](
+    kernel.blend_kernel[(count(size, block), len(factor))](
         factor, total, keep, gain, accept.to(torch.uint8), size, BLOCK=block, num_warps=4, enable_fp_fusion=True
     )

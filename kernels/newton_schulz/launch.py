@@ -9,11 +9,10 @@ from torch import Tensor
 
 from .. import precision, runtime, tuning
 from ..certificate import MULTIPLIED
-from ..tiles import count, lower_tiles
+from ..tiles import ALIGNMENT, count, lower_tiles, padded
 from . import kernel
 from .reference import EDGE, LEAST, MOST
 
-_ALIGNMENT = 16
 _TILE = 32  # of kernels without products
 _CHUNK = 256  # tiles whose shares a reduction adds at a time
 _ROUNDING = MULTIPLIED * torch.finfo(torch.float32).eps / 2
@@ -34,7 +33,7 @@ def can_use(factor: Tensor, damping: Tensor, inverse: Tensor, residual: Tensor, 
         return f"residual has numbers {residual.stride(0)} apart, and the kernels want them side by side"
     if factor.data_ptr() == inverse.data_ptr() != 0:
         return "inverse is factor, and the kernels read one after writing the other"
-    tiles = count(n, _ALIGNMENT)  # more than any block makes
+    tiles = count(n, ALIGNMENT)  # more than any block makes
     if batch * tiles * (tiles + 1) >= _PROGRAMS:
         return f"{batch} matrices of side {n} are more than one launch counts"
     return None
@@ -75,7 +74,7 @@ def _by_stages(
 ) -> None:
     batch, n, _ = factor.shape
     device, target = factor.device, runtime.target(factor.device)
-    side = count(n, _ALIGNMENT) * _ALIGNMENT
+    side = padded(n)
     step: dict[str, Any] = dict(tuning.lookup("newton_schulz_step", n, target))
     last: dict[str, Any] = dict(tuning.lookup("newton_schulz_residual", n, target))
     for config in (step, last):

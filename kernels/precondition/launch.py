@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import precision, runtime, tuning
-from ..tiles import count
+from ..tiles import ALIGNMENT, MOST_MATRICES, count, padded
 from .kernel import product_kernel
 from .reference import precondition_reference
-
-_ALIGNMENT = 16  # rows of scratch start 64 bytes apart or a multiple
-_MOST_MATRICES = 65535  # the second dimension of a launch
 
 
 def can_use(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor, factored: bool) -> str | None:
@@ -21,12 +18,12 @@ def can_use(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product:
         return f"gradient is {gradient.dtype}, and the kernel multiplies float32"
     if m == 0 or n == 0:
         return "the gradients are empty"
-    if batch > _MOST_MATRICES:
-        return f"gradient has {batch} matrices, and a launch takes {_MOST_MATRICES}"
+    if batch > MOST_MATRICES:
+        return f"gradient has {batch} matrices, and a launch takes {MOST_MATRICES}"
     for name, stack in (("gradient", gradient), ("left", left), ("right", right), ("out", out)):
         if stack.shape[2] > 1 and stack.stride(2) != 1:
             return f"{name} has columns {stack.stride(2)} apart, and the kernel wants them side by side"
-        if stack.shape[1] * max(stack.stride(1), m + _ALIGNMENT, n + _ALIGNMENT) >= 2**31:
+        if stack.shape[1] * max(stack.stride(1), m + ALIGNMENT, n + ALIGNMENT) >= 2**31:
             return f"{name} has matrices larger than 32 bits count"
     return None
 
@@ -57,8 +54,7 @@ def launch(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: 
     partials = gradient.new_empty(batch, count(m, block_m) * count(n, block_n))
 
     def scratch(rows: int, columns: int) -> Tensor:
-        padded = count(columns, _ALIGNMENT) * _ALIGNMENT
-        return gradient.new_empty(batch, rows, padded)[:, :, :columns]
+        return gradient.new_empty(batch, rows, padded(columns))[:, :, :columns]
 
     def multiply(a: Tensor, b: Tensor, into: Tensor, transposed: bool = False) -> Tensor:
         """Into <- a b^T or a^T b^T."""

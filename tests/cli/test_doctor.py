@@ -103,7 +103,7 @@ def test_what_a_kernel_cannot_serve_is_said():
     problem = Covariance("float64 rows", [RowSource(torch.randn(8, 4, dtype=torch.float64))])
     assert "inputs[0] is torch.float64" in kernel_obstacle(problem)
     assert doctor.choice(problem) == ("torch", kernel_obstacle(problem))
-    assert covariance_launch.can_use(*problem.calls()[0]) == kernel_obstacle(problem)
+    assert covariance_launch.can_use(*problem.operands()[0]) == kernel_obstacle(problem)
 
 
 def test_where_the_library_is_preferred_that_is_said_and_checked(monkeypatch, capsys):

@@ -7,6 +7,7 @@ import torch
 
 from kfac_triton.kernels import ops
 from kfac_triton.kernels.covariance import launch as covariance_launch
+from kfac_triton.kernels.covariance.window import flatten
 
 ANY = (torch.ones(1), torch.ones(1), [False])
 
@@ -19,7 +20,7 @@ def image(row_stride: int) -> torch.Tensor:
 @pytest.mark.parametrize(("padding", "largest"), [((0, 0), 2**31 - 2), ((1, 0), (2**31 - 2) // 3)])
 def test_images_must_lie_within_32_bits(padding: tuple[int, int], largest: int) -> None:
     """Padding counts: a window that starts before the image reaches further behind its start."""
-    factor, window = torch.empty(1, 1, device="meta"), ops.window((1, 1), padding=padding).flat
+    factor, window = torch.empty(1, 1, device="meta"), flatten([ops.window((1, 1), padding=padding)])
     assert covariance_launch.can_use([factor], [image(largest)], *ANY, window) is None
     reason = covariance_launch.can_use([factor], [image(largest + 1)], *ANY, window)
     assert reason is not None

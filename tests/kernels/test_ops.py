@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kfac_triton.kernels import ops
+from kfac_triton.kernels.covariance.window import flatten
 
 FLOATS = [torch.float32, torch.float64]
 MUTATED = {
@@ -92,7 +93,7 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
     operator = getattr(torch.ops.kfac_triton, name).default
     values = arguments(name, dtype)
     if "windows" in values:
-        values["windows"] = [number for window in values["windows"] for number in window.flat]
+        values["windows"] = flatten(values["windows"])
     result = torch.library.opcheck(operator, (), values)
     assert result == dict.fromkeys(result, "SUCCESS")
     assert {"test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"} <= result.keys()

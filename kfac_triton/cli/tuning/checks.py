@@ -43,6 +43,10 @@ class Problem(ABC):
     def calls(self) -> list[tuple[Any, ...]]:
         """Arguments of every call, in the order of the signature, without the backend."""
 
+    def operands(self) -> list[tuple[Any, ...]]:
+        """The same as the implementations of the operation take them."""
+        return self.calls()
+
     @abstractmethod
     def prepare(self) -> None:
         """Sets what is updated in place to its start, and poisons what is only written."""
@@ -70,7 +74,7 @@ class Problem(ABC):
 def kernel_obstacle(problem: Problem) -> str | None:
     """Why no Triton kernel can serve a problem; None if one can."""
     can_use = operators.OPERATORS[problem.operation].can_use
-    reasons = (can_use(*arguments) for arguments in problem.calls())
+    reasons = (can_use(*arguments) for arguments in problem.operands())
     return runtime.obstacle(problem.device) or next(filter(None, reasons), None)
 
 

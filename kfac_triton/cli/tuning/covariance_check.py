@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...curvature.factor_stack import padded
 from ...kernels import ops
+from ...kernels.covariance.window import flatten
 from .checks import EMA_DECAY, Problem, worst
 
 _CHUNK = 1 << 26  # elements of a patch matrix at a time
@@ -88,6 +89,10 @@ class Covariance(Problem):
         """One call for all layers."""
         ones, sources, windows = ([getattr(layer, name) for layer in self.rows] for name in ("ones", "source", "window"))
         return [(self.storage, sources, self.alpha, self.beta, ones, windows, None)]
+
+    def operands(self) -> list[tuple[Any, ...]]:
+        """The windows as integers."""
+        return [(*before, flatten(windows), accept) for *before, windows, accept in self.calls()]
 
     def prepare(self) -> None:
         """Factors of the step before."""
