@@ -1,4 +1,4 @@
-"""How wrong an inverse may be, in the norm that matters: || I - B^1/2 X B^1/2 || for B = A + damping I.
+"""Bounds on the error of an inverse in the energy norm: || I - B^1/2 X B^1/2 || for B = A + damping I.
 
 Below 1 it proves that X is positive definite and bounds every preconditioned gradient in the energy norm:
 (1 - e) B^-1 <= X <= (1 + e) B^-1. All functions are batched, shapes (B, n, n) and (B,).
@@ -12,8 +12,8 @@ from torch import Tensor
 # Measured over five families of spectra, n = 16 to 256, condition numbers to 1e8: the estimate below is 0.45 to 25 times the
 # error of an fp32 Cholesky inverse.
 COMPUTED = 2.5
-# An inverse made by matrix products needs more, for the residual that judges it is rounded as it was: hill climbing finds
-# matrices of two and three rows where the two cancel and the error is 9.6 times the bare estimate.
+# An inverse made by matrix products needs more, because its residual is rounded in the same way as the inverse itself: hill
+# climbing finds matrices of two and three rows where the two errors cancel, and the true one is 9.6 times the bare estimate.
 MULTIPLIED = 4.0
 
 
@@ -36,7 +36,7 @@ def frobenius_norm(matrix: Tensor) -> Tensor:
 
 
 def rounding_error(damped_factor: Tensor, inverse_diagonal: Tensor, dtype: torch.dtype, safety: float = COMPUTED) -> Tensor:
-    """Energy-norm error (B,) that working in dtype leaves in an inverse: u sum_k B_kk X_kk.
+    """Energy-norm error (B,) of an inverse computed in dtype: u sum_k B_kk X_kk.
 
     By Cauchy-Schwarz it bounds the noise of L^T dX L for any dX whose entries are rounded relative to sqrt(X_ii X_jj); like
     Cholesky itself, it does not change when rows and columns are rescaled.
@@ -72,7 +72,7 @@ def root_residual(damped_factor: Tensor, root: Tensor) -> tuple[Tensor, Tensor, 
 def probe_error(damped_factor: Tensor, inverse: Tensor) -> Tensor:
     """Energy-norm error (B,) seen by one fixed random vector v: |1 - w^T X w / v^T w|, w = B v.
 
-    Two matrix-vector products: no proof, but a wrong result of a library routine does not pass it.
+    Two matrix-vector products. This proves nothing, but it detects a wrong result of a library routine.
     """
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(damped_factor.shape[-1], 1, generator=generator, dtype=torch.float64).to(damped_factor)

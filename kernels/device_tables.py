@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import runtime
 
-_KEPT = 256  # tables remembered; a training loop repeats a handful
-_RECORDED: list[tuple[Tensor, Tensor]] = []  # those that CUDA graphs read, with their pinned copies
+_KEPT = 256  # cached tables; a training loop repeats a handful
+_RECORDED: list[tuple[Tensor, Tensor]] = []  # tables that CUDA graphs read, with their pinned copies
 
 
 @functools.lru_cache(maxsize=_KEPT)
@@ -25,8 +25,8 @@ def _copies(rows: tuple[tuple[float, ...], ...], device: torch.device, dtype: to
 def device_table(rows: tuple[tuple[float, ...], ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """A table on the device, copied there without a wait and remembered.
 
-    A CUDA graph copies it at every replay: a table made while one is recorded is kept with its pinned copy for good, and is
-    given to nobody else, who might read it before the first replay has filled it.
+    A CUDA graph copies it at every replay. A table made during a capture is therefore kept for good with its pinned copy, and
+    is not shared: another caller might read it before the first replay has filled it.
     """
     if not runtime.is_recording():
         return _copies(rows, device, dtype)[0]
@@ -35,5 +35,5 @@ def device_table(rows: tuple[tuple[float, ...], ...], device: torch.device, dtyp
 
 
 def device_vector(values: Iterable[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A vector on the device, under the terms of `device_table`."""
+    """A vector on the device; see `device_table`."""
     return device_table((tuple(values),), device, dtype)[0]

@@ -30,8 +30,8 @@ class Operator:
         reference: in plain PyTorch.
         launch: of the Triton kernel.
         can_use: why the kernel cannot serve a call; None if it can.
-        library: by products of a library with other settings than those of the reference.
-        prefers_library: whether that is the choice of a device, where the caller leaves it open.
+        library: the reference with other settings of the library that multiplies matrices.
+        prefers_library: whether backend="auto" uses the library on a device.
     """
 
     reference: Callable[..., None]
@@ -41,7 +41,7 @@ class Operator:
     prefers_library: Callable[[torch.device], bool] = lambda device: False
 
     def run(self, name: str, first: Tensor | list[Tensor], *rest: Any, backend: str = "auto") -> None:
-        """The call itself, by the kernel or by the reference.
+        """Runs one of the implementations.
 
         Raises:
             ValueError: if backend is unknown, or "triton" and the kernel cannot serve.
@@ -63,7 +63,7 @@ def _no_result(*args: object, **kwargs: object) -> None:
 
 
 def operator(arguments: str, **implementations: Any) -> Callable[[Function], Function]:
-    """Registers the operator that the decorated function, which checks the arguments, is the public face of.
+    """Registers an operator under the name of the decorated function, which checks the arguments and calls it.
 
     Args:
         arguments: of the operator's schema, without the backend.

@@ -1,8 +1,8 @@
-"""The operations of K-FAC, checked: tensors in, results written to tensors that the caller owns.
+"""The operations of K-FAC with checked arguments: tensors in, results written to tensors that the caller owns.
 
-Four carry the mathematics, three beside them move data. Each has two implementations, a Triton kernel and its plain-torch
-reference: `backend="auto"` takes the kernel on a GPU, where its `can_use` has nothing against the call, `"triton"` insists on
-it, `"torch"` takes the reference.
+Four do the mathematics, three more move data. Each has two implementations, a Triton kernel and a reference in plain PyTorch:
+`backend="auto"` uses the kernel on a GPU if its `can_use` accepts the call, `"triton"` requires it, `"torch"` uses the
+reference.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _require_like(name: str, tensor: Tensor, shape: tuple[int, ...], other: Tens
 
 
 def _columns(i: int, source: Tensor, window: Window) -> int:
-    """Columns of X for the input of layer i, once the input and its window are known to fit."""
+    """Columns of X for the input of layer i, after a check that the input and its window fit."""
     shape = tuple(source.shape)
     _require(
         2 <= source.dim() <= 5,
@@ -181,7 +181,7 @@ def newton_schulz_inverse(
         residual: output (B,): the certificate, a bound on ||I - B^1/2 X B^1/2|| of the damped factor B, truncation and
             rounding included. Below 1 the inverse is positive definite; infinite where nothing useful came out.
         tolerance: distance of the smallest eigenvalue of X B from 1 at which a matrix stops.
-        max_steps: most doublings; condition number 1e8 takes 16.
+        max_steps: largest number of doublings; a condition number of 1e8 takes 16.
         backend: "auto", "triton" or "torch".
 
     Raises:
@@ -216,8 +216,8 @@ def factored_newton_refresh(
         damping: (B,), positive.
         root: T, (B, n, n), updated in place; a matrix whose step does not contract keeps its last finite T.
         residual: output (B,): bound on the energy-norm error of T^T T after the refresh; infinite asks for a refactoring.
-        tolerance: residual at which a matrix stops; it also does once all but half of the residual is rounding.
-        max_steps: most Newton steps; one is taken in any case.
+        tolerance: residual at which a matrix stops; it also stops when rounding makes up half of its residual.
+        max_steps: largest number of Newton steps; at least one is taken.
         backend: "auto", "triton" or "torch".
 
     Raises:
@@ -342,7 +342,7 @@ def blend(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Ten
 
     Args:
         factor: stack (B, n, n), fp32 or fp64, updated in place.
-        total: the new statistics, (B, n, n); what is in it does not matter where accept is false.
+        total: the new statistics, (B, n, n); ignored where accept is false, whatever it holds.
         keep: (B,).
         gain: (B,).
         accept: (B,) flags.

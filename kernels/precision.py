@@ -1,8 +1,8 @@
-"""How exactly `tl.dot` multiplies float32: one place decides, from the architecture and what a product is for.
+"""How exactly `tl.dot` multiplies float32, decided here from the architecture and the purpose of a product.
 
 mode     NVIDIA (sm_80 and newer)            AMD
 ieee     CUDA cores, slow                    matrix cores, exact
-tf32     one pass, 10-bit mantissas          gfx942 alone
+tf32     one pass, 10-bit mantissas          gfx942 only
 tf32x3   three passes, almost exact          not there
 """
 
@@ -15,7 +15,7 @@ import torch
 
 from .runtime import Target
 
-# What a product is for.
+# The purposes of a product.
 ROWS = "rows"  # X^T X of float32 rows: rounding X leaves a Gram matrix, and sampling noise is far larger
 EXACT = "exact"  # products whose error the condition number multiplies
 COARSE = "coarse"  # corrections, and operands that are TF32 numbers already
@@ -30,7 +30,7 @@ def resolve(purpose: str, target: Target) -> str:
     """
     if purpose not in PURPOSES:
         raise ValueError(f"purpose must be one of {', '.join(PURPOSES)}, but is {purpose!r}")
-    if target.backend == "interpreter":  # which multiplies in float32 whatever it is told
+    if target.backend == "interpreter":  # it always multiplies in float32
         return "ieee"
     if target.backend == "hip":
         return "ieee"
@@ -41,9 +41,9 @@ def resolve(purpose: str, target: Target) -> str:
 
 @contextmanager
 def library_tf32() -> Iterator[None]:
-    """Lets the library's products of float32 matrices use TF32 on NVIDIA GPUs, and sets the user's choice back afterwards.
+    """Lets the library's products of float32 matrices use TF32 on NVIDIA GPUs; restores the user's choice afterwards.
 
-    The setting is one of the whole process: do not wait, and run nothing of the user's, inside.
+    The setting concerns the whole process: inside, do not wait for anything and run no code of the user.
     """
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision

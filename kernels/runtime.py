@@ -1,7 +1,7 @@
-"""Triton, or a stand-in that lets the package import where there is none, and what the kernels would run on.
+"""Triton, or a stand-in with which the package can be imported without it, and the device that the kernels run on.
 
-Kernel modules take `triton` and `tl` from here. Without Triton `jit` leaves a function as it is, and `obstacle` says why no
-kernel can run.
+Kernel modules take `triton` and `tl` from here. Without Triton, `jit` leaves a function unchanged, and `obstacle` says
+why no kernel can run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ try:
     tl: Any = importlib.import_module("triton.language")
     WHY_UNAVAILABLE = ""
 except ImportError as error:
-    # Triton itself, or something that it needs: its interpreter cannot do without NumPy.
+    # Triton itself is missing, or something that it needs: its interpreter needs NumPy.
     WHY_UNAVAILABLE = "Triton is not installed" if error.name == "triton" else f"Triton cannot be imported: {error}"
     triton, tl = SimpleNamespace(jit=_unchanged, __version__="none"), None
 
@@ -50,7 +50,7 @@ class Target:
     Attributes:
         backend: "cuda", "hip" or "interpreter".
         arch: "sm_90", "gfx942", ..., or "interpreter".
-        processors: multiprocessors, which the split of long sums is made for.
+        processors: number of multiprocessors; long sums are split to keep them busy.
     """
 
     backend: str
@@ -79,12 +79,12 @@ def target(device: torch.device) -> Target:
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a GPU the current one, where Triton launches whatever device its tensors are on."""
+    """Makes a GPU the current one: Triton launches on the current GPU, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def is_recording() -> bool:
-    """Whether a CUDA graph records what the host launches now."""
+    """Whether a CUDA graph is being captured."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
@@ -107,13 +107,13 @@ def unreadable(name: str, tensor: Tensor) -> str | None:
 
 
 def choose(operation: str, backend: str, device: torch.device, why_not: Callable[[], str | None]) -> bool:
-    """Whether a Triton kernel serves a call: `auto` takes it on a GPU where it can, `triton` insists.
+    """Whether a Triton kernel serves a call: `auto` uses it on a GPU if it can, `triton` requires it.
 
     Args:
         operation: name of the operation, for the message.
         backend: "auto", "triton" or "torch".
         device: of the tensors.
-        why_not: asks what the operation's own `can_use` has against this call; None for nothing.
+        why_not: tells why the operation's kernel cannot serve this call; None if it can.
 
     Raises:
         ValueError: if backend is unknown, or "triton" and no kernel can serve the call.

@@ -1,4 +1,4 @@
-"""Tiles of symmetric matrices, shared by the kernels: tables made on the host, loads and stores made on the device."""
+"""Tiles of symmetric matrices, shared by the kernels: tables made on the host, loads and stores on the device."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from .runtime import tl, triton
 
-ALIGNMENT = 16  # rows of scratch start a multiple of 64 bytes apart
-MOST_MATRICES = 65535  # the second dimension of a launch
+ALIGNMENT = 16  # in elements: rows of scratch start a multiple of 64 bytes apart
+MOST_MATRICES = 65535  # a grid has no more programs along its second axis
 
 
 @functools.cache  # for good: a CUDA graph goes on reading them
 def lower_tiles(tiles: int, device: torch.device) -> Tensor:
     """(i, j) of every tile on and below the diagonal of a matrix of tiles x tiles, int32 (count, 2).
 
-    In bands of columns: neighbours in the table share operands, which a cache then has to bring only once.
+    In bands of columns: neighbours in the table share operands, which are then loaded into a cache only once.
     """
     band = 8
     table = [
@@ -40,7 +40,7 @@ def padded(size: int) -> int:
 def store_mirrored(pointer, stride, rows, columns, values, n):
     """Stores the part of a tile that lies on or below the diagonal, and its mirror image: bitwise symmetric.
 
-    Tiles must be square: then no other tile owns, and none but this one reads or writes, either place.
+    Tiles must be square: then only this program reads or writes either place.
     """
     inside = (rows < n)[:, None] & (columns < n)[None, :] & (rows[:, None] >= columns[None, :])
     tl.store(pointer + rows[:, None].to(tl.int64) * stride + columns[None, :], values, mask=inside)
@@ -49,9 +49,9 @@ def store_mirrored(pointer, stride, rows, columns, values, n):
 
 @triton.jit
 def round_tf32(values):
-    """Nearest TF32 number, ties to even: the tensor core, which would cut bits off, then multiplies it exactly.
+    """Nearest TF32 number, ties to even. The tensor core multiplies it exactly; of other numbers it would cut bits off.
 
-    A NaN stays one: the bits of some would carry over into those of zero.
+    NaN stays NaN: rounding the bits of some NaNs would carry over into those of zero.
     """
     bits = values.to(tl.int32, bitcast=True)
     bits = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF
@@ -74,7 +74,7 @@ def store_tile(matrix, stride, rows, columns, values, n):
 
 @triton.jit
 def multiply(left, right, sums, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Sums + left right^T, left in two parts where the tensor core would cut it; right is a TF32 number then."""
+    """Sums + left right^T. With SPLIT, right is a TF32 number, and left, which the tensor core would cut, is split in two."""
     if SPLIT:
         high = round_tf32(left)
         sums = tl.dot(high, tl.trans(right), sums, input_precision=PRECISION)

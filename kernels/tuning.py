@@ -1,8 +1,8 @@
-"""Tile sizes and launch options of the kernels: measured, kept in JSON, one file an architecture.
+"""Tile sizes and launch options of the kernels, measured, and kept in one JSON file per architecture.
 
-`configs/<arch>.json` maps a kernel's name to entries in rising `up_to`, the largest matrix side that an entry is for (null:
-any). What a user tuned lies in a file of the same form and wins. Nothing is tuned at run time: a kernel that updates in place
-would be timed on, and ruin, the state that it updates.
+`configs/<arch>.json` maps a kernel's name to entries sorted by `up_to`, the largest matrix side that an entry is for (null:
+any). A file of the same form with what the user tuned takes precedence. Nothing is tuned at run time: timing a kernel that
+updates in place would ruin the state that it updates.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .runtime import Target
 
 Config = dict[str, int]
 SHIPPED = Path(__file__).parent / "configs"
-NEAREST = ("sm_80", "sm_90", "sm_100")  # in rising capability; a card between two takes the lower one
+NEAREST = ("sm_80", "sm_90", "sm_100")  # sorted by capability; a card between two uses the lower one
 
 
 def user_file(arch: str) -> Path:
-    """Where a user's own configurations lie: $KFAC_TRITON_CONFIGS, or the configuration folder of the user."""
+    """The file of a user's own configurations: in $KFAC_TRITON_CONFIGS, or the configuration folder of the user."""
     folder = os.environ.get("KFAC_TRITON_CONFIGS")
     if folder is None:
         home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"

@@ -1,15 +1,15 @@
 """The Triton kernel of the factor statistics: all layers of a list in one launch, and one reduction where rows are split.
 
 A program owns one square tile of one factor, on or below the diagonal, or a stretch of the border that a bias adds; it sums
-over its share of the rows, then blends the sum into the moving average and mirrors it. The tiles are square because any other
-shape races: the mirrored store of one tile would feed the read of another.
+over its share of the rows, then blends the sum into the moving average and mirrors it. The tiles are square because with any
+other shape programs race: one would read what the mirrored store of another has written.
 """
 
 from __future__ import annotations
 
 from ..runtime import tl, triton
 
-# Columns of the host's tables. LAYER_*: int64, one row a layer. TILE_*: int32, one row a program.
+# Columns of the host's tables. LAYER_*: int64, one row per layer. TILE_*: int32, one row per program.
 ROWS, COLUMNS, ROW_STRIDE, COLUMN_STRIDE, FACTOR_STRIDE, POSITIONS = range(6)
 KERNEL, OUTPUT, STRIDE, PADDING, DILATION, INPUT, INPUT_STRIDE = 6, 9, 12, 15, 18, 21, 24  # three spatial dimensions each
 IMAGE_STRIDE, CHANNEL_STRIDE = 27, 28
@@ -27,8 +27,9 @@ def _load_rows(
 ):  # fmt: skip
     """Rows first to last (exclusive) and these columns of X, zero outside; see `_load`.
 
-    Aligned, each operand of a product is loaded the way round that it is used: transposed afterwards, one of the two would not
-    be copied asynchronously. Otherwise columns, which lie side by side as a rule, must come last to go to neighbouring threads.
+    If ALIGNED, each operand of a product is loaded in the orientation in which it is used: with a transposition afterwards, one
+    of the two would not be copied asynchronously. Otherwise columns, which usually lie side by side, must come last, so that
+    neighbouring threads load them.
     """
     rows = first + tl.arange(0, BLOCK_K)
     if ALIGNED and COLUMNS_FIRST:
@@ -47,7 +48,7 @@ def _load_rows(
 
 @triton.jit
 def _column_axis(layer, axis: tl.constexpr, rest, memory):
-    """Offset of a column along one axis of the window, what is left of its number, and how far in memory it is so far."""
+    """Offset of a column along one axis of the window, the rest of its number, and its distance in memory so far."""
     kernel = tl.load(layer + 6 + axis).to(tl.int32)
     offset = (rest % kernel) * tl.load(layer + 18 + axis).to(tl.int32)
     return offset, rest // kernel, memory + offset * tl.load(layer + 24 + axis).to(tl.int32)
@@ -55,7 +56,7 @@ def _column_axis(layer, axis: tl.constexpr, rest, memory):
 
 @triton.jit
 def _row_axis(layer, axis: tl.constexpr, rest, memory):
-    """The same of a row: where its window starts along one axis."""
+    """The same for a row: the start of its window along one axis."""
     output = tl.load(layer + 9 + axis).to(tl.int32)
     start = (rest % output) * tl.load(layer + 12 + axis).to(tl.int32) - tl.load(layer + 15 + axis).to(tl.int32)
     return start, rest // output, memory + start * tl.load(layer + 24 + axis)
@@ -65,7 +66,7 @@ def _row_axis(layer, axis: tl.constexpr, rest, memory):
 def _place_columns(layer, columns, SPATIAL: tl.constexpr):
     """(depth, height, width, memory): a column of the patch matrix is a channel and an offset in the window.
 
-    Divisions are dear: this is called before the loop over rows. The offsets within one image are 32 bits wide.
+    Divisions are expensive: this is called before the loop over rows. The offsets within one image are 32 bits wide.
     """
     depth = tl.zeros_like(columns)
     height = tl.zeros_like(columns)
@@ -79,16 +80,16 @@ def _place_columns(layer, columns, SPATIAL: tl.constexpr):
 
 @triton.jit
 def _within(layer, axis: tl.constexpr, offset, start):
-    """Whether a place lies in the image. Unsigned, what lies before it lies far behind it: one comparison."""
+    """Whether a place lies in the image. As unsigned numbers, places before it lie far behind it: one comparison."""
     at = offset[:, None] + start[None, :]
     return at.to(tl.uint32, bitcast=True) < tl.load(layer + 21 + axis).to(tl.uint32)
 
 
 @triton.jit
 def _load_patches(source, layer, first, last, columns, place, n, BLOCK_K: tl.constexpr, SPATIAL: tl.constexpr):
-    """The same of patches of images (N, C, *spatial), columns first; a row is an image and a position.
+    """The same for patches of images (N, C, *spatial), columns first; a row is an image and a position.
 
-    The threads of a warp so take neighbouring positions, which lie side by side in memory, and each has few rows to divide.
+    The threads of a warp then take neighbouring positions, which lie side by side in memory, and each divides few rows.
     """
     depth, height, width, memory = place
     rows = first + tl.arange(0, BLOCK_K)
@@ -143,7 +144,7 @@ def _halves(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _blend_tile(pointer, stride, i, j, sums, n, alpha, beta, BLOCK: tl.constexpr):
-    """In quarters, by columns: the registers of one at a time, and two programs fit a multiprocessor."""
+    """In quarters, by columns: only one at a time takes registers, so that two programs fit a multiprocessor."""
     quarter: tl.constexpr = BLOCK // 4
     rows = i * BLOCK + tl.arange(0, BLOCK)
     columns = j * BLOCK + tl.arange(0, quarter)
@@ -194,7 +195,7 @@ def covariance_kernel(
     factor = tl.load(factors + index).to(tl.pointer_type(tl.float32))
     n, stride = tl.load(layer + 1).to(tl.int32), tl.load(layer + 4)
     row_stride, column_stride = tl.load(layer + 2), tl.load(layer + 3)
-    if ALIGNED:  # the hints are what makes copies 16 bytes wide, and asynchronous
+    if ALIGNED:  # with these hints, copies are 16 bytes wide and asynchronous
         source, factor = tl.multiple_of(source, 16), tl.multiple_of(factor, 16)
         row_stride, stride, n = tl.multiple_of(row_stride, 8), tl.multiple_of(stride, 8), tl.multiple_of(n, 8)
     alpha, beta = tl.load(alphas + index).to(tl.float32), tl.load(betas + index).to(tl.float32)
@@ -204,8 +205,8 @@ def covariance_kernel(
     if SPATIAL:
         left_place, right_place = _place_columns(layer, left, SPATIAL), _place_columns(layer, right, SPATIAL)
     if j == -1:
-        # Summed across threads once, after the loop. A sum within it, of which both branches below made use, would besides
-        # stop the compiler for AMD (Triton 3.7).
+        # Summed across threads once, after the loop. A sum inside the loop that both branches below use would also crash the
+        # compiler for AMD (Triton 3.7).
         total = tl.zeros((BLOCK, BLOCK_K), tl.float32)
         for row in range(first, last, BLOCK_K):
             values = _load(
@@ -249,7 +250,7 @@ def covariance_reduce_kernel(
 ):  # fmt: skip
     """Sums the shares of one tile in a fixed order and blends it. Here a tile's first and last are slots of the workspace.
 
-    A program takes a square part of the tile, or of a border a stretch: what only adds needs many programs, not large ones.
+    A program takes a square part of the tile, or a stretch of a border: a kernel that only adds needs many small programs.
     """
     tile = tiles + tl.program_id(0) * 8
     index = tl.load(tile)

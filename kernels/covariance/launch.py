@@ -1,4 +1,4 @@
-"""Launches the covariance kernels: which layers go together, the tables that describe them, how rows are shared out."""
+"""Launches the covariance kernels: groups of layers, the tables that describe them, and the split of rows into shares."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PROGRAMS_PER_PROCESSOR = 2  # rows are split until a launch has this many
 _LEAST_CHUNKS = 4  # loop iterations of a share of the rows
 _MOST_SHARES = 64
 REDUCED_PART = 32  # side of the part of a tile that a program of the reduction takes
-_KEPT = 64  # plans remembered; a training loop repeats a handful
+_KEPT = 64  # cached plans; a training loop repeats a handful
 
 # (rows, n, row stride, column stride, factor stride, ...) of a layer, the first fields of its row in the layer table
 Geometry = tuple[int, ...]
@@ -36,7 +36,7 @@ def can_use(
     windows: Sequence[int],
     accept: Tensor | None = None,
 ) -> str | None:
-    """What keeps the kernel from serving these layers; None for nothing."""
+    """Why the kernel cannot serve these layers; None if it can."""
     for i, (factor, source, window) in enumerate(zip(factors, inputs, unflatten(windows, inputs), strict=True)):
         if factor.dtype != torch.float32:
             return f"factors[{i}] is {factor.dtype}, and the kernel keeps float32"
@@ -52,7 +52,7 @@ def can_use(
 
 
 def _extent(images: Tensor, window: Window) -> int:
-    """How far apart in memory, in elements, the places of an image lie that a window reaches, padding included."""
+    """Largest distance in memory, in elements, between places of an image that a window reaches, padding included."""
     padding = (0, *window.padding)
     return sum((size - 1 + 2 * p) * step for size, p, step in zip(images.shape[1:], padding, images.stride()[1:], strict=True))
 
@@ -87,7 +87,7 @@ def geometry_of(source: Tensor, factor: Tensor, window: Window) -> Geometry:
 
 
 def shares_of(tiles: int, rows: int, block_k: int, programs: int) -> int:
-    """In how many shares to sum the rows of a layer, when the whole launch has this many tiles and wants so many programs."""
+    """Number of shares that the rows of a layer are split into, for a launch with so many tiles that wants so many programs."""
     wanted = -(-programs // max(1, tiles))
     return max(1, min(wanted, rows // (_LEAST_CHUNKS * block_k), _MOST_SHARES))
 
@@ -130,12 +130,12 @@ def tables(
                 slots += shares > 1
     tile_rows.sort(
         key=lambda row: row[kernel.TILE_FIRST] - row[kernel.TILE_LAST]
-    )  # the longest first: none is left to wait for
+    )  # the longest first, so that no long one starts last
     return tuple(tile_rows), tuple(reduce_rows), slots
 
 
 def config_key(dtype: torch.dtype, spatial: int, aligned: bool) -> str:
-    """Whose tile sizes: what a program holds beside the sums, and how wide it copies, differs between the kinds of layers."""
+    """Key of the tile sizes: what a program holds besides the sums, and how wide it copies, depends on the kind of layer."""
     if spatial:
         return "covariance_patches"
     if not aligned:
@@ -144,7 +144,7 @@ def config_key(dtype: torch.dtype, spatial: int, aligned: bool) -> str:
 
 
 def rows_at_a_time(block_k: int, spatial: int) -> int:
-    """Of a configuration, for inputs with this many spatial dimensions.
+    """Rows that a program takes at a time, for inputs with this many spatial dimensions.
 
     With three, a thread keeps one offset more for every column that it loads: half as many columns then fit its registers.
     """
@@ -170,13 +170,13 @@ def launch(
     windows: Sequence[int],
     accept: Tensor | None = None,
 ) -> None:
-    """The Triton twin of `covariance_ema_reference`, for calls that `can_use` has nothing against."""
+    """The Triton implementation of `covariance_ema_reference`, for a call that `can_use` accepts."""
     if not factors:
         return
     device = factors[0].device
     target = runtime.target(device)
     geometries = tuple(map(geometry_of, inputs, factors, unflatten(windows, inputs)))
-    # Layers of one kind go together: the kind decides how the kernel is compiled.
+    # One launch per kind of layer: the kind decides how the kernel is compiled.
     kinds: dict[tuple[torch.dtype, int, bool], list[int]] = defaultdict(list)
     for i, (factor, source) in enumerate(zip(factors, inputs, strict=True)):
         kinds[source.dtype, source.dim() - 2, _is_aligned(source, factor)].append(i)

@@ -86,7 +86,7 @@ def covariance_ema_reference(
     windows: list[int],
     accept: Tensor | None = None,
 ) -> None:
-    """Plain-torch twin of the kernel: fallback, CPU path and oracle. See `kfac_triton.kernels.ops.covariance_ema`."""
+    """Plain PyTorch: fallback, CPU path and reference of the tests. See `kfac_triton.kernels.ops.covariance_ema`."""
     # The host reads the coefficients here; the Triton kernel reads them from device memory.
     alphas, betas = alpha.tolist(), beta.tolist()
     accepted = [True] * len(factors) if accept is None else accept.tolist()

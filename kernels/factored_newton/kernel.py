@@ -3,14 +3,14 @@
     prepare    T rounded for the tensor cores, and U = T^T beside it
     factor     Y = T (A + damping I)
     energy     M = Y T^T, and its diagonal by itself
-    plan       c, the bound on the error after the step, and whether to take it: one program a matrix, which reads M itself only
-               where the scale that comes from sums leaves it far from I
+    plan       c, the bound on the error after the step, and whether to take it: a program per matrix, which reads M only where
+               the scale computed from sums leaves c M far from I
     update     T and U of the next step
 
 A TF32 tensor core cuts operands to 11 bits. T is rounded to TF32 first, and multiplied exactly from then on; A and Y are split
 into two TF32 numbers each. The root that comes out is not rounded: that would undo most of the step. Every product sums rows
 times rows, L R^T, because Hopper reads TF32 operands along the summed index alone; that is what U is for. The left operands are
-those that are worked on after loading: they may come from registers, the right ones only from shared memory. Only lower tiles
+those that change after loading: they may come from registers, the right ones only from shared memory. Only lower tiles
 of Y are needed: row i of T ends at its diagonal, so tile (i, j) of M, j <= i, reads Y up to column tile j.
 """
 
@@ -19,10 +19,10 @@ from __future__ import annotations
 from ..runtime import tl, triton
 from ..tiles import load_tile, multiply, round_tf32, store_mirrored, store_tile
 
-# Partial sums, one row a tile: the rounding estimate, the largest off-diagonal entry, the off-diagonal squares in units of it.
+# Partial sums, one row per tile: rounding estimate, largest off-diagonal entry, the off-diagonal squares in units of it.
 PARTIALS = 4
-# Flags, one row a matrix: whether it is still running, whether it takes the step that was planned, whether that step waits for
-# the power iteration.
+# Flags, one row per matrix: whether it is still running, whether it takes the planned step, whether that step waits for the
+# power iteration.
 FLAGS = 3
 
 
@@ -31,7 +31,7 @@ def prepare_kernel(
     root, rounded, transposed, flags, residual, tiles, n, root_batch, root_stride, side,
     BLOCK: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one matrix: T to TF32 (where the precision is), U; what lies above the diagonal of the root becomes zero.
+    """One tile of one matrix: T rounded to TF32 (with ROUND) and U; the root becomes zero above the diagonal.
 
     rounded, transposed: scratch with rows side apart; without ROUND, T stays in the root.
     """
@@ -87,7 +87,7 @@ def energy_kernel(
     product, root, energy, diagonal, partials, flags, tiles, n, root_batch, root_stride, side,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of M = Y T^T and its mirror image, what it has of the diagonal, and its share of the off-diagonal norm.
+    """One tile of M = Y T^T and its mirror image, its part of the diagonal, and its share of the off-diagonal norm.
 
     The share is the largest entry and the sum of squares in units of it, because squares may be beyond float32.
     """
@@ -123,7 +123,7 @@ def update_kernel(
 ):  # fmt: skip
     """One lower tile of sqrt(c) (T + Phi(I - c M) T): as it is to the root, rounded to T and U.
 
-    In place: of T, a program reads its own tile alone. Phi T is zero between column j's first row and the diagonal's end.
+    In place: a program reads only its own tile of T. Phi T is zero between column j's first row and the diagonal's end.
     """
     batch = tl.program_id(1).to(tl.int64)
     if tl.load(flags + batch * 3 + 1) == 0:

@@ -1,6 +1,6 @@
-"""Launches the warm refresh: one kernel before, four a step (thirteen for large matrices), whatever the number of matrices.
+"""Launches the warm refresh: one kernel first, then four per step (thirteen for large matrices), for any number of matrices.
 
-Which matrices go on is decided, and stays, on the device: a matrix that is done costs programs that return at once.
+Which matrices go on is decided on the device, without a host read: for a finished matrix, programs return at once.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .reference import ITERATE_ABOVE, fixed_probes
 
 _CHUNK = 128  # sums over tiles and over the diagonal; from 256 on, the plan spills registers on sm_100
 # Above this side, the power iteration is spread over the grid: one program would read the matrix eight times for milliseconds.
-# Up to it, nine more launches a step would cost the host more than they save.
+# For smaller ones, nine more launches per step would cost the host more than they save.
 _SPREAD_ABOVE = 1024
 
 
 def can_use(factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tolerance: float, max_steps: int) -> str | None:
-    """What keeps the kernel from serving this stack; None for nothing."""
+    """Why the kernel cannot serve this stack; None if it can."""
     batch, n, _ = factor.shape
     if factor.dtype != torch.float32:
         return f"factor is {factor.dtype}, and the kernel keeps float32"
@@ -41,7 +41,7 @@ def can_use(factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tol
 
 
 def launch(factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tolerance: float, max_steps: int) -> None:
-    """The Triton twin of `factored_newton_refresh_reference`, for calls that `can_use` has nothing against."""
+    """The Triton implementation of `factored_newton_refresh_reference`, for a call that `can_use` accepts."""
     batch, n, _ = factor.shape
     if batch == 0:
         return
@@ -103,4 +103,4 @@ def launch(factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tole
             energy, root, rounded, transposed, product, flags, scales, tiles, n,
             root.stride(0), root.stride(1), rounded.stride(0), rounded.stride(1), side, ROUND=rounds, **tile,
         )  # fmt: skip
-        transposed, product = product, transposed  # Y is spent, and U of the next step took its place
+        transposed, product = product, transposed  # Y is no longer needed, and U of the next step has overwritten it

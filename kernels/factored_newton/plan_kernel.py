@@ -1,7 +1,7 @@
 """Plans a step of the warm refresh: its scale c, the bound on the error after it, and whether to take it.
 
     plan        all of it, from sums over tiles; where those leave c M far from I, the power iteration as well
-    grow        one product of the power iteration, a program a block of rows: where one program a matrix would take too long
+    grow        one product of the power iteration, one program per block of rows: one per matrix would take too long
     conclude    what plan does after the power iteration
 
 c = tr M / ||M||_F^2 minimises ||I - c M||_F. Where a few eigenvalues are far above the rest, it leaves those above 2 and the
@@ -58,7 +58,7 @@ def _largest_growth(
         _store_vectors(blocks, side, at, _load_vectors(probes, n, at, n), n)
     norms = tl.full((16,), 1.0, tl.float32)
     for step in range(4):
-        tl.debug_barrier()  # what is read next, other threads of this program have written
+        tl.debug_barrier()  # other threads of this program have written what is read next
         source, target = blocks + (step % 2) * (16 * side), blocks + ((step + 1) % 2) * (16 * side)
         squares = tl.zeros((16,), tl.float32)
         for first in range(0, n, BLOCK):

@@ -61,7 +61,7 @@ def _spectral_bounds(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def factored_newton_refresh_reference(
     factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tolerance: float, max_steps: int
 ) -> None:
-    """Plain-torch twin of the kernel: fallback, CPU path and oracle. See `kfac_triton.kernels.ops.factored_newton_refresh`."""
+    """Plain PyTorch: fallback, CPU path and reference of the tests. See `kfac_triton.kernels.ops.factored_newton_refresh`."""
     target = damped(factor, damping)
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     current = root.clone()

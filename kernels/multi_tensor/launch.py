@@ -14,13 +14,13 @@ from . import kernel
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether its elements fill one stretch of memory, in whatever order."""
+    """Whether its elements fill one stretch of memory, in any order."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.numel() == 0 or tensor.numel() == span
 
 
 def can_use_squares(inputs: list[Tensor], out: Tensor) -> str | None:
-    """What keeps the kernel from serving these inputs; None for nothing."""
+    """Why the kernel cannot serve these inputs; None if it can."""
     for i, source in enumerate(inputs):
         if reason := runtime.unreadable(f"inputs[{i}]", source):
             return reason
@@ -30,7 +30,7 @@ def can_use_squares(inputs: list[Tensor], out: Tensor) -> str | None:
 
 
 def launch_squares(inputs: list[Tensor], out: Tensor) -> None:
-    """The Triton twin of `squares_reference`."""
+    """The Triton implementation of `squares_reference`."""
     for dtype in sorted({source.dtype for source in inputs}, key=str):
         members = [i for i, source in enumerate(inputs) if source.dtype == dtype]
         table = device_table(tuple((inputs[i].data_ptr(), inputs[i].numel(), i) for i in members), out.device)
@@ -40,7 +40,7 @@ def launch_squares(inputs: list[Tensor], out: Tensor) -> None:
 
 
 def can_use_gather(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> str | None:
-    """What keeps the kernel from serving these gradients; None for nothing."""
+    """Why the kernel cannot serve these gradients; None if it can."""
     for name, tensors in (("weights", weights), ("biases", biases)):
         for i, tensor in enumerate(tensors):
             if reason := runtime.unreadable(f"{name}[{i}]", tensor):
@@ -53,7 +53,7 @@ def can_use_gather(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> 
 
 
 def launch_gather(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> None:
-    """The Triton twin of `gather_reference`."""
+    """The Triton implementation of `gather_reference`."""
     rows = [
         (w.data_ptr(), b.data_ptr(), w.shape[0] if w.numel() else 0, w[0].numel() if w.numel() else 0, b.numel())
         for w, b in zip(weights, biases, strict=True)
@@ -73,14 +73,14 @@ def launch_gather(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> N
 
 
 def can_use_blend(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Tensor) -> str | None:
-    """What keeps the kernel from serving this stack; None for nothing."""
+    """Why the kernel cannot serve this stack; None if it can."""
     if factor.dtype != torch.float32:
         return f"factor is {factor.dtype}, and the kernel keeps float32"
     return None if factor.is_contiguous() and total.is_contiguous() else "factor or total is not contiguous"
 
 
 def launch_blend(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Tensor) -> None:
-    """The Triton twin of `blend_reference`."""
+    """The Triton implementation of `blend_reference`."""
     size, block = factor[0].numel(), 1024
     kernel.blend_kernel[(count(size, block), len(factor))](
         factor, total, keep, gain, accept.to(torch.uint8), size, BLOCK=block, num_warps=4, enable_fp_fusion=True

@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def squares_reference(inputs: list[Tensor], out: Tensor) -> None:
-    """Plain-torch twin of the kernel. See `kfac_triton.kernels.ops.squares`."""
+    """Plain PyTorch, the kernel's reference. See `kfac_triton.kernels.ops.squares`."""
     for i, source in enumerate(inputs):
         out[i] = source.to(out.dtype).square().sum()
 
 
 def gather_reference(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> None:
-    """Plain-torch twin of the kernel. See `kfac_triton.kernels.ops.gather`."""
+    """Plain PyTorch, the kernel's reference. See `kfac_triton.kernels.ops.gather`."""
     for block, weight, bias in zip(out, weights, biases, strict=True):
         if weight.numel() == 0:
             block.zero_()
@@ -25,7 +25,7 @@ def gather_reference(weights: list[Tensor], biases: list[Tensor], out: Tensor) -
 
 
 def blend_reference(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Tensor) -> None:
-    """Plain-torch twin of the kernel. See `kfac_triton.kernels.ops.blend`."""
+    """Plain PyTorch, the kernel's reference. See `kfac_triton.kernels.ops.blend`."""
     if factor.device.type == "cpu":
         for i, (old, new, accepted) in enumerate(zip(keep.tolist(), gain.tolist(), accept.tolist(), strict=True)):
             if accepted:

@@ -1,7 +1,7 @@
 """The Triton kernels of the cold inverse: one fused kernel for small matrices, and for larger ones a kernel for each stage.
 
 Every matrix that occurs is exactly symmetric: only tiles on and below the diagonal are computed, then mirrored, and large
-matrices are read by rows as right operands too. X and M = X B take turns between two buffers; a matrix with `remaining` steps
+matrices are read by rows as right operands too. X and M = X B alternate between two buffers; a matrix with `remaining` steps
 to go lies in buffer `remaining % 2`, so that every matrix ends in buffer 0, whenever it ends.
 
 Large matrices work in a stack (2 buffers, X and M, B, side, side), the side a multiple of 16 with zeros on the pad: copies are
@@ -109,7 +109,8 @@ def fused_kernel(
         x = h0 * x + h1 * _symmetric_product(x, m, PRECISION, SIDE)
         m = h0 * m + h1 * _symmetric_product(m, m, PRECISION, SIDE)
         remaining = tl.where(1 - lower > TOLERANCE, remaining - 1, 0)
-    # Nothing remains: adding that zero makes addresses, and B below, anew. Kept, they would cost the loop its registers.
+    # `remaining` is 0 now: adding it makes the compiler compute addresses and B again. Kept alive, they would take registers
+    # from the loop.
     at += remaining
     diagonal = (at[:, None] == at[None, :]) & (at < n)[:, None]
     store_mirrored(inverse + matrix * inverse_batch, inverse_stride, at, at, x, n)
@@ -128,7 +129,7 @@ def norm_kernel(
     count, n,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Square sum of one tile of A + damping I; a tile below the diagonal stands for its mirror image too."""
+    """Square sum of one tile of A + damping I; a tile below the diagonal also counts for its mirror image."""
     program = tl.program_id(0)
     tile, matrix = program % count, (program // count).to(tl.int64)
     i, j = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1)
@@ -231,7 +232,7 @@ def step_kernel(
         inner = first + tl.arange(0, BLOCK_K)
         left, right = _load(source, side, rows, inner, side), _load(m, side, columns, inner, side)
         sums = tl.dot(left, tl.trans(right), sums, input_precision=PRECISION)
-    # The linear term in float32, after the sum: it is what keeps the error of M relative to M.
+    # The linear term in float32, after the sum: it keeps the error of M relative to M.
     values = tl.load(row) * _load(source, side, rows, columns, side) + tl.load(row + 1) * sums
     store_mirrored(work + ((then * 2 + product) * batch + matrix) * area, side, rows, columns, values, side)
 
@@ -249,7 +250,7 @@ def residual_kernel(
 ):  # fmt: skip
     """One tile of the inverse, and its shares of tr(R R), R = I - B X, and of sum_k B_kk |X_kk|.
 
-    R is not symmetric: tr(R R) takes the tile and the one opposite it, and both are computed here.
+    R is not symmetric: tr(R R) needs the tile and the one opposite it, and both are computed here.
     """
     program = tl.program_id(0)
     tile, matrix = program % count, (program // count).to(tl.int64)

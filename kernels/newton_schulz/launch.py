@@ -1,4 +1,4 @@
-"""Launches the kernels of the cold inverse: fused for small matrices, in stages for larger ones, without a wait."""
+"""Launches the kernels of the cold inverse: fused for small matrices, in stages for larger ones; the host does not wait."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from . import kernel
 from .reference import EDGE, LEAST, MOST
 
 _TILE = 32  # of kernels without products
-_CHUNK = 256  # tiles whose shares a reduction adds at a time
+_CHUNK = 256  # shares of tiles that a reduction adds at a time
 _ROUNDING = MULTIPLIED * torch.finfo(torch.float32).eps / 2
 _PROGRAMS = 2**31  # of one launch
 
 
 def can_use(factor: Tensor, damping: Tensor, inverse: Tensor, residual: Tensor, tolerance: float, max_steps: int) -> str | None:
-    """What keeps the kernels from serving this stack; None for nothing."""
+    """Why the kernel cannot serve this stack; None if it can."""
     batch, n, _ = factor.shape
     if factor.dtype != torch.float32:
         return f"factor is {factor.dtype}, and the kernels keep float32"
@@ -40,7 +40,7 @@ def can_use(factor: Tensor, damping: Tensor, inverse: Tensor, residual: Tensor, 
 
 
 def launch(factor: Tensor, damping: Tensor, inverse: Tensor, residual: Tensor, tolerance: float, max_steps: int) -> None:
-    """The Triton twin of `newton_schulz_inverse_reference`, for calls that `can_use` has nothing against."""
+    """The Triton implementation of `newton_schulz_inverse_reference`, for a call that `can_use` accepts."""
     if factor.shape[0] == 0:
         return
     damping, max_steps = damping.contiguous(), max(0, max_steps)

@@ -36,7 +36,7 @@ def chebyshev_step(lower: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def newton_schulz_inverse_reference(
     factor: Tensor, damping: Tensor, inverse: Tensor, residual: Tensor, tolerance: float, max_steps: int
 ) -> None:
-    """Plain-torch twin of the kernel: fallback, CPU path and oracle. See `kfac_triton.kernels.ops.newton_schulz_inverse`."""
+    """Plain PyTorch: fallback, CPU path and reference of the tests. See `kfac_triton.kernels.ops.newton_schulz_inverse`."""
     target = damped(factor, damping)
     upper = frobenius_norm(target)  # a rigorous bound of the spectrum, and at most sqrt(n) loose
     m = target / upper[:, None, None]

@@ -1,7 +1,7 @@
 """The Triton kernel of preconditioning: one batched product, of which V = G^-1 W A^-1 takes two and V through roots four.
 
-Hopper multiplies float32 operands that lie along the summed index, and an operand that does not must be turned on its way to
-shared memory, in small copies. The chains below turn none of the inverses, which are symmetric, and each root once:
+Hopper multiplies float32 operands that lie along the summed index. Any other operand must be transposed on its way to shared
+memory, in small copies. The chains below transpose none of the inverses, which are symmetric, and each root once:
 
     inverses   P^T = A^-1 W^T,    V = G^-1 P
     roots      P = W T_A^T,       Q^T = T_A^T P^T,       S^T = Q^T T_G^T,       V = T_G^T S
@@ -32,8 +32,8 @@ def product_kernel(
 ):  # fmt: skip
     """One tile of C (m, n) = op(L) R^T over `inner`, and with REDUCE its share of <C, W>.
 
-    TRIANGULAR: a lower triangular root takes part, the left operand if that is transposed, otherwise the right one; what its
-    zeros would add is not summed.
+    TRIANGULAR: one operand is a lower triangular root, the left one if that is transposed, otherwise the right one; the sum
+    skips its zeros.
     """
     batch = tl.program_id(1).to(tl.int64)
     across = tl.cdiv(n, BLOCK_N)

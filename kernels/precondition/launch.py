@@ -12,7 +12,7 @@ from .reference import precondition_reference
 
 
 def can_use(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor, factored: bool) -> str | None:
-    """What keeps the kernel from serving these layers; None for nothing."""
+    """Why the kernel cannot serve these layers; None if it can."""
     batch, m, n = gradient.shape
     if gradient.dtype != torch.float32:
         return f"gradient is {gradient.dtype}, and the kernel multiplies float32"
@@ -44,7 +44,7 @@ def multiply_by_library(gradient: Tensor, left: Tensor, right: Tensor, out: Tens
 
 
 def launch(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor, factored: bool) -> None:
-    """The Triton twin of `precondition_reference`, for calls that `can_use` has nothing against."""
+    """The Triton implementation of `precondition_reference`, for a call that `can_use` accepts."""
     batch, m, n = gradient.shape
     if batch == 0:
         return

@@ -19,7 +19,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def precondition_reference(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor, factored: bool) -> None:
-    """Plain-torch twin of the kernel: fallback, CPU path and oracle. See `kfac_triton.kernels.ops.precondition`."""
+    """Plain PyTorch: fallback, CPU path and reference of the tests. See `kfac_triton.kernels.ops.precondition`."""
     if factored:
         inner = _product(_product(left, gradient), right.mT)
         _product(_product(left.mT, inner), right, out)

@@ -1,6 +1,6 @@
 """Operations on made-up layers, with their errors against float64: what `doctor`, `tune` and the benchmarks run.
 
-Here are inverses and preconditioning; `covariance_problem` has the statistics.
+Inverses and preconditioning are here, the statistics in `covariance_check`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _TF32 = 2.0**-10  # relative error of a float32 number whose last 13 bits are cu
 
 
 class Problem(ABC):
-    """Arguments of one operation for a set of layers.
+    """The arguments of one operation for a set of layers.
 
     Attributes:
         operation: its name in `ops`.
         name: what to print.
-        allowed: largest error, in the measure of the operation, that passes for right.
+        allowed: largest error, in the measure of the operation, of a right result.
         resets: whether a run changes what the next one starts from, so that `prepare` must come before each.
     """
 
@@ -44,16 +44,16 @@ class Problem(ABC):
         """Arguments of every call, in the order of the signature, without the backend."""
 
     def operands(self) -> list[tuple[Any, ...]]:
-        """The same as the implementations of the operation take them."""
+        """The same arguments as the implementations of the operation take them."""
         return self.calls()
 
     @abstractmethod
     def prepare(self) -> None:
-        """Sets what is updated in place to its start, and poisons what is only written."""
+        """Resets what is updated in place to its start, and fills what is only written with NaN."""
 
     @abstractmethod
     def error(self) -> float:
-        """Error of what is there now, against float64; infinite or NaN for a result that is no result."""
+        """Error of the present results against float64; infinite or NaN for an invalid result."""
 
     def run(self, backend: str = "auto") -> None:
         """All calls."""

@@ -1,4 +1,4 @@
-"""`kfac-triton doctor`: which device and backend serve each operation, why, and whether the results are right."""
+"""`kfac-triton doctor`: which device and backend each operation uses, why, and whether its results are right."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class BestConfig:
 
 
 def slots(target: Target, kernels: Sequence[str], largest: int) -> list[ConfigEntry]:
-    """The entries of the target's configuration file, each with a side to be timed at: the largest that it serves.
+    """The entries of the target's configuration file, each with the side to time it at, the largest that it is for.
 
     Args:
         target: whose file.
@@ -197,7 +197,7 @@ def search(slot: ConfigEntry, problem: Problem, clock: Clock, on_candidate: OnCa
 
 
 def _try(kernel: str, config: Config, problem: Problem, clock: Clock) -> tuple[float | None, str]:
-    """Seconds of a configuration and a word on it; no seconds for one that fails, or computes something wrong."""
+    """Seconds of a configuration, and a remark on it; None for one that fails or computes a wrong result."""
     with trial(kernel, config):
         try:
             right = problem.is_right(problem.check("triton"))
@@ -209,7 +209,7 @@ def _try(kernel: str, config: Config, problem: Problem, clock: Clock) -> tuple[f
 
 
 def _raise_if_device_is_lost(device: torch.device, config: Config, error: Exception) -> None:
-    """An illegal access makes every later launch fail: nothing that follows would mean anything."""
+    """Stops the search after an illegal access, which makes every later launch fail."""
     if device.type != "cuda":
         return
     try:

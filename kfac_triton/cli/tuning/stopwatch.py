@@ -35,7 +35,7 @@ class Stopwatch:
 
 
 def waits_for_host(run: Callable[[], object]) -> bool:
-    """Whether a run waits for the device, which no CUDA graph can hold; it is run once."""
+    """Whether a run waits for the device, which a CUDA graph cannot record; it is run once."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         run()
@@ -59,7 +59,7 @@ def captured(run: Callable[[], object], device: torch.device) -> Callable[[], No
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            if waits_for_host(run):  # asked first, for a capture that fails leaves the allocator in disorder
+            if waits_for_host(run):  # checked first, because a failed capture leaves the allocator in disorder
                 return None
             run()
         stream.synchronize()

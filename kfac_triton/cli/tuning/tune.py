@@ -1,4 +1,4 @@
-"""`kfac-triton tune`: measures tile configurations of the kernels on this device, and keeps the fastest."""
+"""`kfac-triton tune`: times tile configurations of the kernels on this device and keeps the fastest."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _search(slot: ConfigEntry, device: torch.device, on_candidate: OnCandidate, 
 
 
 def render(outcomes: Sequence[BestConfig]) -> str:
-    """One line an entry."""
+    """One line per entry."""
     lines = []
     for outcome in outcomes:
         slot = outcome.slot
@@ -125,7 +125,7 @@ def render(outcomes: Sequence[BestConfig]) -> str:
 
 @contextmanager
 def _progress(total: int | None, quiet: bool) -> Iterator[OnCandidate]:
-    """A bar over the candidates, of which a quick search does not know the number; none if quiet or without tqdm."""
+    """A progress bar over the candidates, whose number a quick search does not know; none if quiet or without tqdm."""
     try:
         from tqdm import tqdm
     except ImportError:
