@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kfac_triton.cli.demo.autoencoder import build_autoencoder, reconstruction_loss
 from kfac_triton.cli.demo.digits import load_images
-from kfac_triton.cli.demo.training import KFACSettings, shuffled_batches
+from kfac_triton.cli.demo.training import CONTESTANTS, shuffled_batches
 from kfac_triton.cli.tuning.checks import Problem, kernel_obstacle
 from kfac_triton.cli.tuning.doctor import examine, problems
 
@@ -16,10 +16,10 @@ from ..steps.timing import DAMPING, KL_CLIP, LEARNING_RATE, Task, autoencoder, g
 
 __all__ = [
     "BY_NAME",
+    "CONTESTANTS",
     "DAMPING",
     "KL_CLIP",
     "LEARNING_RATE",
-    "KFACSettings",
     "Layer",
     "Model",
     "Problem",

@@ -17,7 +17,7 @@ from ..convergence import problems
 from ..convergence.contest import CONTEST, KFAC_NAME, make_adamw, make_kfac
 from .digits import provide
 from .findings import Bench
-from .others import KFACSettings, build_autoencoder, load_images, reconstruction_loss, shuffled_batches
+from .others import CONTESTANTS, build_autoencoder, load_images, reconstruction_loss, shuffled_batches
 
 Batch = tuple[Tensor, Tensor]
 Config = dict[str, Any]
@@ -68,18 +68,14 @@ def problem(bench: Bench, name: str) -> TrainingProblem:
 
 def _autoencoder(bench: Bench) -> TrainingProblem:
     images = load_images("mnist", 4000, 0).train
-    settings = KFACSettings()
+    kfac = CONTESTANTS["K-FAC"]
     return TrainingProblem(
         build=lambda: build_autoencoder(0),
         batches=lambda: ((batch, batch) for batch in shuffled_batches(images, _BATCH, 0)),
         loss=lambda model, batch: reconstruction_loss(model(batch[0]), batch[1]),
         target=(images, images),
         adamw=[{"lr": lr} for lr in ((1e-3,) if bench.quick else (5e-4, 1e-3, 2e-3, 4e-3))],
-        kfac=[
-            {"lr": settings.lr, "momentum": settings.momentum, "damping": damping, "kl_clip": settings.kl_clip}
-            | {"ema_decay": settings.ema_decay}
-            for damping in ((3.0,) if bench.quick else (1.0, 3.0))
-        ],
+        kfac=[kfac.settings | {"lr": kfac.rates[0], "damping": damping} for damping in ((3.0,) if bench.quick else (1.0, 3.0))],
         steps=10 if bench.quick else _STEPS,
         shares=(1 / 2,),
         scheduled=False,

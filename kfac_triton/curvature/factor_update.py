@@ -15,7 +15,7 @@ from ..capture.statistics import Counts, FactorSum, SharedCounts, Statistics, me
 from ..capture.tied import TiedStatistics
 from ..fisher import scales
 from ..kernels import ops
-from ..kernels.device_tables import device_table, device_vector
+from ..kernels.device_tables import device_vector
 from ..kernels.multi_tensor.launch import is_dense
 from ..layers import Layer, Rows
 from ..layers.partition import Partition, factor_dtype

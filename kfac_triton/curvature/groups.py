@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..kernels.device_tables import device_table
+from ..kernels.device_tables import device_vector
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class SideGroup:
         """The group's matrices of a stack: a view if their places are consecutive, else a copy."""
         if self.run is not None:
             return stack[self.run]
-        return stack[device_table(tuple((place,) for place in self.places), stack.device).flatten()]
+        return stack[device_vector(self.places, stack.device)]
 
 
 @dataclass(frozen=True)
