@@ -9,6 +9,8 @@ from support.helpers import relative_error
 from support.launches import counted_launches, nobody_waits
 from torch import Tensor, nn
 
+from kfac_triton.curvature.inverse import InverseStack
+
 
 @convention(18, AdamW=Fails("on a CPU it raises", "supported devices"))
 def test_capturable(contender: Contender) -> None:
@@ -36,7 +38,8 @@ def test_a_step_reads_nothing_back(contender: Contender) -> None:
             optimizer.zero_grad()
             loss_of(model, step).backward()
             for stack in optimizer.engine.curvature.inverses if contender.is_kfac else ():
-                stack._refused.receive()
+                if isinstance(stack, InverseStack):
+                    stack._refused.receive()
             with nobody_waits():
                 optimizer.step()
 
