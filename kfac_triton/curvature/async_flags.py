@@ -25,7 +25,7 @@ class AsyncFlags:
         self._arrival = torch.cuda.Event() if self._is_gpu else None
         self._sent = self._is_recorded = False
 
-    def send(self, flags: Tensor) -> None:
+    def copy_to_host(self, flags: Tensor) -> None:
         """Starts a copy to the host, which overwrites earlier flags."""
         self._host.copy_(flags, non_blocking=True)
         self._is_recorded = runtime.is_recording()
@@ -33,8 +33,8 @@ class AsyncFlags:
             self._arrival.record()
         self._sent = True
 
-    def receive(self) -> list[int]:
-        """Indices of the flags that are set, once for each `send`; empty before they arrive, and while a graph is recorded."""
+    def arrived(self) -> list[int]:
+        """Indices of the flags that are set, once for each copy; empty before they arrive, and while a graph is recorded."""
         if not self._sent or runtime.is_recording():
             return []
         # A replay records no event, but the flags of any replay will do.

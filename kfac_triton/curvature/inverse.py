@@ -198,7 +198,7 @@ class InverseStack(Inverse):
         return (x @ values.mT) @ values if self.factored else x @ values
 
     def _refresh_without_waiting(self, factors: Tensor, damping: Tensor, refused: AsyncFlags) -> None:
-        late = refused.receive()
+        overdue = refused.arrived()
         values, residual = self.values.clone(), torch.empty_like(self.residual)
         self._invert(factors, damping, values, residual)
         certified = residual <= ACCEPT
@@ -206,10 +206,10 @@ class InverseStack(Inverse):
         self.residual.copy_(torch.where(certified, residual, self.residual))
         self.damping.copy_(torch.where(certified, damping, self.damping))
         self.fallbacks += ~certified
-        refused.send(~certified)
-        if late:
-            self.damping[late] = damping[late]
-            self._fall_back(factors, torch.tensor(late, device=factors.device))
+        refused.copy_to_host(~certified)
+        if overdue:
+            self.damping[overdue] = damping[overdue]
+            self._fall_back(factors, torch.tensor(overdue, device=factors.device))
 
     def _invert(self, factors: Tensor, damping: Tensor, values: Tensor, residual: Tensor) -> None:
         """Inverts by the chosen method and writes the results and their certificates to values and residual."""

@@ -127,13 +127,13 @@ def test_tables_of_a_graph_are_its_own_and_are_kept() -> None:
 
 def test_late_flags_are_not_asked_for_in_a_graph_and_can_be_after_it() -> None:
     flags, refused = AsyncFlags(2, torch.device("cpu")), torch.tensor([True, False])
-    flags.send(refused)
+    flags.copy_to_host(refused)
     with recorded() as tape:
-        assert flags.receive() == []
-        flags.send(~refused)
-    assert flags.receive() == [1]
+        assert flags.arrived() == []
+        flags.copy_to_host(~refused)
+    assert flags.arrived() == [1]
     refused.fill_(False)
     tape.replay()
-    flags.send(torch.tensor([False, True]))
+    flags.copy_to_host(torch.tensor([False, True]))
     tape.replay()
-    assert flags.receive() == [0, 1]
+    assert flags.arrived() == [0, 1]

@@ -39,7 +39,7 @@ def test_a_step_reads_nothing_back(contender: Contender) -> None:
             loss_of(model, step).backward()
             for stack in optimizer.engine.curvature.inverses if contender.is_kfac else ():
                 if isinstance(stack, InverseStack):
-                    stack._refused.receive()
+                    stack._refused.arrived()
             with nobody_waits():
                 optimizer.step()
 

@@ -98,7 +98,7 @@ def test_the_first_refresh_and_one_after_a_restart_wait() -> None:
 
 def test_flags_are_given_once() -> None:
     flags = AsyncFlags(3, torch.device("cpu"))
-    assert flags.receive() == []
-    flags.send(torch.tensor([False, True, True]))
-    assert flags.receive() == [1, 2]
-    assert flags.receive() == []
+    assert flags.arrived() == []
+    flags.copy_to_host(torch.tensor([False, True, True]))
+    assert flags.arrived() == [1, 2]
+    assert flags.arrived() == []

@@ -166,7 +166,7 @@ def test_nobody_waits_to_hear_of_a_bad_gradient(name: str, capturable: bool) -> 
                 optimizer.step()
         for stack in optimizer.engine.curvature.inverses:
             if isinstance(stack, InverseStack):
-                stack._refused.receive()  # type: ignore[union-attr]
+                stack._refused.arrived()  # type: ignore[union-attr]
         before = _state(model, optimizer, ("scale",))
         with nobody_waits():
             optimizer.step()

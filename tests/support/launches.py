@@ -74,7 +74,7 @@ class NobodyWaits(TorchDispatchMode):
 @contextmanager
 def nobody_waits() -> Iterator[None]:
     """Inside, no operator waits and no Python number is read from a tensor, but for flags that arrived by themselves."""
-    receive = AsyncFlags.receive
+    arrived = AsyncFlags.arrived
 
     def refuse(name: str) -> Any:
         def read(self: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -85,13 +85,13 @@ def nobody_waits() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, NobodyWaits():
         originals = {name: getattr(torch.Tensor, name) for name in READING}
 
-        def receive_allowed(flags: AsyncFlags) -> list[int]:
+        def arrived_allowed(flags: AsyncFlags) -> list[int]:
             with pytest.MonkeyPatch.context() as inner:
                 for name, original in originals.items():
                     inner.setattr(torch.Tensor, name, original)
-                return receive(flags)
+                return arrived(flags)
 
         for name in READING:
             patch.setattr(torch.Tensor, name, refuse(name))
-        patch.setattr(AsyncFlags, "receive", receive_allowed)
+        patch.setattr(AsyncFlags, "arrived", arrived_allowed)
         yield
