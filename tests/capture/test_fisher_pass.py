@@ -255,7 +255,7 @@ def test_a_fisher_of_the_models_own_needs_the_loss() -> None:
 def test_outputs_that_cannot_be_read_are_refused_before_anything_changes() -> None:
     model, (x, y) = mlp(), _batch()
     ours = KFACPreconditioner(model, fisher="ggn", loss=nn.CrossEntropyLoss(), **SETTINGS)
-    with pytest.raises(TypeError, match=r"outputs must be a tensor.* is dict; of a Hugging Face model pass its \.logits"):
+    with pytest.raises(TypeError, match=r"outputs must be the tensor.* is dict; for a Hugging Face model pass its \.logits"):
         ours.accumulate_fisher({"logits": model(x)}, y)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"targets .*class indices of shape \(12,\).*\(3,\)"):
         ours.accumulate_fisher(model(x), y[:3])
