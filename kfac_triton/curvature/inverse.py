@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops, runtime
-from ..kernels.certificate import MULTIPLIED, damped, inverse_residual, mirror, probe_error, root_residual, rounding_error
+from ..kernels.certificate import FACTORED, damped, inverse_residual, mirror, probe_error, root_residual, rounding_error
 from .async_flags import AsyncFlags
 from .groups import SideGroup
 from .triangular import symmetric_product, triangular_inverse
@@ -54,7 +54,7 @@ def cholesky(factor: Tensor, damping: Tensor, as_root: bool, dtype: torch.dtype)
     else:
         result = symmetric_product(result)
         if factor.dtype == dtype:
-            residual = rounding_error(target, result.diagonal(dim1=-2, dim2=-1), dtype, MULTIPLIED)
+            residual = rounding_error(target, result.diagonal(dim1=-2, dim2=-1), dtype, FACTORED)
             residual = torch.maximum(residual, probe_error(target, result))
         else:  # precise enough to measure the rounding error of the result
             residual = inverse_residual(target, result.to(dtype).to(factor.dtype))
