@@ -33,6 +33,12 @@ def usable_device(text: str) -> torch.device:
     return device
 
 
+def add_device(parser: argparse.ArgumentParser, examples: str) -> None:
+    """Adds `--device`: a GPU by default if there is one."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=usable_device, default=default, help=f"{examples} (default: %(default)s)")
+
+
 def writable_file(suffix: str) -> Callable[[str], Path | None]:
     """Argument type: a file name with this suffix, in a folder that can be written to; None for `none`."""
 

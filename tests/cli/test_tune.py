@@ -256,7 +256,7 @@ def test_an_unknown_kernel_is_named_with_those_there_are(capsys):
 
 def test_progress_goes_to_stderr(capsys):
     pytest.importorskip("tqdm")
-    with tune._progress(2, quiet=False) as on_candidate:
+    with tune.progress("tune", 2, "candidate", quiet=False) as on_candidate:
         on_candidate("first")
         on_candidate("second 5 us")
     printed = capsys.readouterr()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import __version__
 from ...kernels import operators, ops, runtime, tuning
-from ..arguments import usable_device
+from ..arguments import add_device
 from .checks import ColdInverses, Preconditioning, Problem, WarmInverses, kernel_obstacle
 from .covariance_check import Covariance, RowSource
 
@@ -29,9 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Print the device, the versions and the backend that serves each operation with the reason, and check "
         "every kernel, and what stands in for it, against float64. Exit status 1 if a result is wrong.",
     )
-    shown = "(default: %(default)s)"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=usable_device, default=device, help=f"cpu, cuda, cuda:1, ... {shown}")
+    add_device(parser, "cpu, cuda, cuda:1, ...")
     parser.set_defaults(run=_run)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 
 from ...kernels import runtime, tuning
-from ..arguments import at_least, usable_device
+from ..arguments import add_device, at_least
+from ..output import progress
 from .checks import Problem, kernel_obstacle
 from .search import BestConfig, ConfigEntry, OnCandidate, every_candidate, problem_for, search, slots, write
 from .stopwatch import Stopwatch, captured
@@ -31,9 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Time tile configurations of the kernels on scratch tensors, each after a check of its result against "
         "float64, and write the fastest to the user's configuration file, which wins over the shipped one.",
     )
-    shown = "(default: %(default)s)"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=usable_device, default=device, help=f"cuda, cuda:1, ... {shown}")
+    add_device(parser, "cuda, cuda:1, ...")
     parser.add_argument("--kernel", action="append", metavar="NAME", help="tune this kernel alone; may be repeated")
     parser.add_argument("--largest", type=at_least(16), help="side of the largest matrices to time (default: 1024)")
     parser.add_argument("--quick", action="store_true", help="change one value at a time instead of trying all combinations")
@@ -61,8 +59,9 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 
     torch.manual_seed(0)
     outcomes = []
+    # How many candidates a quick search tries is not known before.
     total = None if arguments.quick else sum(len(every_candidate(slot.config)) for slot in wanted)
-    with _progress(total, arguments.quiet) as on_candidate:
+    with progress("tune", total, "candidate", arguments.quiet) as on_candidate:
         for slot in wanted:
             outcomes.append(_search(slot, device, on_candidate, exhaustive=not arguments.quick))
     print(render(outcomes))
@@ -121,22 +120,3 @@ def render(outcomes: Sequence[BestConfig]) -> str:
             found = f"{outcome.best}, {1e6 * outcome.seconds:.0f} us (before: {before}); {rejected}"
         lines.append(f"{slot.kernel}, {sides}, timed at {slot.side}: {found}")
     return "\n".join(lines)
-
-
-@contextmanager
-def _progress(total: int | None, quiet: bool) -> Iterator[OnCandidate]:
-    """A progress bar over the candidates, whose number a quick search does not know; none if quiet or without tqdm."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        quiet = True
-    if quiet:
-        yield lambda line: None
-        return
-    with tqdm(total=total, desc="tune", unit="candidate") as bar:
-
-        def on_candidate(line: str) -> None:
-            bar.set_postfix_str(line, refresh=False)
-            bar.update()
-
-        yield on_candidate
