@@ -19,7 +19,7 @@ STACKS = [m for m in METHODS if m != "auto"] + ["eigenbasis"]
 FLOOR = 2e-6  # below it a certificate says no more than that float32 was used
 LARGEST = 1.2 * ACCEPT  # error of anything certified; from 1 on it would be wrong
 # Error over certificate: the rounding that a certificate is itself subject to is estimated, not bounded.
-MARGIN = {"newton_schulz": 2.0, "factored": 1.0, "cholesky": 1.001, "eigh": 1.5, "eigenbasis": 1.2}
+MARGIN = {"newton_schulz": 2.0, "factored": 1.0, "cholesky": 1.001, "eigh": 1.001, "eigenbasis": 1.2}
 
 
 def energy_errors(target: np.ndarray, values: np.ndarray, factored: bool) -> Tensor:
