@@ -1,6 +1,6 @@
 """The operations of K-FAC with checked arguments: tensors in, results written to tensors that the caller owns.
 
-Four do the mathematics, three more move data. Each has two implementations, a Triton kernel and a reference in plain PyTorch:
+Four do the mathematics, four more move data. Each has two implementations, a Triton kernel and a reference in plain PyTorch:
 `backend="auto"` uses the kernel on a GPU if its `can_use` accepts the call, `"triton"` requires it, `"torch"` uses the
 reference.
 """
@@ -19,7 +19,7 @@ from .covariance.window import ROWS, Window, flatten, window
 from .factored_newton import launch as factored_newton_launch
 from .factored_newton.reference import factored_newton_refresh_reference
 from .multi_tensor import launch as multi_tensor_launch
-from .multi_tensor.reference import blend_reference, gather_reference, squares_reference
+from .multi_tensor.reference import blend_reference, gather_reference, restore_reference, squares_reference
 from .newton_schulz import launch as newton_schulz_launch
 from .newton_schulz.reference import newton_schulz_inverse_reference
 from .operators import operator
@@ -35,6 +35,7 @@ __all__ = [
     "gather",
     "newton_schulz_inverse",
     "precondition",
+    "restore",
     "squares",
     "window",
 ]
@@ -360,3 +361,31 @@ def blend(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Ten
             f"{vector.device}",
         )
     torch.ops.kfac_triton.blend(factor, total, keep, gain, accept, backend=backend)
+
+
+@operator(
+    "Tensor(a!)[] tensors, Tensor[] kept, Tensor finite",
+    reference=restore_reference,
+    launch=multi_tensor_launch.launch_restore,
+    can_use=multi_tensor_launch.can_use_restore,
+)
+def restore(tensors: list[Tensor], kept: list[Tensor], finite: Tensor, backend: str = "auto") -> None:
+    """Tensors get the values of their copies, bit for bit, where a flag is false; the host does not wait for the flags.
+
+    Args:
+        tensors: of any shapes and types, changed in place.
+        kept: a copy of each, of the same shape and type.
+        finite: (flags,) bool; tensor i obeys flag i modulo their number.
+        backend: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: if a copy does not fit its tensor, or backend is "triton" and no kernel can serve the call.
+    """
+    _require(
+        finite.dtype == torch.bool and finite.dim() == 1 and len(finite) > 0 and len(tensors) == len(kept),
+        f"finite must hold flags, and kept a copy of each of {len(tensors)} tensors, but these are {tuple(finite.shape)} of "
+        f"{finite.dtype} and {len(kept)} copies",
+    )
+    for i, (tensor, copy) in enumerate(zip(tensors, kept, strict=True)):
+        _require_like(f"kept[{i}]", copy, tuple(tensor.shape), tensor)
+    torch.ops.kfac_triton.restore(tensors, kept, finite, backend=backend)

@@ -63,3 +63,21 @@ def blend_kernel(
     new = tl.load(total + place, mask=at < size)
     blended = tl.load(keep + matrix).to(tl.float32) * old + tl.load(gain + matrix).to(tl.float32) * new
     tl.store(factor + place, blended, mask=at < size)
+
+
+@triton.jit
+def restore_kernel(
+    table,  # int64 (tensors, 4): addresses of a tensor and of its copy, both of type DTYPE, number of elements, place in finite
+    finite,  # uint8 (flags,)
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A share of one tensor gets the values of its copy where its flag is zero; nothing is read where it is not."""
+    row = table + tl.program_id(0) * 4
+    if tl.load(finite + tl.load(row + 3)) != 0:
+        return
+    tensor, kept = tl.load(row).to(tl.pointer_type(DTYPE)), tl.load(row + 1).to(tl.pointer_type(DTYPE))
+    size = tl.load(row + 2)
+    at = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    for _ in range(tl.cdiv(size, BLOCK * tl.num_programs(1))):
+        tl.store(tensor + at, tl.load(kept + at, mask=at < size), mask=at < size)
+        at += BLOCK * tl.num_programs(1)

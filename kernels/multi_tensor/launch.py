@@ -1,4 +1,4 @@
-"""Operations over many tensors, one launch each: sums of squares, gradients into a stack, sums into moving averages."""
+"""Operations over many tensors, one launch each: squares, gradients into a stack, sums into averages, copies put back."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from .. import runtime
 from ..device_tables import device_table
 from ..tiles import count
 from . import kernel
+
+_WORDS = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}  # what elements of so many bytes are copied as
+_SHARES = 16  # programs for each tensor that might be restored; all but those of bad gradients end at once
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -85,3 +88,30 @@ def launch_blend(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, acce
     kernel.blend_kernel[(count(size, block), len(factor))](
         factor, total, keep, gain, accept.to(torch.uint8), size, BLOCK=block, num_warps=4, enable_fp_fusion=True
     )
+
+
+def can_use_restore(tensors: list[Tensor], kept: list[Tensor], finite: Tensor) -> str | None:
+    """Why the kernel cannot serve these tensors; None if it can."""
+    for i, (tensor, copy) in enumerate(zip(tensors, kept, strict=True)):
+        if tensor.element_size() not in _WORDS:
+            return f"tensors[{i}] is {tensor.dtype}, and the kernel copies elements of up to 8 bytes"
+        if not is_dense(tensor) or tensor.stride() != copy.stride():
+            return f"tensors[{i}] has gaps, or other strides than its copy"
+    return None
+
+
+def launch_restore(tensors: list[Tensor], kept: list[Tensor], finite: Tensor) -> None:
+    """The Triton implementation of `restore_reference`."""
+    for size in sorted({tensor.element_size() for tensor in tensors}):
+        rows = [
+            (tensor.data_ptr(), copy.data_ptr(), tensor.numel(), i % len(finite))
+            for i, (tensor, copy) in enumerate(zip(tensors, kept, strict=True))
+            if tensor.element_size() == size
+        ]
+        kernel.restore_kernel[(len(rows), _SHARES)](
+            device_table(tuple(rows), finite.device),
+            finite.view(torch.uint8),
+            DTYPE=getattr(runtime.tl, _WORDS[size]),
+            BLOCK=1024,
+            num_warps=4,
+        )

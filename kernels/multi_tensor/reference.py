@@ -34,3 +34,9 @@ def blend_reference(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, a
     # Without a host read: a sum that is not accepted may be NaN, so it is selected away, not weighted with zero.
     keep, gain, accept = (vector[:, None, None] for vector in (keep.to(factor), gain.to(factor), accept))
     factor.copy_(torch.where(accept, keep * factor + gain * total, factor))
+
+
+def restore_reference(tensors: list[Tensor], kept: list[Tensor], finite: Tensor) -> None:
+    """Plain PyTorch, the kernel's reference. See `kfac_triton.kernels.ops.restore`."""
+    for i, (tensor, copy) in enumerate(zip(tensors, kept, strict=True)):
+        torch.where(finite[i % len(finite)], tensor, copy, out=tensor)

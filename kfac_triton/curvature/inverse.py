@@ -76,8 +76,8 @@ def eigh(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     root = (vectors * (values.clamp_min(0) + damping[:, None]).rsqrt().unsqueeze(-2)).mT
     inverse = mirror(root.mT @ root)
     target = damped(factor, damping)
-    # The root's distance does not see the rounding of T^T T, and the terms of the inverse's own can cancel where float32 has too
-    # few digits. Of 600,000 hard matrices none had an error above the larger of the two.
+    # The root's distance does not see the rounding of T^T T, and the terms of the inverse's own can cancel where float32 has
+    # too few digits. Of 600,000 hard matrices none had an error above the larger of the two.
     _, distance, rounding = root_residual(target, root)
     residual = torch.maximum(distance + rounding, inverse_residual(target, inverse))
     return inverse, residual.masked_fill(~(finite & _finite(inverse)), torch.inf).nan_to_num(nan=torch.inf)

@@ -81,11 +81,13 @@ def _changes(group: dict[str, Any]) -> tuple[str, ...]:
     return ("momentum_buffer",) if group["momentum"] else ()
 
 
-def hold(groups: list[dict[str, Any]], work: list[Work], finite: dict[nn.Parameter, Tensor] | None) -> Hold | None:
+def hold(
+    groups: list[dict[str, Any]], work: list[Work], finite: dict[nn.Parameter, Tensor] | None, backend: str = "auto"
+) -> Hold | None:
     """What keeps parameters whose gradients are not finite as they are, with its memory; None if the host checks."""
     if finite is None:
         return None
-    result = Hold(finite)
+    result = Hold(finite, backend)
     for group, (params, _, states) in zip(groups, work, strict=True):
         result.reserve(params, states, _changes(group), group["foreach"] is not False)
     return result

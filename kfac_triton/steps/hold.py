@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import ops
+from ..kernels.multi_tensor.launch import is_dense
 from ..layers.dtensor import local
 
 _FEW = 1 << 22  # elements: smaller portions would save little memory, and each costs some launches
@@ -44,10 +46,13 @@ class Hold:
 
     Args:
         finite: whether the gradient of a parameter is finite, a bool on the device (its own or another).
+        backend: of the kernels. "triton" counts as "auto": what no kernel can restore must not fail when parameters have moved.
     """
 
-    def __init__(self, finite: dict[Any, Tensor]) -> None:
+    def __init__(self, finite: dict[Any, Tensor], backend: str = "auto") -> None:
         self._finite = finite
+        self._backend = "torch" if backend == "torch" else "auto"
+        self._flags: dict[Any, Tensor] = {}  # those of a portion together, by its first parameter
         self._uncounted: dict[Any, Tensor] = {}  # 1 for a parameter that stays, 0 for others
         self._room: dict[torch.device, Tensor] = {}
 
@@ -61,9 +66,9 @@ class Hold:
                 state["step"] = state["step"].to(p.device)
         for places in portions(params, together):
             some = [params[i] for i in places]
-            flags = [self._finite[p].to(p.device) for p in some]
-            self._finite.update(zip(some, flags, strict=True))
-            self._uncounted.update(zip(some, (~torch.stack(flags)).to(torch.float32).unbind(), strict=True))
+            flags = torch.stack([self._finite[p].to(p.device) for p in some])
+            self._flags[some[0]] = flags
+            self._uncounted.update(zip(some, (~flags).to(torch.float32).unbind(), strict=True))
             changing = _changing(some, [states[i] for i in places], names)
             device, needed = changing[0].device, sum(map(_bytes, changing))
             if device not in self._room or len(self._room[device]) < needed:
@@ -73,18 +78,17 @@ class Hold:
     @contextmanager
     def over(self, params: Sequence[Tensor], states: Sequence[State], names: Sequence[str]) -> Iterator[None]:
         """Context of a step of one portion; `names` are the tensors of a state that it changes, beside the counter."""
-        flags = [self._finite[p] for p in params]
         changing = _changing(params, states, names)
         kept = self._copies(changing)
         yield
-        for is_finite, new, old in zip(flags * (1 + len(names)), changing, kept, strict=True):
-            torch.where(is_finite, new, old, out=new)
+        ops.restore(changing, kept, self._flags[params[0]], backend=self._backend)
         torch._foreach_sub_([state["step"] for state in states], [self._uncounted[p] for p in params])
 
     def _copies(self, tensors: list[Tensor]) -> list[Tensor]:
         room, first, kept = self._room[tensors[0].device], 0, []
         for x in tensors:
-            kept.append(room[first : first + x.nbytes].view(x.dtype).view(x.shape))
+            copy = room[first : first + x.nbytes].view(x.dtype)
+            kept.append(copy.as_strided(x.shape, x.stride()) if is_dense(x) else copy.view(x.shape))
             first += _bytes(x)
         torch._foreach_copy_(kept, tensors)
         return kept

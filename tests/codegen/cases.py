@@ -207,6 +207,9 @@ def _lists(arch: str) -> Iterator[Case]:
         yield Case(f"-/-/gather_kernel/{dtype}", kernel.gather_kernel, "*i64 *fp32 i32:16 i32:16", constants, {"num_warps": 4})
     types = "*fp32 *fp32 *fp32 *fp32 *u8 i32:16"
     yield Case("-/-/blend_kernel/-", kernel.blend_kernel, types, {"BLOCK": 1024}, {"num_warps": 4})
+    for bits, type_ in ((16, tl.int16), (32, tl.int32)):
+        constants = {"DTYPE": type_, "BLOCK": 1024}
+        yield Case(f"-/-/restore_kernel/{bits}", kernel.restore_kernel, "*i64 *u8", constants, {"num_warps": 4})
 
 
 def shipped(arch: str) -> list[Case]:

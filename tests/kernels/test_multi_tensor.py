@@ -128,3 +128,63 @@ def test_blend_refuses_what_does_not_fit(argument: str) -> None:
     arguments[argument] = arguments[argument][:1]
     with pytest.raises(ValueError, match=f"{argument} must have shape"):
         ops.blend(stack, **arguments)
+
+
+def _tensors(seed: int) -> list[Tensor]:
+    """All types and layouts, some of them longer than all shares of a kernel."""
+    torch.manual_seed(seed)
+    shapes = [(), (1,), (3, 5), (0, 4), (40, 60), (20000,), (2, 3, 4, 5)]
+    kinds = [*TYPES, torch.float64, torch.complex64]
+    tensors = [torch.randn(shape, dtype=torch.float64).to(kind) for shape in shapes for kind in kinds]
+    return [*tensors, torch.randn(4, 6).T, torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)]
+
+
+@both_backends
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_restore_copies_what_is_not_finite_and_touches_nothing_else(backend: str, rounds: int) -> None:
+    """Bit for bit, a NaN and a negative zero, too; one flag serves a tensor of each round."""
+    moved = [x for seed in range(rounds) for x in _tensors(seed)]
+    kept = [x.clone() for seed in range(rounds) for x in _tensors(seed + 10)]
+    for x in kept:
+        if x.dim() and len(x):
+            x[0] = torch.nan if x.dim() == 2 else -0.0
+    before = [x.clone() for x in moved]
+    finite = torch.arange(len(moved) // rounds) % 3 != 1
+    ops.restore(moved, kept, finite, backend=backend)
+    for i, (new, old, copy) in enumerate(zip(moved, before, kept, strict=True)):
+        expected = old if finite[i % len(finite)] else copy
+        assert torch.equal(*(torch.view_as_real(x) if x.is_complex() else x.signbit() for x in (new, expected))), i
+        torch.testing.assert_close(new, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "kept", "message"),
+    [
+        ([torch.zeros(3, dtype=torch.complex128)] * 2, None, r"tensors\[0\] is torch.complex128"),
+        ([torch.ones(4, 6)[:, ::2]], None, r"tensors\[0\] has gaps"),
+        ([torch.ones(4, 6)], [torch.ones(6, 4).T], r"other strides than its copy"),
+    ],
+)
+def test_restore_leaves_to_the_reference_what_the_kernel_cannot_copy(
+    tensors: list[Tensor], kept: list[Tensor] | None, message: str
+) -> None:
+    copies = [x.clone() + 1 for x in tensors] if kept is None else kept
+    with pytest.raises(ValueError, match=message):
+        ops.restore(tensors, copies, torch.tensor([False]), backend="triton")
+    ops.restore(tensors, copies, torch.tensor([False]))
+    assert all(torch.equal(x, copy) for x, copy in zip(tensors, copies, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "kept", "finite"),
+    [
+        ([torch.ones(2)], [], torch.tensor([True])),
+        ([torch.ones(2)], [torch.ones(2)], torch.tensor(True)),
+        ([torch.ones(2)], [torch.ones(2)], torch.tensor([1.0])),
+        ([torch.ones(2)], [torch.ones(3)], torch.tensor([True])),
+        ([torch.ones(2)], [torch.ones(2).double()], torch.tensor([True])),
+    ],
+)
+def test_restore_refuses_what_does_not_fit(tensors: list[Tensor], kept: list[Tensor], finite: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"finite must hold flags|kept\[0\] must have shape"):
+        ops.restore(tensors, kept, finite)
