@@ -50,7 +50,7 @@ class Part:
 TASKS = ("autoencoder", "gpt", "resnet50", "vit_b")
 CHECKS = (
     *("covariance", "cold", "warm", "precondition", "engine:mlp", "engine:conv", "engine:norms"),
-    *("compile:autoencoder", "compile:gpt", "memcheck", "racecheck"),
+    *("hold:sgd", "hold:adamw", "compile:autoencoder", "compile:gpt", "memcheck", "racecheck"),
 )
 LAYERS = ("stack_512", "stack_1024", "mixed_20", "stack_2048", "stack_4096", "gpt2")
 # The most valuable ones first, for the budget may end before the last.

@@ -42,6 +42,8 @@ def run(bench: Bench, names: Sequence[str]) -> None:
             _kernels(bench, OPERATIONS[name])
         elif kind == "engine":
             bench.attempt(name, partial(engines.compare, bench, what))
+        elif kind == "hold":
+            bench.attempt(name, partial(engines.hold, bench, what))
         elif kind == "compile":
             bench.attempt(name, partial(_first_steps, bench, what))
         elif not bench.on_gpu:

@@ -1,7 +1,8 @@
-"""A few steps of K-FAC with its kernels and without, from the same weights on the same batch: factors and losses must agree."""
+"""A few steps of K-FAC with its kernels and without, which must agree; a batch with a NaN, which must move nothing."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -35,6 +36,32 @@ def compare(bench: Bench, kind: str) -> None:
         loss_torch=other_loss,
         **troubles,
     )
+
+
+def hold(bench: Bench, first_order_rule: str) -> None:
+    """Says whether a batch with a NaN leaves parameters and moments as they are, bit for bit, and other batches do not."""
+    model, inputs = _network("norms", torch.device(bench.device))
+    target = torch.randint(10, (len(inputs),), generator=torch.Generator().manual_seed(1)).to(inputs.device)
+    optimizer = KFAC(model, lr=0.01, weight_decay=0.1, tail=first_order_rule)
+    moved = []
+    for is_bad in (False, False, True, False):
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs * torch.nan if is_bad else inputs), target).backward()
+        before = copy.deepcopy(_numbers(model, optimizer))
+        optimizer.step()
+        after = _numbers(model, optimizer)
+        moved.append(len(before) != len(after) or not all(map(torch.equal, before, after)))
+    is_finite = all(bool(x.isfinite().all()) for x in _numbers(model, optimizer))
+    verdict = "right" if moved == [True, True, False, True] and is_finite else "WRONG"
+    bench.say(
+        f"hold {first_order_rule}", verdict=verdict, moved=moved, dropped_gradients=optimizer.diagnostics()["dropped_gradients"]
+    )
+
+
+def _numbers(model: nn.Module, optimizer: KFAC) -> list[Tensor]:
+    """Parameters, moments and counters."""
+    state = [value for p in model.parameters() for value in optimizer.state[p].values() if isinstance(value, Tensor)]
+    return [p.detach() for p in model.parameters()] + state
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

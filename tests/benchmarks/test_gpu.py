@@ -32,6 +32,7 @@ from benchmarks.gpu import (
 )
 from benchmarks.gpu.findings import FILE, Bench, is_bad, read
 from benchmarks.gpu.processes import LOG, ROOT, run_together
+from kfac_triton import KFAC
 from kfac_triton.cli.demo.digits import mnist_images
 from kfac_triton.cli.tuning.checks import Preconditioning
 
@@ -192,6 +193,18 @@ def test_engines_agree(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, sanitizer = bench.said
     assert engine["verdict"] == "right" and engine["factors_off"] < 5e-3 and math.isfinite(engine["loss"])
     assert sanitizer["skipped"] == "no GPU"
+
+
+def test_a_batch_with_a_nan_must_move_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks.run(bench, ["hold:sgd", "hold:adamw"])
+
+    def moves(self: KFAC) -> None:
+        with torch.no_grad():
+            torch._foreach_add_([p for group in self.param_groups for p in group["params"]], 1.0)
+
+    monkeypatch.setattr(KFAC, "step", moves)
+    checks.run(bench, ["hold:sgd"])
+    assert [line["verdict"] for line in bench.said] == ["right", "right", "WRONG"]
 
 
 CLEAN = "precondition of stacks True 1e-4\n========= ERROR SUMMARY: 0 errors\n"
