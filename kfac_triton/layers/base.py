@@ -1,4 +1,4 @@
-"""What K-FAC needs to know of a layer: the rows of A, the rows of G, and its weight as matrices."""
+"""What K-FAC needs to know about a layer: the rows of A, the rows of G, and its weight as matrices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..kernels.ops import Window
+from ..kernels import ops
 
 
 @dataclass(frozen=True)
@@ -17,34 +17,34 @@ class Rows:
     """What one backward pass through a layer adds to its factors.
 
     Attributes:
-        inputs: per group the rows of A, as `kernels.ops.covariance_ema` takes them; a vector of whole numbers stands for
-            one-hot rows (the indices of an embedding), a matrix of them for rows that are means of one-hot ones; empty where
-            the input is constant.
-        gradients: per group the rows of G.
-        input_window: how to read rows from each entry of inputs.
-        gradient_window: the same for gradients.
+        inputs: the rows of A for each channel group, as `kernels.ops.covariance_ema` takes them. A vector of integers stands
+            for one-hot rows (the indices of an embedding), a matrix of integers for rows that are means of one-hot vectors.
+            Empty if the input is constant.
+        gradients: the rows of G for each channel group.
         input_count: rows of A in this pass: examples times positions (expand) or examples (reduce).
         terms: loss terms in this pass, the number that a mean loss divides by.
-        examples: number of examples; each has equally many rows, next to each other.
-        share: part of the rows that is in here, where only some are taken.
+        input_window: how to read rows from each entry of inputs.
+        gradient_window: the same for gradients.
+        examples: number of examples; each has the same number of rows, which are adjacent.
+        share: the fraction of the rows that is kept, if the rows are sampled.
     """
 
     inputs: list[Tensor]
     gradients: list[Tensor]
-    input_window: Window
-    gradient_window: Window
     input_count: int
     terms: int
+    input_window: ops.Window = ops.ROWS
+    gradient_window: ops.Window = ops.ROWS
     examples: int = 0
     share: float = 1.0
 
     @property
-    def windows(self) -> list[Window]:
+    def windows(self) -> list[ops.Window]:
         """Windows of inputs, then of gradients, as `kernels.ops.covariance_ema` takes them."""
         return [self.input_window] * len(self.inputs) + [self.gradient_window] * len(self.gradients)
 
     def sample(self, every: int, offset: int) -> Rows:
-        """One row (of a matrix) or example (of a convolution) in `every`, as views, beginning with row `offset`."""
+        """Every `every`-th row (of a matrix) or example (of a convolution), starting with number `offset`, as views."""
         first = min(offset, max(0, len(self.gradients[0]) - 1)) if self.gradients else 0
         inputs = [source[first::every] for source in self.inputs]
         gradients = [source[first::every] for source in self.gradients]
@@ -56,29 +56,31 @@ class Rows:
 class Layer(ABC):
     """One module that K-FAC covers: y = W a with W = [weight | bias], a factor pair per group.
 
-    A is the covariance of a (with a last 1 for the bias), G that of the gradient with respect to y. A module type of your
-    own needs `module_type` and `rows`; the rest is right for every module with a weight (out, ...) and a bias (out,).
+    A is the second moment of a (with a last entry 1 for the bias), G that of the gradient with respect to y. An adapter for
+    your own module type needs `module_type` and `rows`; the defaults fit any module with a weight (out, ...) and a bias (out,).
 
     Attributes:
-        module_type: the module class that the adapter is for.
-        diagonal_inputs: whether A is kept as its diagonal.
-        diagonal_gradients: whether G is.
+        module_type: the module class, or classes, that the adapter is for.
+        diagonal_inputs: whether only the diagonal of A is kept.
+        diagonal_gradients: whether only the diagonal of G is kept.
         constant_input: whether a is 1, and G (the Fisher matrix itself) takes all of the damping.
         autocasts: whether the module's forward is one operation that autocast runs in low precision.
         weight_is_transposed: whether the module stores W^T: a weight (in, out).
+        can_be_tied: whether modules of this type that share a weight are one module that is called several times.
         applies_weight_itself: whether the module's forward applies the weight by `F.linear`, so that no module's hook sees it.
         modules: those that share the weight, usually one.
-        output_blocks: equal blocks along its diagonal that G is cut into.
+        output_parts: the number of parts of equal size that G is divided into along its diagonal.
     """
 
-    module_type: type[nn.Module]
+    module_type: type[nn.Module] | tuple[type[nn.Module], ...]
     diagonal_inputs: ClassVar[bool] = False
     diagonal_gradients: bool = False
     constant_input: ClassVar[bool] = False
     autocasts: ClassVar[bool] = False
     weight_is_transposed: ClassVar[bool] = False
+    can_be_tied: ClassVar[bool] = False
     applies_weight_itself: ClassVar[bool] = False
-    output_blocks: int = 1
+    output_parts: int = 1
 
     def __init__(self, name: str, module: nn.Module, weight_sharing: str, loss_terms: str) -> None:
         self.name = name
@@ -86,36 +88,37 @@ class Layer(ABC):
         self.modules = [module]
         self.reduce = weight_sharing == "reduce"
         self.tokens = loss_terms == "tokens"
-        # Decided once: a factor's size cannot follow a bias that is frozen later; its column then just has no use.
+        # Decided once, because the size of a factor cannot change. If the bias is frozen later, its column is not used.
         bias = module._parameters.get("bias")
         self.has_bias: bool = bias is not None and bias.requires_grad
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Whether a module is of this type; one derived from it that computes something else in forward is not."""
-        return isinstance(module, cls.module_type) and type(module).forward is cls.module_type.forward
+        """Whether a module is of this type. A derived class with another forward may compute something else, and is not."""
+        kinds = cls.module_type if isinstance(cls.module_type, tuple) else (cls.module_type,)
+        return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
     @classmethod
     def cover(cls, name: str, module: nn.Module, weight_sharing: str, loss_terms: str, **options: Any) -> list[Layer]:
-        """The layers that a module is made of: one, unless it holds several weights.
+        """The layers that a module consists of: one, unless it has several weights.
 
         Args:
             name: of the module.
             module: the module.
             weight_sharing: "expand" or "reduce".
             loss_terms: "examples" or "tokens".
-            options: settings that concern some adapters: `norms`.
+            options: settings for some adapters: `norms`.
         """
         return [cls(name, module, weight_sharing, loss_terms)]
 
     @classmethod
     def weights(cls, module: nn.Module) -> list[nn.Parameter | None]:
-        """The parameters of a module that no other may use, unless the adapter ties them."""
+        """The weights of a module. No other module may use them, unless the adapter can tie them."""
         return [module._parameters.get("weight")]
 
     @classmethod
     def inner(cls, module: nn.Module) -> list[nn.Module]:
-        """Modules inside that the adapter answers for, whether it covers their weights or not."""
+        """Submodules that the adapter handles, whether it covers their weights or not."""
         return []
 
     @classmethod
@@ -129,10 +132,11 @@ class Layer(ABC):
     @classmethod
     def tie(cls, modules: list[nn.Module]) -> type[Layer] | None:
         """The adapter for modules that share one weight; None if there is none."""
-        return None
+        same = cls.can_be_tied and all(type(module) is cls.module_type and cls.why_not(module) is None for module in modules)
+        return cls if same else None
 
     def share(self, modules: list[nn.Module]) -> None:
-        """Records that these modules share the weight. A bias that they do not share is not covered."""
+        """Records the modules that share the weight. A bias that they do not share is not covered."""
         self.modules = modules
         self.has_bias &= len({id(module._parameters.get("bias")) for module in modules}) == 1
 
@@ -148,12 +152,12 @@ class Layer(ABC):
 
     @property
     def groups(self) -> int:
-        """Independent blocks of the layer, each with its own factor pair."""
+        """Channel groups of the layer: each is a block with its own factor pair."""
         return int(getattr(self.module, "groups", 1))
 
     @property
     def input_size(self) -> int:
-        """Columns of W and side of A, the bias included."""
+        """Columns of W and side of A, of one group, including the bias."""
         return (len(self.weight) if self.weight_is_transposed else self.weight[0].numel()) + self.has_bias
 
     @property
@@ -163,36 +167,61 @@ class Layer(ABC):
 
     @property
     def input_unit(self) -> int:
-        """Columns of W that cannot be parted: the kernel elements of a convolution's channel."""
+        """Adjacent columns of W that stay in one part: the kernel elements of one channel of a convolution."""
         return 1
 
     @abstractmethod
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
         """Rows of A and G from the module's input and the gradient with respect to its output."""
 
+    def make_rows(
+        self,
+        inputs: list[Tensor],
+        gradients: list[Tensor],
+        examples: int,
+        positions: int,
+        input_window: ops.Window = ops.ROWS,
+        gradient_window: ops.Window = ops.ROWS,
+    ) -> Rows:
+        """Rows with their counts, if every example applies the weight at so many positions (Eschenhagen et al. 2023)."""
+        count = examples if self.reduce else examples * positions
+        terms = examples * positions if self.tokens else examples
+        return Rows(inputs, gradients, count, terms, input_window, gradient_window, examples)
+
     def uses_weight_transposed(self, use: int) -> bool:
-        """Whether the use-th module applies the weight in another way, and is summed apart."""
+        """Whether the module with this number applies the transposed weight. Its statistics are summed separately."""
         return False
 
     def gradient(self, group: int) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of one group as they stand in W: that of the weight (rows, ...) and of the bias (rows,)."""
-        rows = slice(group * self.output_size, (group + 1) * self.output_size)
-        weight, bias = self.weight.grad, None if self.bias is None else self.bias.grad
-        if weight is not None and self.weight_is_transposed:
-            weight = weight.T
-        return None if weight is None else weight[rows], None if bias is None else bias[rows]
+        """The gradients of one group in the layout of W: of the weight (rows, ...) and of the bias (rows,)."""
+        weight, bias = self.weight.grad, self.bias
+        return (
+            None if weight is None else self.to_matrix(weight, group),
+            None if bias is None or bias.grad is None else bias.grad[self._rows_of(bias, group)],
+        )
+
+    def to_matrix(self, stored: Tensor, group: int) -> Tensor:
+        """The rows of W of one group, from a tensor like the weight."""
+        return (stored.T if self.weight_is_transposed else stored)[self._rows_of(self.weight, group)]
+
+    def from_matrix(self, rows: Tensor) -> Tensor:
+        """W (rows of all groups, columns) in the layout of the weight; without the rows that belong to other layers."""
+        return rows.T if self.weight_is_transposed else rows.reshape(len(rows), *self.weight.shape[1:])
 
     def part_of(self, parameter: nn.Parameter) -> slice | None:
-        """The rows of a parameter that `read_update` has, where other layers have the rest."""
+        """The layer's rows of a parameter, if other layers have the remaining ones."""
         return None
 
+    def _rows_of(self, parameter: nn.Parameter, group: int) -> slice:
+        size = self.output_size
+        return self.part_of(parameter) or slice(group * size, (group + 1) * size)
+
     def read_update(self, blocks: list[Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
-        """Weight and bias with their parts of the preconditioned gradient, from one block (or wider) a group."""
+        """Weight and bias with their parts of the preconditioned gradient, given for each group (and maybe padded)."""
         columns = self.input_size - self.has_bias
         parts = [block[: self.output_size, : self.input_size] for block in blocks]
         update = parts[0] if len(parts) == 1 else torch.cat(parts)
-        weight = update[:, :columns]
-        result = [(self.weight, weight.T if self.weight_is_transposed else weight.reshape(self.weight.shape))]
+        result = [(self.weight, self.from_matrix(update[:, :columns]))]
         if self.bias is not None:
             result.append((self.bias, update[:, columns]))
         return result

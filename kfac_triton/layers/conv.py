@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspos
 
 
 def padding_amounts(module: _Conv) -> list[tuple[int, int]]:
-    """(before, after) per spatial dimension; an even kernel with padding "same" pads one more behind."""
+    """(before, after) for each spatial dimension; an even kernel with padding "same" has one more after than before."""
     if module.padding == "valid":
         return [(0, 0)] * len(module.kernel_size)
     if module.padding == "same":
@@ -28,95 +27,57 @@ def padding_amounts(module: _Conv) -> list[tuple[int, int]]:
     return [(int(p), int(p)) for p in module.padding]
 
 
-def mean_patches(
-    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], positions: Sequence[int]
-) -> Tensor:
+def mean_patches(x: Tensor, window: ops.Window, positions: Sequence[int]) -> Tensor:
     """Patches averaged over positions, (N, C * kernel elements): one mean per kernel element, without making the patches."""
+    if any(window.padding):
+        x = F.pad(x, [p for p in reversed(window.padding) for _ in range(2)])
     means = []
-    for offset in itertools.product(*(range(k) for k in kernel)):
-        window = tuple(
+    for offset in itertools.product(*(range(k) for k in window.kernel)):
+        taken = tuple(
             slice(o * d, o * d + (count - 1) * s + 1, s)
-            for o, d, s, count in zip(offset, dilation, stride, positions, strict=True)
+            for o, d, s, count in zip(offset, window.dilation, window.stride, positions, strict=True)
         )
-        means.append(x[(slice(None), slice(None), *window)].flatten(2).mean(2))
-    return torch.stack(means, dim=2).reshape(x.shape[0], x.shape[1] * math.prod(kernel))
-
-
-def patch_rows(
-    layer: Layer,
-    x: Tensor,
-    gradient: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Rows:
-    """Rows of a layer whose outputs are W times patches of x, (N, C, *spatial), padded with zeros on both sides alike."""
-    examples, positions = x.shape[0], gradient.shape[2:].numel()
-    inputs, gradients = list(x.chunk(layer.groups, dim=1)), list(gradient.chunk(layer.groups, dim=1))
-    input_window = ops.window(kernel, stride, padding, dilation)
-    gradient_window = ops.window((1,) * len(kernel))
-    if layer.reduce:
-        around = [p for p in reversed(padding) for _ in range(2)]
-        padded = [F.pad(part, around) for part in inputs] if any(around) else inputs
-        inputs = [mean_patches(part, kernel, stride, dilation, gradient.shape[2:]) for part in padded]
-        gradients = [part.flatten(2).sum(2) for part in gradients]
-        input_window = gradient_window = ops.ROWS
-    return Rows(
-        inputs=inputs,
-        gradients=gradients,
-        input_window=input_window,
-        gradient_window=gradient_window,
-        input_count=examples if layer.reduce else examples * positions,
-        terms=examples * positions if layer.tokens else examples,
-        examples=examples,
-    )
+        means.append(x[(slice(None), slice(None), *taken)].flatten(2).mean(2))
+    return torch.stack(means, dim=2).flatten(1)
 
 
 class ConvLayer(Layer):
     """A convolution as a Linear on patches, shared over positions; each group of channels is a block of its own."""
 
+    module: _Conv
+    module_type: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     autocasts = True
 
     @property
-    def conv(self) -> _Conv:
-        """The module, typed."""
-        return cast(_Conv, self.module)
-
-    @property
     def input_unit(self) -> int:
-        """A channel's kernel elements."""
-        return math.prod(self.conv.kernel_size)
+        """The kernel elements of one channel."""
+        return math.prod(self.module.kernel_size)
 
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
         """Expand: every position is a row. Reduce: an example's mean patch and summed gradient."""
-        spatial = len(self.conv.kernel_size)
+        spatial = len(self.module.kernel_size)
         if x.dim() == spatial + 1:  # no batch dimension
             x, gradient = x.unsqueeze(0), gradient.unsqueeze(0)
-        padding = padding_amounts(self.conv)
-        symmetric = all(before == after for before, after in padding)
-        if self.conv.padding_mode != "zeros" or not symmetric:
-            # Only these need a padded copy; zeros on both sides are left to the patch reader.
-            mode = "constant" if self.conv.padding_mode == "zeros" else self.conv.padding_mode
-            x = F.pad(x, [amount for pair in reversed(padding) for amount in pair], mode=mode)
-            padding = [(0, 0)] * spatial
+        x, window = self.patches(x, gradient.shape[2:])
+        examples, positions = x.shape[0], gradient.shape[2:].numel()
+        inputs, gradients = list(x.chunk(self.groups, dim=1)), list(gradient.chunk(self.groups, dim=1))
+        if not self.reduce:
+            return self.make_rows(inputs, gradients, examples, positions, window, ops.window((1,) * spatial))
+        inputs = [mean_patches(part, window, gradient.shape[2:]) for part in inputs]
+        return self.make_rows(inputs, [part.flatten(2).sum(2) for part in gradients], examples, positions)
+
+    def patches(self, x: Tensor, output: Sequence[int]) -> tuple[Tensor, ops.Window]:
+        """A tensor (N, C, *spatial), and the window of its patches to which W is applied.
+
+        Args:
+            x: the input, with a batch dimension.
+            output: the spatial sizes of the output.
+        """
+        conv, padding = self.module, padding_amounts(self.module)
         before = [amount for amount, _ in padding]
-        return patch_rows(self, x, gradient, self.conv.kernel_size, self.conv.stride, before, self.conv.dilation)
-
-
-class Conv1dLayer(ConvLayer):
-    """nn.Conv1d."""
-
-    module_type = nn.Conv1d
-
-
-class Conv2dLayer(ConvLayer):
-    """nn.Conv2d."""
-
-    module_type = nn.Conv2d
-
-
-class Conv3dLayer(ConvLayer):
-    """nn.Conv3d."""
-
-    module_type = nn.Conv3d
+        if conv.padding_mode != "zeros" or any(first != last for first, last in padding):
+            # Only these need a padded copy. The code that reads the patches adds zeros itself, equally many on both sides.
+            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+            x = F.pad(x, [amount for pair in reversed(padding) for amount in pair], mode=mode)
+            before = []
+        return x, ops.window(conv.kernel_size, conv.stride, before, conv.dilation)

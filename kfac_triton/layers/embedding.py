@@ -6,8 +6,6 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from kfac_triton.kernels import ops
-
 from .base import Layer, Rows
 
 
@@ -21,6 +19,7 @@ class EmbeddingLayer(Layer):
     module_type = nn.Embedding
     diagonal_inputs = True
     weight_is_transposed = True
+    can_be_tied = True
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
@@ -34,22 +33,11 @@ class EmbeddingLayer(Layer):
             return "its forward renormalizes the weight (max_norm)"
         return super().why_not(module)
 
-    @classmethod
-    def tie(cls, modules: list[nn.Module]) -> type[Layer] | None:
-        """Embeddings that share a weight are one module called several times."""
-        return cls if all(type(module) is nn.Embedding and cls.why_not(module) is None for module in modules) else None
-
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
         """Expand: every index is a row. Reduce: the indices of an example are one, and their gradients are summed."""
         indices = x.reshape(len(x) if x.dim() else 1, x.shape[1:].numel()).long()
         examples, positions = indices.shape
         gradients = gradient.reshape(examples, positions, gradient.shape[-1])
-        return Rows(
-            inputs=[indices if self.reduce else indices.flatten()],
-            gradients=[gradients.sum(1) if self.reduce else gradients.flatten(0, 1)],
-            input_window=ops.ROWS,
-            gradient_window=ops.ROWS,
-            input_count=examples if self.reduce else examples * positions,
-            terms=examples * positions if self.tokens else examples,
-            examples=examples,
-        )
+        if self.reduce:
+            return self.make_rows([indices], [gradients.sum(1)], examples, positions)
+        return self.make_rows([indices.flatten()], [gradients.flatten(0, 1)], examples, positions)

@@ -148,7 +148,7 @@ def _sides(number: int, block: Block) -> tuple[Part, Part]:
 
 def _output_parts(side: Part, layer: Layer, largest: int | None, oversize: str) -> list[Part]:
     """Parts of G: those of each of the layer's equal output blocks. A diagonal has none between its blocks to begin with."""
-    count = 1 if side.diagonal else layer.output_blocks
+    count = 1 if side.diagonal else layer.output_parts
     if count == 1:
         return _divided(side, largest, oversize)
     size = side.size // count

@@ -11,8 +11,8 @@ from torch import nn
 
 from .attention import AttentionLayer
 from .base import Layer
-from .conv import Conv1dLayer, Conv2dLayer, Conv3dLayer
-from .conv_transpose import ConvTranspose1dLayer, ConvTranspose2dLayer, ConvTranspose3dLayer
+from .conv import ConvLayer
+from .conv_transpose import ConvTransposeLayer
 from .embedding import EmbeddingLayer
 from .hf_conv1d import HFConv1DLayer
 from .linear import LinearLayer
@@ -21,12 +21,8 @@ from .tied import TiedLayer
 
 LAYER_TYPES: list[type[Layer]] = [
     LinearLayer,
-    Conv1dLayer,
-    Conv2dLayer,
-    Conv3dLayer,
-    ConvTranspose1dLayer,
-    ConvTranspose2dLayer,
-    ConvTranspose3dLayer,
+    ConvLayer,
+    ConvTransposeLayer,
     EmbeddingLayer,
     LayerNormLayer,
     RMSNormLayer,
@@ -145,7 +141,7 @@ def find_layers(
 
 
 def _split_outputs(layers: list[Layer], split: Mapping[str, int]) -> None:
-    """Sets `output_blocks` of the layers that the patterns name; of several patterns the first counts."""
+    """Sets `output_parts` of the layers that the patterns name; of several patterns the first counts."""
     unused = set(split)
     for layer in layers:
         matches = [pattern for pattern in split if is_chosen(pattern, layer.name, layer.module)]
@@ -159,6 +155,6 @@ def _split_outputs(layers: list[Layer], split: Mapping[str, int]) -> None:
                 f"split cuts the output of layer {layer.name!r} into {count} equal blocks, but its size {size} is no multiple; "
                 f"pass one of {good}"
             )
-        layer.output_blocks = count
+        layer.output_parts = count
     if unused:
         raise ValueError(f"split must name layers that K-FAC covers, but {', '.join(map(repr, sorted(unused)))} matches none")

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from kfac_triton.kernels import ops
 from kfac_triton.kernels.covariance.reference import patch_matrix
 from kfac_triton.layers import Layer, Rows
-from kfac_triton.layers.conv import Conv1dLayer, Conv2dLayer, Conv3dLayer, padding_amounts
+from kfac_triton.layers.conv import ConvLayer, padding_amounts
 
-ADAPTERS: list[type[Layer]] = [Conv1dLayer, Conv2dLayer, Conv3dLayer]
 SIZES = (9, 8, 7)  # of the spatial dimensions; odd and even
 PADDING_MODES = ["zeros", "reflect", "replicate", "circular"]
 
@@ -45,8 +44,7 @@ def make(spatial: int, geometry: dict[str, Any], **options: Any) -> nn.Conv1d | 
 
 
 def adapter(module: nn.Module, weight_sharing: str = "expand", loss_terms: str = "examples") -> Layer:
-    layer_type = next(t for t in ADAPTERS if isinstance(module, t.module_type))
-    return layer_type("layer", module, weight_sharing, loss_terms)
+    return ConvLayer("layer", module, weight_sharing, loss_terms)
 
 
 def run(module: Any, images: int | None = 3) -> tuple[Tensor, Tensor]:

@@ -92,7 +92,7 @@ def test_which_classes_it_is() -> None:
     assert [(layer.name, type(layer).__name__) for layer in layers] == [
         ("0", "HFConv1DLayer"),
         ("1", "HFConv1DLayer"),
-        ("4", "Conv1dLayer"),
+        ("4", "ConvLayer"),
     ]
     assert skipped == {}
 

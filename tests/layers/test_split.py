@@ -86,4 +86,4 @@ def test_split_that_does_not_fit() -> None:
     with pytest.raises(TypeError, match="split"):
         KFAC(model, split=["0"])  # type: ignore[arg-type]
     KFAC(model, split={"0": 3, "Linear": 2})
-    assert find_layers(model, split={"0": 3, "Linear": 2})[0][0].output_blocks == 3
+    assert find_layers(model, split={"0": 3, "Linear": 2})[0][0].output_parts == 3
