@@ -1,4 +1,4 @@
-"""Layers that K-FAC covers: one small class per module type, the registry of them, and how they fall into factors."""
+"""Layers that K-FAC covers: an adapter for each module type, their registry, and how weights are divided into blocks and parts."""
 
 from .base import Layer, Rows
 from .registry import LAYER_TYPES, Choice, find_layers, register, weights_of

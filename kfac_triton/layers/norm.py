@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_triton.kernels import ops
-
 from .base import Layer, Rows
-
-_Affine = nn.LayerNorm | nn.RMSNorm
 
 
 class NormLayer(Layer):
@@ -24,11 +20,12 @@ class NormLayer(Layer):
     The Fisher matrix of theta = [scale | shift] is F = E[u_n u_n^T]. It is small enough to be kept as it is: W = theta is
     one column, a = 1, G = F ("full") or diag F ("diagonal"), and V = (F + damping)^-1 W. Nothing is factorized.
 
-    Xhat is recomputed from the input: to invert y would divide by scale, which may be zero. If loss terms are tokens, each
-    position is a term: "expand" uses the gradient of each position, which is right as long as no later layer mixes positions;
-    "reduce" still sums over positions.
+    Xhat is recomputed from the input, because computing it from y would divide by scale, which may be zero. If loss terms are
+    tokens, each position is a term: "expand" uses the gradient of each position, which is right as long as no later layer mixes
+    positions; "reduce" still sums over positions.
     """
 
+    module: Any  # of the class that `module_type` names
     diagonal_inputs = True
     diagonal_gradients = True
     constant_input = True
@@ -40,7 +37,7 @@ class NormLayer(Layer):
 
     @classmethod
     def cover(cls, name: str, module: nn.Module, weight_sharing: str, loss_terms: str, **options: Any) -> list[Layer]:
-        """One layer, or none with norms="skip"."""
+        """One layer; none with norms="skip"."""
         norms = options.get("norms", "diagonal")
         if norms == "skip":
             return []
@@ -50,14 +47,14 @@ class NormLayer(Layer):
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
-        """A norm without a scale is not covered either."""
+        """As of `Layer`, and that it has no scale."""
         if "weight" in module._parameters and module._parameters["weight"] is None:
             return "it has no scale (affine is off)"
         return super().why_not(module)
 
     @property
     def groups(self) -> int:
-        """One block: the groups of a GroupNorm share no parameter, but neither do they make any."""
+        """One block: the groups of a GroupNorm are no groups of parameters."""
         return 1
 
     @property
@@ -76,10 +73,10 @@ class NormLayer(Layer):
 
     @abstractmethod
     def by_position(self, values: Tensor) -> Tensor:
-        """What has the output's shape as (examples, positions, entries of scale)."""
+        """Values of the output's shape as (examples, positions, entries of scale)."""
 
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
-        """The per-example gradients, or per position where that is a loss term. Nobody reads A's rows: they are ones."""
+        """The gradients of each example, or of each position if that is a loss term. A's rows are ones, which nothing reads."""
         dtype = torch.promote_types(torch.promote_types(x.dtype, gradient.dtype), torch.float32)
         gradient = gradient.to(dtype)
         parts = [self.by_position(gradient * self.normalized(x.to(dtype)))]
@@ -88,30 +85,22 @@ class NormLayer(Layer):
         examples, positions = parts[0].shape[:2]
         by_position = self.tokens and not self.reduce
         rows = torch.cat([part.flatten(0, 1) if by_position else part.sum(1) for part in parts], 1)
-        return Rows(
-            inputs=[],
-            gradients=[rows],
-            input_window=ops.ROWS,
-            gradient_window=ops.ROWS,
-            input_count=len(rows),
-            terms=examples * positions if self.tokens else examples,
-            examples=examples,
-        )
+        terms = examples * positions if self.tokens else examples
+        return Rows(inputs=[], gradients=[rows], input_count=len(rows), terms=terms, examples=examples)
 
     def gradient(self, group: int) -> tuple[Tensor | None, Tensor | None]:
-        """That of [scale | shift] as a column; a shift without one, frozen since, has zeros."""
+        """The gradient of [scale | shift] as a column, with zeros for a shift without one (which was frozen since)."""
         scale = self.weight.grad
         if scale is None:
             return None, None
         if not self.has_shift:
             return scale.reshape(-1, 1), None
-        shift = cast(Tensor, self.module.bias).grad
-        shift = torch.zeros_like(scale) if shift is None else shift
+        shift = torch.zeros_like(scale) if self.module.bias.grad is None else self.module.bias.grad
         return torch.cat([scale.flatten(), shift.flatten()]).unsqueeze(1), None
 
     def read_update(self, blocks: list[Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
         """Scale and shift with their parts of the column."""
-        parameters = [self.weight, cast(nn.Parameter, self.module.bias)] if self.has_shift else [self.weight]
+        parameters = [self.weight, self.module.bias] if self.has_shift else [self.weight]
         pieces = blocks[0][: self.output_size, 0].split(self.weight.numel())
         return [(p, piece.view(p.shape)) for p, piece in zip(parameters, pieces, strict=True)]
 
@@ -123,13 +112,11 @@ class LayerNormLayer(NormLayer):
 
     def normalized(self, x: Tensor) -> Tensor:
         """(x - mean) / sqrt(var + eps) of each position."""
-        module = cast(nn.LayerNorm, self.module)
-        return F.layer_norm(x, module.normalized_shape, eps=module.eps)
+        return F.layer_norm(x, self.module.normalized_shape, eps=self.module.eps)
 
     def by_position(self, values: Tensor) -> Tensor:
         """Without other dimensions there is one example of one position."""
-        shape = cast(_Affine, self.module).normalized_shape
-        outer = values.shape[: values.dim() - len(shape)]
+        outer = values.shape[: values.dim() - len(self.module.normalized_shape)]
         return values.reshape(outer[0] if outer else 1, outer[1:].numel(), values.shape[len(outer) :].numel())
 
 
@@ -139,9 +126,8 @@ class RMSNormLayer(LayerNormLayer):
     module_type: type[nn.Module] = nn.RMSNorm
 
     def normalized(self, x: Tensor) -> Tensor:
-        """X / sqrt(mean(x^2) + eps); without an eps it is that of the precision that torch computes in, which is x's here."""
-        module = cast(nn.RMSNorm, self.module)
-        return F.rms_norm(x, module.normalized_shape, eps=module.eps)
+        """X / sqrt(mean(x^2) + eps). If eps is None, torch takes that of the dtype it computes in, which here is that of x."""
+        return F.rms_norm(x, self.module.normalized_shape, eps=self.module.eps)
 
 
 class ChannelNormLayer(NormLayer):
@@ -153,17 +139,17 @@ class ChannelNormLayer(NormLayer):
 
 
 class BatchNormLayer(ChannelNormLayer):
-    """nn.BatchNorm1d, 2d and 3d. What is in the batch's statistics is taken as constant.
+    """nn.BatchNorm1d, 2d and 3d. The statistics of the batch are taken as constant.
 
-    This layer's own u_n is then the exact gradient of example n's loss as long as no BatchNorm comes later; the gradient that
-    comes back through one has parts from other examples' losses, here as in every layer before it.
+    Then u_n is the exact gradient of the loss of example n if no BatchNorm comes later. A gradient that comes back through
+    another BatchNorm has parts from the losses of other examples, here as in every layer before it.
     """
 
     module_type = nn.modules.batchnorm._BatchNorm
 
     def normalized(self, x: Tensor) -> Tensor:
-        """By the batch's statistics in training, by running ones in evaluation, as forward does."""
-        module = cast(nn.modules.batchnorm._BatchNorm, self.module)
+        """By the statistics of the batch in training, by running statistics in evaluation, as in forward."""
+        module = self.module
         mean, variance = module.running_mean, module.running_var
         if module.training or mean is None or variance is None:
             return F.batch_norm(x, None, None, training=True, eps=module.eps)
@@ -177,5 +163,4 @@ class GroupNormLayer(ChannelNormLayer):
 
     def normalized(self, x: Tensor) -> Tensor:
         """By the statistics of an example's group of channels."""
-        module = cast(nn.GroupNorm, self.module)
-        return F.group_norm(x, module.num_groups, eps=module.eps)
+        return F.group_norm(x, self.module.num_groups, eps=self.module.eps)

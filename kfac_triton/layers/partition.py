@@ -1,14 +1,15 @@
-"""How layers fall into factors: parts of the sides of W, and tiles of W, each between a part of A and a part of G.
+"""How the weights of layers are divided: each block into parts of A and G, which are the stored factors, and tiles of W.
 
-Usually a layer is one tile between two parts, its A and its G. A side larger than `max_factor_size` is kept as its diagonal,
-or cut into blocks along its diagonal; a tile is then what lies between one block of A and one of G.
+A block is a diagonal block of the Fisher matrix, G (x) A: a layer, or one of its channel groups. Usually A and G are one part
+each, and W is one tile. If a side is larger than `max_factor_size`, only its diagonal is kept, or it is divided into several
+parts and what is outside of their diagonal blocks is ignored. A tile is the part of W between one part of G and one of A.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from .base import Layer, Rows
 
 
 def factor_dtype(weight: Tensor) -> torch.dtype:
-    """Double precision for such a weight, else single: moving averages in 16 bits stop moving."""
+    """Double precision for a weight in double precision, else single: moving averages in 16 bits stop moving."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
@@ -34,17 +35,17 @@ class FactorSpec:
 
 @dataclass(frozen=True)
 class Part:
-    """One factor: a range of a side of W of one group of a layer.
+    """A range of one side of W of a block, with one stored factor.
 
     Attributes:
-        block: number of the Kronecker block (layer and group) that it belongs to.
-        is_input: whether it is part of A, else of G.
-        start, stop: range of the side, the bias column of W included.
-        diagonal: whether only the diagonal is kept.
-        has_bias_column: whether the last place is the bias's, whose input is 1.
+        block: number of the block that it belongs to.
+        is_input: whether it is a part of A, else of G.
+        start, stop: the range, including the bias column of W.
+        diagonal: whether only the diagonal of the factor is kept.
+        has_bias_column: whether the last column is that of the bias, whose input is 1.
         unit: columns per channel; `start` and `stop` without the bias are multiples of it.
         whole: whether it is the whole side.
-        group: channel group of the block. Known here, so that a graph of torch.compile does not depend on the block's number.
+        group: channel group of the block. Stored here, so that a graph of torch.compile does not depend on the block's number.
     """
 
     block: int
@@ -59,18 +60,18 @@ class Part:
 
     @property
     def size(self) -> int:
-        """Side of the factor."""
+        """Rows and columns of the factor."""
         return self.stop - self.start
 
     def cut(self, source: Tensor) -> Tensor:
-        """The columns (channels) of rows that belong to it, without the ones."""
+        """Its columns (channels) of the rows, without the column of ones."""
         if self.whole or source.dim() == 1:
             return source
         unit = self.unit if source.dim() > 2 else 1  # mean patches are rows already
         return source[:, self.start // unit : (self.stop - self.has_bias_column) // unit]
 
     def sources(self, rows: Rows) -> tuple[Tensor, ops.Window]:
-        """Its columns of what a backward pass left, and how to read rows from them."""
+        """Its columns of the rows of a backward pass, and the window to read them with."""
         if self.is_input:
             return self.cut(rows.inputs[self.group]), rows.input_window
         source = rows.gradients[self.group]
@@ -79,7 +80,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Block:
-    """One Kronecker block: a layer, or one channel group of it."""
+    """A diagonal block of the Fisher matrix, G (x) A: a layer, or one channel group of it."""
 
     layer: Layer
     layer_number: int
@@ -88,7 +89,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Tile:
-    """A sub-matrix of W of one block, preconditioned by a part of A and a part of G, given by their numbers."""
+    """The part of W of a block between a part of A and a part of G, given by their numbers."""
 
     block: int
     a: int
@@ -96,14 +97,14 @@ class Tile:
 
 
 class Partition:
-    """All parts, tiles and blocks of some layers.
+    """All blocks, parts and tiles of some layers.
 
     Attributes:
         blocks: in the order of layers and groups.
-        parts: those of a block's A, then of its G.
-        tiles: those of a block by rows, then columns.
-        parts_of: per block, the numbers of the parts of A and of G.
-        tiles_of: per block, the numbers of its tiles.
+        parts: for each block those of A, then those of G.
+        tiles: for each block in the order of rows, then columns.
+        parts_of: for each block, the numbers of the parts of A and of G.
+        tiles_of: for each block, the numbers of its tiles.
     """
 
     def __init__(self, layers: Sequence[Layer], max_factor_size: int | None = None, oversize: str = "diagonal") -> None:
@@ -114,64 +115,48 @@ class Partition:
         self.parts_of: list[tuple[range, range]] = []
         self.tiles_of: list[range] = []
         for number, block in enumerate(self.blocks):
-            a, g = _sides(number, block)
-            a_parts, g_parts = _divided(a, max_factor_size, oversize), _output_parts(g, block.layer, max_factor_size, oversize)
-            first = len(self.parts)
+            a_parts, g_parts = (_divided(number, block, is_input, max_factor_size, oversize) for is_input in (True, False))
+            first, middle = len(self.parts), len(self.parts) + len(a_parts)
             self.parts += a_parts + g_parts
-            a_range, g_range = range(first, first + len(a_parts)), range(first + len(a_parts), len(self.parts))
+            a_range, g_range = range(first, middle), range(middle, len(self.parts))
             self.parts_of.append((a_range, g_range))
-            start = len(self.tiles)
+            self.tiles_of.append(range(len(self.tiles), len(self.tiles) + len(a_range) * len(g_range)))
             self.tiles += [Tile(number, i, j) for j in g_range for i in a_range]
-            self.tiles_of.append(range(start, len(self.tiles)))
 
     def blocks_of(self, layer_number: int) -> list[int]:
         """Numbers of a layer's blocks."""
         return [i for i, block in enumerate(self.blocks) if block.layer_number == layer_number]
 
 
-def _sides(number: int, block: Block) -> tuple[Part, Part]:
-    """A and G of a block, undivided."""
-    layer = block.layer
-    a = Part(
-        number,
-        True,
-        0,
-        layer.input_size,
-        layer.diagonal_inputs,
-        layer.has_bias,
-        layer.input_unit,
-        whole=True,
-        group=block.group,
-    )
-    return a, Part(number, False, 0, layer.output_size, layer.diagonal_gradients, False, 1, whole=True, group=block.group)
-
-
-def _output_parts(side: Part, layer: Layer, largest: int | None, oversize: str) -> list[Part]:
-    """Parts of G: those of each of the layer's equal output blocks. A diagonal has none between its blocks to begin with."""
-    count = 1 if side.diagonal else layer.output_parts
-    if count == 1:
-        return _divided(side, largest, oversize)
-    size = side.size // count
-    parts = _divided(replace(side, stop=size, whole=False), largest, oversize)
-    return [replace(x, start=x.start + i * size, stop=x.stop + i * size) for i in range(count) for x in parts]
-
-
-def _divided(side: Part, largest: int | None, oversize: str) -> list[Part]:
-    """The side itself if it is not too large, else its diagonal or its blocks."""
-    if side.diagonal or largest is None or side.size <= largest:
-        return [side]
-    if oversize == "diagonal":
-        return [replace(side, diagonal=True)]
-    unit, bias = side.unit, side.has_bias_column
-    if unit + bias > largest:
-        raise ValueError(
-            f"max_factor_size must be at least {unit + bias} to cut a side of {side.size} into blocks of whole channels, but "
-            f"is {largest}; raise it, or pass oversize='diagonal'"
-        )
-    units = (side.size - bias) // unit
-    count = -(-units * unit // ((largest - bias) // unit * unit))  # equal blocks, as few as fit
-    bounds = [units * i // count * unit for i in range(count)] + [side.size]
+def _divided(number: int, block: Block, is_input: bool, largest: int | None, oversize: str) -> list[Part]:
+    """The parts of A or of G of one block: the whole side, as a matrix or as its diagonal, or several."""
+    layer, bias = block.layer, is_input and block.layer.has_bias
+    size = layer.input_size if is_input else layer.output_size
+    diagonal = layer.diagonal_inputs if is_input else layer.diagonal_gradients
+    unit = layer.input_unit if is_input else 1
+    count = 1 if is_input or diagonal else layer.output_parts  # a diagonal has no entries between parts to leave out
+    size //= count
+    bounds = [0, size]
+    if not diagonal and largest is not None and size > largest:
+        if oversize == "diagonal":
+            diagonal = True
+        else:
+            bounds = _bounds(size, unit, bias, largest)
+    whole = count == 1 and len(bounds) == 2
     return [
-        replace(side, start=start, stop=stop, has_bias_column=bias and stop == side.size, whole=False)
+        Part(number, is_input, i * size + start, i * size + stop, diagonal, bias and stop == size, unit, whole, block.group)
+        for i in range(count)
         for start, stop in itertools.pairwise(bounds)
     ]
+
+
+def _bounds(size: int, unit: int, bias: bool, largest: int) -> list[int]:
+    """Where parts of equal size begin and end, as few as fit; the last one has the bias, too."""
+    if unit + bias > largest:
+        raise ValueError(
+            f"max_factor_size must be at least {unit + bias} to cut a side of {size} into parts of whole channels, but is "
+            f"{largest}; raise it, or pass oversize='diagonal'"
+        )
+    units = (size - bias) // unit
+    count = -(-units * unit // ((largest - bias) // unit * unit))
+    return [*(units * i // count * unit for i in range(count)), size]

@@ -54,8 +54,8 @@ def _layer_type(module: nn.Module) -> type[Layer] | None:
 
 def weights_of(model: nn.Module) -> list[nn.Parameter]:
     """Weights of all modules of supported types, covered or not."""
-    pairs = [(module, _layer_type(module)) for module in model.modules()]
-    return [w for module, kind in pairs if kind is not None for w in kind.weights(module) if w is not None]
+    kinds = ((module, _layer_type(module)) for module in model.modules())
+    return [w for module, kind in kinds if kind is not None for w in kind.weights(module) if w is not None]
 
 
 def is_chosen(choice: Choice, name: str, module: nn.Module) -> bool:
@@ -64,20 +64,6 @@ def is_chosen(choice: Choice, name: str, module: nn.Module) -> bool:
         return bool(choice(name, module))
     patterns = [choice] if isinstance(choice, str) else choice
     return any(fnmatch.fnmatchcase(text, pattern) for pattern in patterns for text in (name, type(module).__name__))
-
-
-def _tie(layer_type: type[Layer], sharers: list[nn.Module]) -> type[Layer] | None:
-    """The adapter for modules that share a weight, of one kind or of two."""
-    return layer_type.tie(sharers) or TiedLayer.tie(sharers)
-
-
-def _why_not(layer_type: type[Layer], module: nn.Module, sharers: list[nn.Module]) -> str | None:
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values()):
-        raise ValueError("model holds a lazy module without weights yet; run one forward pass before making the optimizer")
-    reason = layer_type.why_not(module)
-    if reason is None and len(sharers) > 1 and _tie(layer_type, sharers) is None:
-        return "its weight is shared with another module"
-    return reason
 
 
 def find_layers(
@@ -90,25 +76,24 @@ def find_layers(
     split: Mapping[str, int] | None = None,
     **options: Any,
 ) -> tuple[list[Layer], dict[str, str]]:
-    """Layers of the model that K-FAC covers, in module order, and the reason for each supported type that it does not.
+    """Layers of the model that K-FAC covers, in module order, and for each other module of a supported type the reason.
 
     Args:
-        model: any module; frozen or parametrized weights are left out, one that several modules share is one layer.
+        model: any module; frozen or parametrized weights are left out, and a weight that several modules share makes one layer.
         weight_sharing: "expand" or "reduce" (Eschenhagen et al. 2023).
         loss_terms: what the loss averages over, "examples" or "tokens".
         skip: modules to leave out.
         include: modules to consider.
-        split: pattern of names or classes -> equal blocks that G is cut into along the output.
+        split: pattern of names or classes -> number of equal parts that G is divided into along the output.
         options: for the adapters (see `Layer.cover`).
 
     Raises:
         ValueError: if a lazy module has no weights yet, or split does not fit a layer, or fits none.
     """
-    users: dict[int, dict[int, nn.Module]] = defaultdict(dict)
+    users: dict[nn.Parameter | None, list[nn.Module]] = defaultdict(list)
     for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users[id(parameter)][id(module)] = module
+        for parameter in set(module._parameters.values()):
+            users[parameter].append(module)
     layers: list[Layer] = []
     skipped: dict[str, str] = {}
     done: set[int] = set()
@@ -117,15 +102,18 @@ def find_layers(
         if layer_type is None or id(module) in done:
             continue
         done.update(map(id, layer_type.inner(module)))
-        sharers = max((list(users[id(weight)].values()) for weight in layer_type.weights(module)), key=len, default=[])
-        reason = _why_not(layer_type, module, sharers)
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values()):
+            raise ValueError("model holds a lazy module without weights yet; run one forward pass before making the optimizer")
+        sharers = max((users[weight] for weight in layer_type.weights(module) if weight is not None), key=len, default=[])
+        tied = layer_type.tie(sharers) or TiedLayer.tie(sharers) if len(sharers) > 1 else None
+        reason = layer_type.why_not(module)
+        if reason is None and len(sharers) > 1 and tied is None:
+            reason = "its weight is shared with another module"
         if reason is None and (is_chosen(skip, name, module) or not is_chosen(include, name, module)):
             reason = "it is left out by skip or include"
         if reason is not None:
             skipped[name] = reason
-        elif len(sharers) > 1:
-            tied = _tie(layer_type, sharers)
-            assert tied is not None
+        elif tied is not None:
             layer = tied(name, sharers[0], weight_sharing, loss_terms)
             layer.share(sharers)
             done.update(map(id, sharers))
@@ -141,7 +129,7 @@ def find_layers(
 
 
 def _split_outputs(layers: list[Layer], split: Mapping[str, int]) -> None:
-    """Sets `output_parts` of the layers that the patterns name; of several patterns the first counts."""
+    """Sets `output_parts` of the layers that the patterns name; the first pattern that matches counts."""
     unused = set(split)
     for layer in layers:
         matches = [pattern for pattern in split if is_chosen(pattern, layer.name, layer.module)]
@@ -152,8 +140,8 @@ def _split_outputs(layers: list[Layer], split: Mapping[str, int]) -> None:
         if size % count:
             good = ", ".join(str(n) for n in range(2, size + 1) if size % n == 0)
             raise ValueError(
-                f"split cuts the output of layer {layer.name!r} into {count} equal blocks, but its size {size} is no multiple; "
-                f"pass one of {good}"
+                f"split divides the output of layer {layer.name!r} into {count} equal parts, but its size {size} is not a "
+                f"multiple of {count}; pass one of {good}"
             )
         layer.output_parts = count
     if unused:

@@ -62,8 +62,8 @@ def _damped(a: Tensor, g: Tensor, bias: bool = True) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("exact", [False, True], ids=["split damping", "exact damping"])
 @pytest.mark.parametrize("oversize", ["block", "diagonal"])
-def test_a_wide_layer_is_preconditioned_by_its_blocks(oversize: str, exact: bool) -> None:
-    """Against matrices written down: the full factors with everything outside the blocks set to zero."""
+def test_a_wide_layer_is_preconditioned_by_its_parts(oversize: str, exact: bool) -> None:
+    """Against matrices written down: the full factors with everything outside of the parts set to zero."""
     model, x = nn.Linear(11, 9).double(), torch.randn(30, 11, dtype=torch.float64)
     full = _run(model, x)
     a, g = full.factors()[""]
@@ -132,8 +132,8 @@ def test_a_wide_convolution_is_cut_between_channels(oversize: str) -> None:
 
 
 @pytest.mark.parametrize("largest", [5, 9])
-def test_blocks_that_cannot_hold_a_channel_are_refused(largest: int) -> None:
-    """Nine kernel elements, and in the last block the bias."""
+def test_parts_that_cannot_hold_a_channel_are_refused(largest: int) -> None:
+    """Nine kernel elements, and in the last part the bias."""
     with pytest.raises(ValueError, match=r"max_factor_size must be at least 10 to cut a side of 55 .*; raise it, or pass"):
         KFAC(nn.Conv2d(6, 4, 3), max_factor_size=largest, oversize="block")
     KFAC(nn.Conv2d(6, 4, 3), max_factor_size=10, oversize="block").close()
@@ -168,7 +168,7 @@ def test_factors_of_every_form_survive_a_checkpoint(oversize: str) -> None:
         wrong.load_state_dict(optimizer.state_dict())
 
 
-def test_kernels_serve_layers_in_blocks() -> None:
+def test_kernels_serve_layers_in_parts() -> None:
     """Parts are views with gaps between rows; the kernels read any strides."""
     results = []
     for backend in ("triton", "torch"):

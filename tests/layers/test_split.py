@@ -1,4 +1,4 @@
-"""Layers whose output is cut into blocks: a fused product against several."""
+"""Layers whose output is divided into parts: a fused product against several."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_split_output_is_several_linears_with_one_input(bias: bool, settings: di
             assert relative_error(update, solved) <= 1e-8
 
 
-def test_split_together_with_blocks_of_a_largest_size() -> None:
+def test_split_together_with_a_largest_factor_size() -> None:
     model = nn.Linear(3, 12).double()
     with KFACPreconditioner(model, split={"Linear": 2}, max_factor_size=4, oversize="block", damping=1e-2) as ours:
         model(torch.randn(9, 3, dtype=torch.float64)).sin().sum(1).mean().backward()
@@ -77,7 +77,7 @@ def test_split_together_with_blocks_of_a_largest_size() -> None:
 
 def test_split_that_does_not_fit() -> None:
     model = nn.Sequential(nn.Linear(4, 6))
-    with pytest.raises(ValueError, match=r"layer '0' into 4 equal blocks.*size 6.*pass one of 2, 3, 6"):
+    with pytest.raises(ValueError, match=r"layer '0' into 4 equal parts.*size 6.*pass one of 2, 3, 6"):
         KFAC(model, split={"0": 4})
     with pytest.raises(ValueError, match=r"'\*.qkv' matches none"):
         KFAC(model, split={"*.qkv": 3})
