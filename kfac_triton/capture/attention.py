@@ -1,8 +1,8 @@
-"""Capture where a module's forward applies weights by `F.linear` itself, so that no module has the layer's input and output.
+"""Capture for modules whose own forward applies weights by `F.linear`, so that no module has the layer's input and output.
 
-`F.multi_head_attention_forward` does. On its way there the query is marked: a tensor subclass of which that function asks what
-to do. The answer is to run it with every `F.linear` watched. Nothing global is set outside a `with`, so nothing stays behind an
-exception, an early stop of checkpointing or a KeyboardInterrupt, and calls may nest.
+`F.multi_head_attention_forward` does that. The query is passed to it as a tensor subclass, whose `__torch_function__` runs it
+under a mode that sees every `F.linear`. Nothing global is set outside of a `with`, so an exception, an early stop of
+checkpointing or a KeyboardInterrupt leaves nothing behind, and calls may be nested.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .statistics import Statistics
 
 
 class _Split:
-    """Stands in a `Tap` for the statistics of several layers, each with its columns of the output."""
+    """Replaces the statistics of one layer in a `Tap` by those of several, each with its columns of the output."""
 
     def __init__(self, members: Sequence[tuple[slice, Statistics]]) -> None:
         self._members = members
@@ -37,16 +37,16 @@ class _Split:
 
 
 class _Watch(TorchFunctionMode):
-    """Taps the results of `F.linear` with one of the layers' weights, or whole rows of it.
+    """Taps the results of `F.linear` with the weight of one of the layers, or with whole rows of it.
 
     Args:
-        layers: with their statistics.
-        batch: examples of the call; an input (positions * batch, n) is handed on as (positions, batch, n).
+        statistics: those of the layers.
+        batch: examples of the call; an input (positions * batch, n) is passed on as (positions, batch, n).
     """
 
-    def __init__(self, layers: Sequence[tuple[Layer, Statistics]], batch: int) -> None:
+    def __init__(self, statistics: Sequence[Statistics], batch: int) -> None:
         super().__init__()
-        self._layers = layers
+        self._statistics = statistics
         self._batch = batch
 
     def __torch_function__(
@@ -57,9 +57,9 @@ class _Watch(TorchFunctionMode):
             return output
         x, weight = args[:2]
         members = []
-        for layer, statistics in self._layers:
-            columns = _columns(layer, weight)
-            if columns is not None and should_tap(statistics, output, layer.weight):
+        for statistics in self._statistics:
+            columns = _columns(statistics.layer, weight)
+            if columns is not None and should_tap(statistics, output):
                 members.append((columns, statistics))
         if not members:
             return output
@@ -69,11 +69,11 @@ class _Watch(TorchFunctionMode):
 
 
 def _columns(layer: Layer, used: Tensor) -> slice | None:
-    """Columns of `F.linear`'s output that are the layer's, if its rows of its weight are among the used ones."""
+    """The columns of the output of `F.linear` that belong to the layer; None unless all its rows of the weight are used."""
     weight = layer.weight
     first: int | torch.SymInt = 0  # as PyTorch types strides from 2.14 on
     if used is not weight:
-        # A slice is told by what it is a view of: addresses repeat once memory is freed.
+        # A slice is recognized by the tensor that it is a view of, because addresses repeat once memory is freed.
         if used._base is None or used._base is not (weight if weight._base is None else weight._base):
             return None
         offset = used.storage_offset() - weight.storage_offset()
@@ -88,7 +88,7 @@ def _columns(layer: Layer, used: Tensor) -> slice | None:
 
 @functools.cache
 def _body(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of torch that asks no tensor and no mode to take over: with a mode in place it would ask for ever."""
+    """A function of torch without its dispatch to tensor subclasses and modes, which would not end while a mode is active."""
     assert isinstance(function, types.FunctionType)
     scope = {**function.__globals__, "has_torch_function": lambda tensors: False}
     body = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
@@ -97,11 +97,11 @@ def _body(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Marked(Tensor):
-    """The query on its way to `F.multi_head_attention_forward`; what else is done with it gives plain tensors.
+    """The query on its way to `F.multi_head_attention_forward`; other operations on it return plain tensors.
 
     Attributes:
         plain: the query.
-        watch: what to run the function under.
+        watch: the mode to run the function under.
     """
 
     plain: Tensor
@@ -132,37 +132,37 @@ class AttentionHook(InertCopies):
     """Forward pre-hook of nn.MultiheadAttention: marks the query.
 
     Args:
-        layers: those that the module is made of, with their statistics.
+        statistics: those of the module's projections.
     """
 
-    def __init__(self, layers: Sequence[tuple[Layer, Statistics]] = ()) -> None:
-        self.layers = layers
+    def __init__(self, statistics: Sequence[Statistics] = ()) -> None:
+        self.statistics = statistics
 
     def __call__(
         self, module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The arguments with the query marked, unless nothing can or should be captured; None leaves them as they are."""
-        if not self.layers or not self.layers[0][1].gate.open or not torch.is_grad_enabled():
+        if not self.statistics or not self.statistics[0].gate.open or not torch.is_grad_enabled():
             return None
-        # Dynamo traces no method written in Python (unflatten) under a mode; under torch.func nothing is captured at all.
+        # Dynamo cannot trace methods written in Python (unflatten) under a mode; under torch.func nothing is captured at all.
         if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
             return None
         query = args[0] if args else kwargs["query"]
         if type(query) not in (Tensor, nn.Parameter) or query.is_nested:
             return None
         batch = 1 if query.dim() == 2 else query.shape[0 if module.batch_first else 1]
-        marked = _mark(query, _Watch(self.layers, batch))
-        # Wherever it is given: the forward pass asks whether query, key and value are identical.
+        marked = _mark(query, _Watch(self.statistics, batch))
+        # In every argument that it is, because the forward pass compares query, key and value by identity.
         marks = tuple(marked if x is query else x for x in args)
         return marks, {name: marked if x is query else x for name, x in kwargs.items()}
 
 
 def attach_functional(layers: list[Layer], statistics: list[Statistics]) -> list[RemovableHandle]:
-    """Hooks that feed the statistics of functional layers, one for all that a module is made of."""
-    members: dict[nn.Module, list[tuple[Layer, Statistics]]] = defaultdict(list)
+    """Hooks that fill the statistics of layers whose module applies the weight itself, one for all layers of a module."""
+    members: dict[nn.Module, list[Statistics]] = defaultdict(list)
     for layer, own in zip(layers, statistics, strict=True):
         if layer.applies_weight_itself:
-            members[layer.module].append((layer, own))
+            members[layer.module].append(own)
     for module in members:
         remove_inert(module, "_forward_pre_hooks", AttentionHook())
     return [module.register_forward_pre_hook(AttentionHook(own), with_kwargs=True) for module, own in members.items()]

@@ -1,6 +1,6 @@
-"""Capture of layer inputs and output gradients: one forward hook per layer, whose identity Function adds to sums in backward.
+"""Capture of layer inputs and output gradients: a forward hook on each layer, whose identity Function adds to sums in backward.
 
-Of all the hook idioms only this one fires exactly once, with the right values, under checkpointing (both modes),
+Of the possible kinds of hooks only this one runs exactly once, with the right values, under checkpointing (both modes),
 torch.compile(fullgraph=True), in-place operations after the layer, shared modules and double backward.
 """
 
@@ -30,17 +30,18 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        """Adds to the statistics and hands the gradient on."""
+        """Adds to the statistics and passes the gradient on."""
         (x,) = ctx.saved_tensors
         with torch.no_grad():
             ctx.statistics.add(local(x), local(gradient), owned_by_autograd=x.requires_grad)
         return gradient, None, None, None
 
 
-def should_tap(statistics: Statistics | None, output: Tensor, weight: Tensor) -> bool:
+def should_tap(statistics: Statistics, output: Tensor) -> bool:
     """Whether a forward pass is to be captured, and can be."""
-    if statistics is None or not statistics.gate.open or not torch.is_grad_enabled():
+    if not statistics.gate.open or not torch.is_grad_enabled():
         return False
+    weight = statistics.layer.weight
     if not output.requires_grad or not weight.requires_grad or weight.device != statistics.device:
         return False
     # Under torch.func the sums would be filled with transformed tensors.
@@ -48,7 +49,7 @@ def should_tap(statistics: Statistics | None, output: Tensor, weight: Tensor) ->
 
 
 class InertCopies:
-    """Copies and pickles are made without arguments, and inert, so a copied model drags nothing along."""
+    """Copies and pickles are made without arguments and do nothing, so that copying a model does not copy statistics."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InertCopies:
         return type(self)()
@@ -70,16 +71,16 @@ class CaptureHook(Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         """Taps the output unless nothing can or should be captured; None leaves it as it is."""
         statistics = self.statistics
-        if statistics is None or not should_tap(statistics, output, statistics.layer.weight):
+        if statistics is None or not should_tap(statistics, output):
             return None
         x = args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
         return Tap.apply(output, x, statistics.gate.probe, statistics)
 
 
 class CastHook(Hook):
-    """Forward pre-hook of one layer, which does under autocast what the layer would do: it casts the input.
+    """Forward pre-hook of one layer, which casts the input under autocast, as the layer itself would do.
 
-    Autograd then saves one tensor for both. The layer's own cast would be out of reach, and a tap would keep another copy.
+    Autograd then saves one tensor for the layer and the tap. Without it the tap would keep another copy.
     """
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -93,7 +94,7 @@ class CastHook(Hook):
 
 
 def remove_inert(module: nn.Module, kind: str, like: Any) -> None:
-    """Drops hooks that copying or pickling has left on a module, those equal to `like`."""
+    """Removes the hooks that copying or pickling has left on a module: those equal to `like`."""
     hooks = getattr(module, kind)
     for key in [key for key, hook in hooks.items() if type(hook) is type(like) and vars(hook) == vars(like)]:
         del hooks[key]
@@ -101,18 +102,16 @@ def remove_inert(module: nn.Module, kind: str, like: Any) -> None:
 
 
 def attach(layers: list[Layer], statistics: list[Statistics]) -> list[RemovableHandle]:
-    """Hooks that feed the statistics, one for each module of a layer (`capture.attention.attach_functional` has the others)."""
-    for layer in layers:
-        for module in layer.modules:
+    """Hooks that fill the statistics, on each module of each layer, unless `capture.attention.attach_functional` makes them."""
+    handles: list[RemovableHandle] = []
+    for layer, own in zip(layers, statistics, strict=True):
+        for use, module in enumerate(layer.modules):
             remove_inert(module, "_forward_hooks", CaptureHook())
             remove_inert(module, "_forward_pre_hooks", CastHook())
-    pairs = [
-        (module, own.tied if layer.uses_weight_transposed(use) else own)
-        for layer, own in zip(layers, statistics, strict=True)
-        if not layer.applies_weight_itself
-        for use, module in enumerate(layer.modules)
-    ]
-    casts = [
-        module.register_forward_pre_hook(CastHook(own)) for module, own in pairs if own is not None and own.layer.autocasts
-    ]
-    return casts + [module.register_forward_hook(CaptureHook(own), with_kwargs=True) for module, own in pairs]
+            if layer.applies_weight_itself:
+                continue
+            of_use = own.tied if layer.uses_weight_transposed(use) else own
+            if of_use is not None and of_use.layer.autocasts:
+                handles.append(module.register_forward_pre_hook(CastHook(of_use)))
+            handles.append(module.register_forward_hook(CaptureHook(of_use), with_kwargs=True))
+    return handles

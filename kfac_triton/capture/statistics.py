@@ -134,11 +134,11 @@ class Statistics:
             self.deferred = []
             self._sum(rows, with_inputs=gate.counts_terms)
             self.on_host.passes += 1
-        is_new = self._is_new_backward()
+        last, self._last_backward = self._last_backward, torch._C._current_graph_task_id()
         if not gate.counts_terms:
             return
         self.on_host.rows += rows.input_count
-        if not is_new:
+        if self._last_backward == last:  # a second call of the module in one backward pass has the same loss terms
             return
         terms = rows.terms if gate.terms is None else gate.terms
         if isinstance(terms, Tensor):
@@ -159,7 +159,7 @@ class Statistics:
             self.on_device[place].add_(added)  # not unbound: a compiled forward pass would save the views
 
     def _is_small(self, rows: Rows) -> bool:
-        return _bytes(rows.inputs + rows.gradients) <= _bytes([e.total for e in self.dense])
+        return sum(x.nbytes for x in rows.inputs + rows.gradients) <= sum(e.total.nbytes for e in self.dense)
 
     def read(self, entries: list[FactorSum], rows: Rows) -> tuple[list[Tensor], list[ops.Window], list[bool]]:
         """(sources, windows, ones column) of some dense factors, as `kernels.ops.covariance_ema` takes them."""
@@ -193,19 +193,8 @@ class Statistics:
             return squares
         return torch.cat([squares, squares.new_full((1,), rows.input_count)])
 
-    def _is_new_backward(self) -> bool:
-        """Whether this is the module's first call in the running backward pass; a second one sees the same loss terms again."""
-        backward = torch._C._current_graph_task_id()
-        is_new = backward != self._last_backward
-        self._last_backward = backward
-        return is_new
-
 
 def merged(statistics: Sequence[Statistics], device: torch.device) -> Tensor:
     """What host and device counted of each layer, (layers, 4), in the order of `Counts`; the host does not wait."""
     on_host = device_table(tuple(tuple(map(float, astuple(s.on_host))) for s in statistics), device, torch.float64)
     return torch.stack([s.on_device.to(device) for s in statistics]) + on_host
-
-
-def _bytes(tensors: list[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -33,10 +33,10 @@ class TiedStatistics:
             part = entry.part
             stop = part.stop - part.has_bias_column
             mirrored = replace(part, block=0, is_input=not part.is_input, stop=stop, has_bias_column=False)
-            shape = (mirrored.size,) if part.diagonal else (mirrored.size, mirrored.size)
+            shape = (mirrored.size,) * entry.total.dim()
             self._pairs.append((entry, FactorSum(mirrored, -1, entry.total.new_zeros(shape))))
-        total = entries[0].total
         own = [second for _, second in self._pairs]
+        total = own[0].total
         self.shared = SharedCounts(torch.zeros(4, device=total.device), total.new_zeros(len(own)))
         self.statistics = Statistics(layer.second(), gate, own, self.shared, backend, False)
 
@@ -58,11 +58,9 @@ class TiedStatistics:
         home = first_counts.device
         n, e = Counts(*first_counts), Counts(*second_counts)
         summed, came = n.passes > 0, e.passes > 0
+        here = self.statistics.device
         sums = [
-            (
-                torch.where(summed.to(first.total.device), first.total, 0.0),
-                torch.where(came.to(first.total.device), second.total, 0.0),
-            )
+            (torch.where(summed.to(here), first.total, 0.0), torch.where(came.to(here), second.total, 0.0))
             for first, second in self._pairs
         ]
 
@@ -81,8 +79,7 @@ class TiedStatistics:
         u = torch.where(both & torch.isfinite(root) & (root > 0), root, 1.0).sqrt()
         for (first, second), (old, new) in zip(self._pairs, sums, strict=True):
             weight = (u if first.part.is_input else ratio / u).to(first.total)
-            size = second.part.size
-            place = (slice(size),) * new.dim()
+            place = (slice(second.part.size),) * new.dim()
             first.total.copy_(old)
             first.total[place] += weight * new
         return torch.where(summed, first_counts, second_counts)

@@ -1,4 +1,4 @@
-"""Layers that K-FAC covers: an adapter for each module type, their registry, and how weights are divided into blocks and parts."""
+"""Layers that K-FAC covers: adapters for module types, their registry, and the division into blocks, parts and tiles."""
 
 from .base import Layer, Rows
 from .registry import LAYER_TYPES, Choice, find_layers, register, weights_of

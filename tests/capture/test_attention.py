@@ -172,7 +172,7 @@ def test_copies_and_pickles_of_a_hooked_model_are_inert(x: Tensor) -> None:
     with KFACPreconditioner(module) as preconditioner:
         for clone in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
             clone(x, x, x)[0].sum().backward()
-            assert all(isinstance(h, AttentionHook) and not h.layers for h in clone._forward_pre_hooks.values())
+            assert all(isinstance(h, AttentionHook) and not h.statistics for h in clone._forward_pre_hooks.values())
         assert counts(preconditioner) == NOTHING
 
 
