@@ -18,7 +18,7 @@ _CHUNK = 1 << 24  # elements of per-example gradients at a time: 64 MiB in singl
 
 @dataclass(frozen=True)
 class MomentTile:
-    """One tile of a layer: its place, the eigenvectors of its factors (padded), and where moments are summed (padded)."""
+    """One tile of a layer: its number, the eigenvectors of its factors (padded), and the sum of its moments (padded)."""
 
     tile: int
     a_vectors: Tensor
@@ -41,7 +41,7 @@ class Moments:
         self.fresh = False  # something was added since the last step
 
     def add(self, rows: Rows) -> None:
-        """Adds one backward pass. Loss terms that share positions of one example are taken as one."""
+        """Adds one backward pass. The loss terms of one example are treated as one term."""
         if not self.ready:
             return
         for place in self._tiles:
@@ -59,7 +59,7 @@ class Moments:
 
 
 def _matrix(source: Tensor, window: Window, dtype: torch.dtype) -> Tensor:
-    """Rows as a matrix, one example's after the other's."""
+    """Rows as a matrix, those of one example after those of another."""
     source = source.to(dtype)
     return source if source.dim() == 2 else patch_matrix(source, window).T
 

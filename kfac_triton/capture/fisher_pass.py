@@ -1,4 +1,4 @@
-"""Backward passes that add statistics of the model's own distribution and leave the gradients of parameters alone."""
+"""Extra backward passes for the statistics of the true Fisher matrix or the generalized Gauss-Newton matrix."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from .gate import Gate
 
 
 class FisherPass:
-    """Extra backward passes that add statistics and leave the gradients of parameters alone.
+    """Extra backward passes that add statistics and do not change the gradients of parameters.
 
     Args:
-        likelihood: what the outputs parametrize.
+        likelihood: the distribution that the outputs parametrize.
         kind: "mc" or "ggn".
-        samples: label draws of "mc".
-        gate: of the engine's hooks.
+        samples: number of labels that "mc" draws for each loss term.
+        gate: the state that the engine's hooks share.
     """
 
     def __init__(self, likelihood: Likelihood, kind: str, samples: int, gate: Gate) -> None:
         self._likelihood, self._kind, self._samples, self._gate = likelihood, kind, samples, gate
 
     def run(self, outputs: Tensor, targets: Tensor | None, scale: float | Tensor) -> None:
-        """Sends everything backward; the graph of outputs stays for the loss.
+        """Runs the backward passes; the graph of outputs is kept for the loss.
 
         Args:
-            outputs: of the model, with their graph.
-            targets: of the loss, where they decide which terms count.
-            scale: loss scale, so that 16-bit gradients do not underflow.
+            outputs: those of the model, with their graph.
+            targets: those of the loss, if they decide which terms count.
+            scale: the loss scale, so that 16-bit gradients do not underflow.
 
         Raises:
             RuntimeError: if outputs do not depend on the model's parameters.
@@ -61,8 +61,8 @@ class FisherPass:
             for _ in range(self._samples):
                 yield self._likelihood.sample(outputs, targets)
             return
-        # If an example has several loss terms, one backward pass sends a column of each. Random signs make the products of two
-        # terms (which attention mixes) vanish in expectation. With one term per example nothing depends on a sign.
+        # If an example has several loss terms, one backward pass contains a column for each. With random signs the products of
+        # two terms (which attention mixes) vanish in expectation. With one term per example, signs make no difference.
         several = self._likelihood.terms_per_example(outputs) > 1
         shape = self._likelihood.term_shape(outputs)
         for column in self._likelihood.columns(outputs, targets):

@@ -1,4 +1,4 @@
-"""One switch for all hooks of an engine: whether passes are captured, and how they are counted."""
+"""State that all hooks of an engine share: whether passes are captured, and how they are counted."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from ..kernels import runtime
 
 
 class Gate:
-    """One switch for every hook of an engine; torch.compile keeps a graph for each position of `open`.
+    """State that all hooks of an engine share; torch.compile keeps a graph for each value of `open`.
 
     Attributes:
         open: whether forward passes are tapped.
-        records: whether an eager backward pass through a tap leaves statistics.
-        counts_terms: whether such a pass counts rows and terms and adds to A. Of the columns of a GGN only the first does.
-        terms: loss terms of the Fisher pass that runs; None counts them by the shapes of a layer's rows.
-        weight: what a compiled pass, which cannot ask `records`, multiplies its statistics by: 0 or 1.
+        records: whether an eager backward pass through a tap adds statistics.
+        counts_terms: whether such a pass counts rows and terms and adds to A. For a GGN only the first column does.
+        terms: number of loss terms of the running Fisher pass; None takes it from the shape of a layer's rows.
+        weight: the factor, 0 or 1, for the statistics of a compiled pass, which cannot read `records`.
         compiled_terms: `terms` for compiled passes.
-        probe: requires a gradient and gets none: asking for it runs a backward pass through all taps, and past all weights.
-        stride: at most one row in `stride` is taken. (torch.compile could not trace a fraction as dynamic.)
-        max_rows: most rows that a pass takes of a layer.
-        step: shifts the rows that are taken.
+        probe: an input of every tap. Asking for its gradient, which is None, runs the backward pass through all taps without
+            computing gradients of weights.
+        stride: at most one row in `stride` is kept. (torch.compile could not trace a fraction as dynamic.)
+        max_rows: the largest number of rows that a pass keeps for a layer.
+        step: number of the step, which shifts the rows that are kept.
         scaler: the `torch.amp.GradScaler` that scales the loss, if one does.
         scale: its scale as it was when the first statistics of the step were taken.
         saw_loss: whether the loss was sent backward since the last Fisher pass.
@@ -47,7 +48,7 @@ class Gate:
         self.saw_loss = self.is_unrecorded = False
 
     def notice(self) -> None:
-        """Takes note of an eager backward pass."""
+        """Records that an eager backward pass runs."""
         self.is_unrecorded |= not runtime.is_recording()
         self.saw_loss |= self.empirical or not self.records
         if self.scaler is not None and self.scale is None:
@@ -55,9 +56,9 @@ class Gate:
             self.scale = None if scale is None else scale.clone()
 
     def forget(self) -> None:
-        """The step is over, or its gradients were thrown away."""
+        """Resets this after a step, or when its gradients are discarded."""
         self.scale, self.saw_loss, self.is_unrecorded = None, False, False
 
     def stride_for(self, rows: int) -> int:
-        """One row in how many is taken."""
+        """The n of which one row in n is kept."""
         return self.stride if not self.max_rows else max(self.stride, -(-rows // self.max_rows))

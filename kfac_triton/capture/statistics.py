@@ -1,4 +1,4 @@
-"""Sums and counts that backward passes add for one layer between two steps."""
+"""Sums and counts of the statistics of one layer, which backward passes add to between two steps."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .gate import Gate
 
 @dataclass
 class Counts:
-    """Numbers that the host counted of one layer, or tensors: of one layer, or with an entry for each.
+    """Counts for one layer: numbers on the host, or tensors on the device, which may have an entry for each layer.
 
     Attributes:
         rows: rows of A.
         terms: loss terms.
-        taken: loss terms whose rows were taken.
+        taken: loss terms whose rows were kept, if rows are sampled.
         passes: passes that were summed.
     """
 
@@ -36,11 +36,11 @@ class Counts:
 
 
 class SharedCounts(NamedTuple):
-    """One layer's part of what all layers share, so that one operation clears it for all.
+    """One layer's views of tensors that all layers share, so that one operation clears them for all layers.
 
     Attributes:
-        counts: `Counts` of the device, (4,): a compiled pass may not touch Python numbers.
-        beta: for each sum, the weight of its contents when a pass is added. With zero they are overwritten, never cleared.
+        counts: `Counts` on the device, (4,), because a compiled pass cannot change Python numbers.
+        beta: for each sum, the weight of its contents when a pass is added. Zero overwrites them, so sums are never cleared.
     """
 
     counts: Tensor
@@ -48,7 +48,7 @@ class SharedCounts(NamedTuple):
 
 
 class FactorSum(NamedTuple):
-    """A factor of the layer, and where its passes are summed."""
+    """A factor of the layer, and the buffer in which passes are summed."""
 
     part: Part
     slot: int
@@ -58,15 +58,15 @@ class FactorSum(NamedTuple):
 class Statistics:
     """Sums and counts of one layer since the last step.
 
-    A pass is summed at once, in buffers of the factors' size. If the kernels take many layers in one launch, a pass whose rows
-    need no more memory than those buffers waits for the step instead, and is then added directly to the factors.
+    A pass is summed at once, in buffers of the size of the factors. If the kernels process many layers in one launch, a pass
+    whose rows need no more memory than those buffers is deferred until the step, and then added directly to the factors.
 
     Attributes:
-        dense: factors that are matrices, those of A first.
-        diagonal: factors of which the diagonal is kept, those of A first.
-        deferred: rows of the passes that wait for the step.
-        on_host: what the host counted.
-        on_device: what the device counted, (4,), in the order of `Counts`.
+        dense: factors that are stored as matrices, those of A first.
+        diagonal: factors that are stored as diagonals, those of A first.
+        deferred: rows of the passes that are deferred until the step.
+        on_host: the counts on the host.
+        on_device: the counts on the device, (4,), in the order of `Counts`.
         tied: statistics of a second use of the weight, which is summed separately (see `capture.tied`).
     """
 
@@ -107,7 +107,7 @@ class Statistics:
         Args:
             x: input of the module.
             gradient: with respect to its output.
-            owned_by_autograd: whether nobody but autograd holds x; a batch that the user may overwrite before the step must be
+            owned_by_autograd: whether x is a result of the model. An input that the user may overwrite before the step must be
                 summed at once.
         """
         gate, is_compiling = self.gate, torch.compiler.is_compiling()
@@ -121,7 +121,7 @@ class Statistics:
         every = gate.stride_for(rows.input_count)
         if every > 1:
             rows = rows.sample(every, 0 if is_compiling else gate.step % every)
-        if is_compiling:  # cannot tell a second call in one backward pass, and counts every one
+        if is_compiling:  # a second call in one backward pass cannot be recognized, so every call is counted
             self._sum(rows, gate.counts_terms, gate.weight)
             terms = rows.terms if gate.empirical else gate.compiled_terms
             self._count_on_device(rows.input_count * gate.weight, terms, rows.share, gate.weight)
@@ -129,8 +129,9 @@ class Statistics:
         if owned_by_autograd and self._may_wait and gate.counts_terms and not self.on_host.passes and self._is_small(rows):
             self.deferred.append(rows)
         else:
-            for waiting in self.deferred:  # all or none: a step that fails has to find the old factor in the sums' buffers
-                self._sum(waiting, with_inputs=True)
+            # Either all passes are deferred or none: a step that fails needs the old factor, which the buffers then hold.
+            for deferred in self.deferred:
+                self._sum(deferred, with_inputs=True)
             self.deferred = []
             self._sum(rows, with_inputs=gate.counts_terms)
             self.on_host.passes += 1
@@ -148,7 +149,7 @@ class Statistics:
             self.on_host.taken += terms * rows.share
 
     def clear(self) -> None:
-        """Forgets everything except what it shares."""
+        """Clears everything except the shared tensors."""
         self.on_host = Counts()
         self.deferred = []
         if self.moments is not None:
@@ -156,7 +157,7 @@ class Statistics:
 
     def _count_on_device(self, rows: Tensor | float, terms: Tensor | float, share: float, passes: Tensor | float) -> None:
         for place, added in enumerate((rows, terms, terms * share, passes)):
-            self.on_device[place].add_(added)  # not unbound: a compiled forward pass would save the views
+            self.on_device[place].add_(added)  # without unbind, whose views a compiled forward pass would save
 
     def _is_small(self, rows: Rows) -> bool:
         return sum(x.nbytes for x in rows.inputs + rows.gradients) <= sum(e.total.nbytes for e in self.dense)
@@ -167,7 +168,7 @@ class Statistics:
         return [x for x, _ in found], [window for _, window in found], [e.part.has_bias_column for e in entries]
 
     def _sum(self, rows: Rows, with_inputs: bool, weight: Tensor | None = None) -> None:
-        """Adds to the sums. All of them in a pass that counts, those of G alone in another."""
+        """Adds one pass to the sums: to all of them, or only to those of G."""
         first = 0 if with_inputs else sum(e.part.is_input for e in self.dense)
         entries = self.dense[first:]
         alpha = self._alpha if weight is None else self._alpha * weight
@@ -180,7 +181,7 @@ class Statistics:
         for number, entry in enumerate(self.diagonal, len(self.dense)):
             if with_inputs or not entry.part.is_input:
                 added = self._squares(entry.part, rows, entry.total) * alpha[number]
-                # The old sum is not read where it does not count: it may hold a NaN.
+                # An old sum that does not count may contain a NaN, so it is not multiplied by zero.
                 entry.total.copy_(torch.where(self._beta[number] > 0, entry.total + added, added))
                 self._beta[number].fill_(1.0)
 
@@ -195,6 +196,6 @@ class Statistics:
 
 
 def merged(statistics: Sequence[Statistics], device: torch.device) -> Tensor:
-    """What host and device counted of each layer, (layers, 4), in the order of `Counts`; the host does not wait."""
+    """The counts of host and device for each layer, (layers, 4), in the order of `Counts`; the host does not wait."""
     on_host = device_table(tuple(tuple(map(float, astuple(s.on_host))) for s in statistics), device, torch.float64)
     return torch.stack([s.on_device.to(device) for s in statistics]) + on_host

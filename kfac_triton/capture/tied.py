@@ -13,17 +13,17 @@ from .statistics import Counts, FactorSum, SharedCounts, Statistics
 
 
 class TiedStatistics:
-    """Sums of the embedding use of one `TiedLayer`, of the sizes of the layer's own.
+    """Sums for the embedding of one `TiedLayer`, of the sizes of the layer's own sums.
 
     Args:
         layer: the tied layer.
-        gate: switch of the hooks.
+        gate: the state that the hooks share.
         entries: the layer's factors.
-        backend: of the kernels.
+        backend: backend of the kernels.
 
     Attributes:
-        statistics: what the embeddings' hooks fill.
-        shared: what has to be cleared for them after a step.
+        statistics: filled by the hooks of the embeddings.
+        shared: the tensors of the statistics that have to be cleared after a step.
     """
 
     def __init__(self, layer: TiedLayer, gate: Gate, entries: list[FactorSum], backend: str) -> None:
@@ -52,8 +52,8 @@ class TiedStatistics:
         If only part of the rows is taken, r corrects for that too. If only one use has statistics, its sums stay as they are.
 
         Args:
-            first_counts: `Counts` of the first use, (4,). Sums without a pass are stale, and not read.
-            second_counts: those of the second use.
+            first_counts: `Counts` of the first use, (4,). If there was no pass, its sums are stale and not read.
+            second_counts: `Counts` of the second use.
         """
         home = first_counts.device
         n, e = Counts(*first_counts), Counts(*second_counts)

@@ -1,1 +1,1 @@
-"""Which Fisher matrix: what a loss says about the outputs, and how sums become expectations."""
+"""Which Fisher matrix: the likelihood that a loss defines, and the scales that turn sums into expectations."""

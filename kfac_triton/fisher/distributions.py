@@ -1,4 +1,4 @@
-"""The distributions behind the usual losses: classes, Gaussians of one variance, independent yes or no."""
+"""The distributions of the usual losses: categorical, Gaussian with a fixed variance, and independent Bernoulli."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from .likelihood import Exponential, like
 
 
 class Categorical(Exponential):
-    """Class probabilities p = softmax(f): `nn.CrossEntropyLoss`.
+    """Class probabilities p = softmax(f), as in `nn.CrossEntropyLoss`.
 
-    Outputs (N, C), (N, C, d1, ...) or (C,) are logits, a term for each entry of (N, d1, ...). As
-    l_n = -sum_c y_c log p_c = (sum_c y_c) logsumexp(f) - y^T f, where only logsumexp is not linear,
+    Outputs (N, C), (N, C, d1, ...) or (C,) are logits, with one term for each entry of (N, d1, ...). Because
+    l_n = -sum_c y_c log p_c = (sum_c y_c) logsumexp(f) - y^T f, in which only logsumexp is not linear,
 
         H_n = m_n (diag(p) - p p^T),    columns sqrt(m_n p_c) (e_c - p),    s_n = sqrt(m_n) (p - e_k) with k drawn from p,
 
-    with m_n the sum of the labels: 1 for a class, smoothed or not, and for probabilities; the class's weight if there are
-    weights; 0 where the target is ignore_index. A mean loss divides by their sum (by the number of terms for probabilities).
+    with m_n the sum of the labels: 1 for a class index (smoothed or not) and for probabilities; the weight of the class if
+    there are weights; 0 if the target is ignore_index. A mean loss divides by the sum of the m_n (for probabilities, by the
+    number of terms).
 
     Args:
         reduction: "mean" or "sum".
         weight: (C,) weights of the classes, or None. With weights, targets must be class indices, and be passed.
-        ignore_index: a target that makes no term. Without targets nothing is ignored.
-        label_smoothing: of the loss. It matters only to probability targets that do not sum to one.
+        ignore_index: the target of outputs that are not a term. Without targets nothing is ignored.
+        label_smoothing: that of the loss. It matters only for probability targets that do not sum to one.
 
     Raises:
-        TypeError, ValueError: if a value is of the wrong type, shape or range, or weight and label_smoothing come together.
+        TypeError, ValueError: if a value is of the wrong type, shape or range, or weight and label_smoothing are both given.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Categorical(Exponential):
         return (min(1, outputs.ndim - 1),)
 
     def check(self, outputs: Tensor, targets: Tensor | None = None) -> None:
-        """As of `Likelihood`: targets are class indices or probabilities."""
+        """As in `Likelihood`; targets must be class indices or probabilities."""
         super().check(outputs, targets)
         shape, dim = tuple(outputs.shape), self.term_dims(outputs)[0]
         if self.weight is not None and len(self.weight) != shape[dim]:
@@ -61,7 +62,7 @@ class Categorical(Exponential):
                 f"weight is for {len(self.weight)} classes, but outputs {shape} have {shape[dim]}; pass one for each"
             )
         if self.weight is not None and targets is None:
-            raise ValueError("targets is None, but with class weights a term weighs what its target does: pass targets")
+            raise ValueError("targets is None, but with class weights the weight of a term is that of its target: pass targets")
         if targets is None:
             return
         if targets.is_complex() or targets.dtype == torch.bool:
@@ -110,7 +111,7 @@ class Categorical(Exponential):
         dim = self.term_dims(f)[0]
         if targets.is_floating_point():
             total = targets.to(f.dtype).sum(dim, keepdim=True)
-            return 1 + (1 - self.label_smoothing) * (total - 1)  # smoothing mixes in uniform labels, which sum to one
+            return 1 + (1 - self.label_smoothing) * (total - 1)  # smoothing blends in uniform labels, which sum to one
         labels = targets.long().unsqueeze(dim)
         kept = labels != self.ignore_index
         if self.weight is None:
@@ -126,23 +127,23 @@ class Categorical(Exponential):
 
 
 class _Independent(Exponential):
-    """Outputs (N, ..., D) parametrize a variable each, over_outputs="mean" or "sum" makes them one term: H_n is diagonal."""
+    """One variable for each output of (N, ..., D); over_outputs="mean" or "sum" of D outputs is one term. H_n is diagonal."""
 
     def __init__(self, reduction: str, over_outputs: str) -> None:
         super().__init__(reduction)
         self.over_outputs = validation.choice("over_outputs", over_outputs, LOSS_REDUCTIONS)
 
     def check(self, outputs: Tensor, targets: Tensor | None = None) -> None:
-        """As of `Likelihood`: targets have the outputs' shape."""
+        """As in `Likelihood`; targets must have the shape of the outputs."""
         super().check(outputs, targets)
         if targets is not None and targets.shape != outputs.shape:
             raise ValueError(
                 f"targets must have the outputs' shape {tuple(outputs.shape)}, but have {tuple(targets.shape)}; reshape them, "
-                "because a loss that broadcasts has other terms"
+                "because broadcasting would change the terms of the loss"
             )
 
     def columns(self, outputs: Tensor, targets: Tensor | None = None) -> Iterator[Tensor]:
-        """The square root of H's diagonal, an entry of each term at a time."""
+        """The square root of the diagonal of H; each column has one entry for each term."""
         f, y = self._prepared(outputs, targets)
         root = self._diagonal(f, y).sqrt().to(outputs.dtype)
 
@@ -154,23 +155,23 @@ class _Independent(Exponential):
         return map(column, range(root.shape[-1])) if root.ndim > 1 else iter([root])
 
     def hessian_product(self, outputs: Tensor, vector: Tensor, targets: Tensor | None = None) -> Tensor:
-        """H's diagonal times v."""
+        """The diagonal of H times v."""
         f, y = self._prepared(outputs, targets)
         return (self._diagonal(f, y) * like("vector", vector, outputs)).to(outputs.dtype)
 
     @abstractmethod
     def _diagonal(self, f: Tensor, targets: Tensor | None) -> Tensor:
-        """Of all H_n, like f."""
+        """The diagonals of all H_n, in the shape of f."""
 
     def _share(self, f: Tensor) -> float:
-        """Of one output in its term's loss."""
+        """The weight of one output in the loss of its term."""
         return 1 / max(f.shape[-1], 1) if self.over_outputs == "mean" and f.ndim > 1 else 1.0
 
 
 class Gaussian(_Independent):
-    """Means f of Gaussians of one variance: `nn.MSELoss` has variance 0.5, and with reduction "mean" over_outputs="mean".
+    """Gaussians with means f and one variance; `nn.MSELoss` has variance 0.5 and over_outputs equal to its reduction.
 
-    Outputs (N, ..., D), a term for each entry of the leading dimensions; for outputs (N,), D = 1. With r = 1 / D for
+    Outputs (N, ..., D) have one term for each entry of the leading dimensions; for outputs (N,), D = 1. With r = 1 / D for
     over_outputs="mean", else r = 1,
 
         l_n = r / (2 variance) |f - y|^2,    H_n = (r / variance) I.
@@ -179,9 +180,9 @@ class Gaussian(_Independent):
     drawn from it is N(0, (r / variance)^2 (variance / r) I) = N(0, H_n). `nn.MSELoss()`: y ~ N(f, D/2 I), s_n ~ N(0, 2/D I).
 
     Args:
-        variance: of every output, a positive number.
-        reduction: "mean" or "sum": how the loss goes over its terms.
-        over_outputs: "mean" or "sum": how a term goes over its D outputs.
+        variance: the variance of every output, a positive number.
+        reduction: "mean" or "sum": whether the loss is the mean or the sum of its terms.
+        over_outputs: "mean" or "sum": whether a term is the mean or the sum over its D outputs.
 
     Raises:
         TypeError, ValueError: if a value is of the wrong type or outside its range.
@@ -202,9 +203,9 @@ class Gaussian(_Independent):
 
 
 class Bernoulli(_Independent):
-    """Probabilities p = sigmoid(f): `nn.BCEWithLogitsLoss`, which with reduction "mean" has over_outputs="mean".
+    """Probabilities p = sigmoid(f), as in `nn.BCEWithLogitsLoss`, which has over_outputs equal to its reduction.
 
-    Outputs (N, ..., D), a term for each entry of the leading dimensions; for outputs (N,), D = 1. With r = 1 / D for
+    Outputs (N, ..., D) have one term for each entry of the leading dimensions; for outputs (N,), D = 1. With r = 1 / D for
     over_outputs="mean", else r = 1, weights w and weights q of positive labels,
 
         l_n = -r sum_d w_d (q_d y_d log p_d + (1 - y_d) log(1 - p_d)).
@@ -213,11 +214,11 @@ class Bernoulli(_Independent):
 
         H_n = diag(m p (1 - p)),    s_n = sqrt(m) (p - k) with k drawn from p.
 
-    Without q, H_n does not depend on y, which may be a probability. Weights go in by their square root, as H_n has m, not m^2.
+    Without q, H_n does not depend on y, which may be a probability. s_n contains sqrt(m), because H_n contains m, not m^2.
 
     Args:
-        reduction: "mean" or "sum": how the loss goes over its terms.
-        over_outputs: "mean" or "sum": how a term goes over its D outputs.
+        reduction: "mean" or "sum": whether the loss is the mean or the sum of its terms.
+        over_outputs: "mean" or "sum": whether a term is the mean or the sum over its D outputs.
         weight: weights that broadcast to the outputs, or None.
         pos_weight: weights of positive labels that broadcast to the outputs, or None. Then targets must be passed.
 
@@ -238,13 +239,13 @@ class Bernoulli(_Independent):
         self.pos_weight = _weights("pos_weight", pos_weight)
 
     def check(self, outputs: Tensor, targets: Tensor | None = None) -> None:
-        """As of `Likelihood`: targets have the outputs' shape, weights broadcast to it."""
+        """As in `Likelihood`; targets must have the shape of the outputs, and weights must broadcast to it."""
         super().check(outputs, targets)
         for name, weight in (("weight", self.weight), ("pos_weight", self.pos_weight)):
             if weight is not None and not _broadcasts(weight.shape, outputs.shape):
                 raise ValueError(f"{name} {tuple(weight.shape)} must broadcast to outputs {tuple(outputs.shape)}; reshape it")
         if self.pos_weight is not None and targets is None:
-            raise ValueError("targets is None, but with pos_weight a term weighs what its labels do: pass targets")
+            raise ValueError("targets is None, but with pos_weight the weight of a term depends on its labels: pass targets")
 
     def _masses(self, f: Tensor, targets: Tensor | None) -> Tensor:
         masses = f.new_full((), self._share(f))

@@ -1,17 +1,18 @@
 """The distribution that a model's outputs parametrize, and the curvature of its negative log-likelihood.
 
 A loss is the mean or the sum of terms l_n(f_n), one term for each image, token or row. K-FAC's true Fisher and the generalized
-Gauss-Newton matrix (GGN) need of each term its Hessian with respect to the outputs,
+Gauss-Newton matrix (GGN) need the Hessian of each term with respect to the outputs,
 
     H_n = d^2 l_n / d f_n^2      so that, for a mean loss, GGN = (1 / terms) sum_n J_n^T H_n J_n,
 
-as random s_n with E[s_n s_n^T] = H_n (one backward pass), as the columns of a square root S_n S_n^T = H_n (a backward pass a
-column, exact), or as products H_n v_n. When the outputs are the natural parameters of an exponential family, H_n does not
-depend on the label and is the Fisher information: the gradient's outer product, expected over labels that the model draws
-(Martens 2020, https://arxiv.org/abs/1412.1193). Square roots as in Dangel et al. 2020, https://arxiv.org/abs/1912.10985.
+as random s_n with E[s_n s_n^T] = H_n (one backward pass), as the columns of a square root S_n S_n^T = H_n (exact, with one
+backward pass for each column), or as products H_n v_n. When the outputs are the natural parameters of an exponential family,
+H_n does not depend on the label and is the Fisher information: the expected outer product of the gradient over labels drawn
+from the model (Martens 2020, https://arxiv.org/abs/1412.1193). Square roots are as in Dangel et al. 2020,
+https://arxiv.org/abs/1912.10985.
 
-Results are detached and have the outputs' dtype; float16 and bfloat16 are computed with in float32. Checks read shapes and
-types, never values: the host does not wait for the device.
+Results are detached and have the outputs' dtype; for float16 and bfloat16 the computation is in float32. Checks read shapes
+and types but not values, so the host does not wait for the device.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from ..settings import LOSS_REDUCTIONS
 
 
 class Likelihood(ABC):
-    """What a loss term is, given the outputs. Derive your own for a loss that `likelihood_of` does not know.
+    """The terms of a loss as functions of the outputs. Derive your own for a loss that `likelihood_of` does not support.
 
-    Only `columns` has to be written, and `term_dims` where a term's outputs are not the last dimension. `sample` and
-    `hessian_product` follow from the columns; write them too where they can be cheaper. For example:
+    Only `columns` has to be defined, and `term_dims` if the outputs of a term are not the last dimension. `sample` and
+    `hessian_product` are computed from the columns; override them if there is a cheaper way. For example:
 
         class Poisson(Likelihood):
             '''nn.PoissonNLLLoss() of log rates f: l_n = (1/D) sum_d exp(f_d) - y_d f_d, so H_n = diag(exp(f)) / D.'''
@@ -44,7 +45,7 @@ class Likelihood(ABC):
                     yield column
 
     Args:
-        reduction: "mean" or "sum": what the loss takes of its terms. The methods do not depend on it.
+        reduction: "mean" or "sum": whether the loss is the mean or the sum of its terms. The methods do not depend on it.
 
     Raises:
         TypeError, ValueError: if reduction is neither.
@@ -60,7 +61,7 @@ class Likelihood(ABC):
         return (outputs.ndim - 1,) if outputs.ndim > 1 else ()
 
     def check(self, outputs: Tensor, targets: Tensor | None = None) -> None:
-        """Refuses what the other methods could not read.
+        """Refuses outputs and targets that the other methods cannot use.
 
         Raises:
             TypeError: if outputs are no tensor, or targets neither a tensor nor None.
@@ -79,22 +80,22 @@ class Likelihood(ABC):
             raise ValueError(f"targets are on {targets.device}, outputs on {outputs.device}; move targets there")
 
     def terms(self, outputs: Tensor, targets: Tensor | None = None) -> int | Tensor:
-        """Number of loss terms, or their total weight: what a mean loss divides by. A tensor () where targets decide it."""
+        """Number of loss terms, or their total weight: what a mean loss divides by. A tensor () if it depends on targets."""
         self.check(outputs, targets)
         return math.prod(self.term_shape(outputs))
 
     def terms_per_example(self, outputs: Tensor) -> int:
-        """Loss terms an entry of dimension 0: 1 for (N, C), T for T tokens; 1 if the outputs are a single term."""
+        """Loss terms for each entry of dimension 0: 1 for (N, C), T for T tokens; 1 if the outputs are a single term."""
         return math.prod(self.term_shape(outputs)[1:])
 
     @abstractmethod
     def columns(self, outputs: Tensor, targets: Tensor | None = None) -> Iterator[Tensor]:
-        """S_c like outputs, one after the other, with sum_c s_{n,c} s_{n,c}^T = H_n for every term n."""
+        """The columns s_c, each of the shape of outputs, with sum_c s_{n,c} s_{n,c}^T = H_n for every term n."""
 
     def sample(self, outputs: Tensor, targets: Tensor | None = None, generator: Generator | None = None) -> Tensor:
-        """Random s like outputs with E[s_n s_n^T] = H_n, independent between terms.
+        """Random s of the shape of outputs with E[s_n s_n^T] = H_n, independent between terms.
 
-        Here sum_c e_{n,c} s_{n,c} with random signs e. A likelihood that can draw labels gives the gradient at one instead.
+        Here it is sum_c e_{n,c} s_{n,c} with random signs e. A likelihood that can draw labels returns the gradient at one.
         """
         f, y = self._prepared(outputs, targets)
         total = torch.zeros_like(f)
@@ -104,7 +105,7 @@ class Likelihood(ABC):
         return total.to(outputs.dtype)
 
     def hessian_product(self, outputs: Tensor, vector: Tensor, targets: Tensor | None = None) -> Tensor:
-        """H_n v_n for every term, like outputs. For a mean loss, divide by `terms`.
+        """H_n v_n for every term, of the shape of outputs. For a mean loss, divide by `terms`.
 
         Raises:
             ValueError: if vector is not of the outputs' shape.
@@ -131,7 +132,7 @@ class Likelihood(ABC):
 
 
 class Exponential(Likelihood):
-    """H_n is the mass m_n of the labels times the Hessian of one label's negative log-likelihood."""
+    """H_n is the weight m_n of a term times the Hessian of the negative log-likelihood of one label."""
 
     def sample(self, outputs: Tensor, targets: Tensor | None = None, generator: Generator | None = None) -> Tensor:
         """The gradient at a label drawn from the predictive distribution, times sqrt(m_n)."""
@@ -140,11 +141,11 @@ class Exponential(Likelihood):
 
     @abstractmethod
     def _masses(self, f: Tensor, targets: Tensor | None) -> Tensor:
-        """All m_n, broadcasting against f."""
+        """All m_n, in a shape that broadcasts to that of f."""
 
     @abstractmethod
     def _gradient(self, f: Tensor, generator: Generator | None) -> Tensor:
-        """Of one label's negative log-likelihood, at drawn labels."""
+        """The gradient of the negative log-likelihood of one label, at labels drawn from the model."""
 
 
 def working(tensor: Tensor) -> Tensor:
@@ -153,10 +154,10 @@ def working(tensor: Tensor) -> Tensor:
 
 
 def like(name: str, tensor: Tensor, outputs: Tensor) -> Tensor:
-    """The tensor, to compute with, if it has the outputs' shape.
+    """The tensor, detached and in at least float32, if it has the outputs' shape.
 
     Raises:
-        ValueError: if it has another.
+        ValueError: if it has another shape.
     """
     if tensor.shape != outputs.shape:
         raise ValueError(f"{name} must have the outputs' shape {tuple(outputs.shape)}, but has {tuple(tensor.shape)}")

@@ -15,16 +15,16 @@ def likelihood_of(loss: nn.Module | Likelihood) -> Likelihood:
     """The likelihood whose negative logarithm a loss is, up to scale.
 
     Args:
-        loss: `nn.CrossEntropyLoss`, `nn.MSELoss` or `nn.BCEWithLogitsLoss`, with reduction "mean" or "sum" and its weights as
-            they are now; or a `Likelihood`, which is returned as it is.
+        loss: `nn.CrossEntropyLoss`, `nn.MSELoss` or `nn.BCEWithLogitsLoss`, with reduction "mean" or "sum" and its present
+            weights; or a `Likelihood`, which is returned unchanged.
 
     Raises:
         TypeError: if loss is anything else.
-        ValueError: if its options do not make a mean or a sum of negative log-likelihoods.
+        ValueError: if with its options it is not a mean or a sum of negative log-likelihoods.
     """
     if isinstance(loss, Likelihood):
         return loss
-    # A derived loss that computes something else is another loss.
+    # A derived class with another forward is another loss.
     if not any(isinstance(loss, x) and type(loss).forward is x.forward for x in _LOSSES):
         raise TypeError(
             "loss must be an nn.CrossEntropyLoss(), nn.MSELoss() or nn.BCEWithLogitsLoss() (not a derived class with another "

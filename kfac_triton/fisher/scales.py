@@ -1,17 +1,18 @@
 """Which gradients make the Fisher matrix, and what turns captured sums into its factors.
 
-Captured is g, the gradient of whatever was sent backward. The factors belong to the mean loss over N loss terms:
+Capture takes g, the gradient of the backward pass with respect to a layer's output. The factors are those of the mean loss
+over N loss terms:
 
     A = E[a a^T]          = (1 / rows) sum a a^T
     G = E[g_n g_n^T]      = N / scale^2 sum g g^T    where g = scale g_n / N       (loss_reduction="mean")
                           = 1 / (N scale^2) sum g g^T where g = scale g_n          (loss_reduction="sum")
 
-with g_n the gradient of one loss term and scale the loss scale of mixed precision. So a damping means the same at any batch
-size, sequence length, spatial size, number of accumulation steps and loss scale (same conventions as curvlinops).
+with g_n the gradient of one loss term and scale the loss scale of mixed precision. So a damping has the same meaning for any
+batch size, sequence length, spatial size, number of accumulation steps and loss scale (same conventions as curvlinops).
 
-With the data's labels that is the empirical Fisher (Kunstner et al. 2019 on what that means). `FisherPass` sends something
-else backward, before the loss: gradients at labels drawn from the model ("mc", the true Fisher), or the columns of a square
-root of the loss's Hessian ("ggn", the generalized Gauss-Newton matrix, which is the true Fisher for the usual losses).
+With the labels of the data that is the empirical Fisher (Kunstner et al. 2019 discuss it). `FisherPass` runs other backward
+passes before that of the loss: from gradients at labels drawn from the model ("mc", the true Fisher), or from the columns of a
+square root of the loss's Hessian ("ggn", the generalized Gauss-Newton matrix, which is the true Fisher for the usual losses).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the trainers of other packages need. Nothing here imports them before it is called."""
+"""Support for the trainers of other packages. They are imported only when a function here is called."""
 
 from .hf import kfac_factory
 

@@ -1,4 +1,4 @@
-"""transformers.Trainer: the factory that it makes KFAC with, and its parameter groups."""
+"""For transformers.Trainer: a factory of KFAC with the parameter groups that the trainer uses."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..optimizer import KFAC
 def kfac_factory() -> Callable[..., KFAC]:
     """For `transformers.Trainer(optimizer_cls_and_kwargs=(kfac_factory, options))`.
 
-    The trainer calls what this returns with the model and the options. These are arguments of `KFAC`. Nothing of
-    TrainingArguments reaches the optimizer by itself: pass `"lr": args.learning_rate`, `"weight_decay": args.weight_decay`. (A
-    learning rate that is good for AdamW is none for K-FAC.) As with the trainer's own optimizers, `weight_decay` is for the
-    parameters that it names in `Trainer.get_decay_parameter_names`; biases and norms are a second group without any.
+    The trainer calls the returned function with the model and the options, which are arguments of `KFAC`. The optimizer does
+    not read TrainingArguments: pass `"lr": args.learning_rate`, `"weight_decay": args.weight_decay`. (K-FAC needs another
+    learning rate than AdamW.) As with the trainer's own optimizers, `weight_decay` applies to the parameters that
+    `Trainer.get_decay_parameter_names` names; biases and norms are a second group without weight decay.
 
     Returns:
         A function of the model and the options that makes the optimizer.
@@ -47,9 +47,9 @@ def _make(model: nn.Module, *, weight_decay: float = 0.0, **options: Any) -> KFA
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The groups that `Trainer.create_optimizer` makes."""
-    from transformers import Trainer  # here: it takes seconds, and only who trains with it needs it
+    from transformers import Trainer  # not at the top: it takes seconds
 
-    # A method, but of its names alone. Called, and not repeated here, so that the groups are the trainer's in every version.
+    # The method does not use self. It is called rather than copied, so that the groups are right in every version.
     decayed = set(Trainer.get_decay_parameter_names(None, model))
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [

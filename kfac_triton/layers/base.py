@@ -45,7 +45,7 @@ class Rows:
 
     def sample(self, every: int, offset: int) -> Rows:
         """Every `every`-th row (of a matrix) or example (of a convolution), starting with number `offset`, as views."""
-        first = min(offset, max(0, len(self.gradients[0]) - 1)) if self.gradients else 0
+        first = min(offset, max(0, len(self.gradients[0]) - 1))
         inputs = [source[first::every] for source in self.inputs]
         gradients = [source[first::every] for source in self.gradients]
         share = len(gradients[0]) / max(1, len(self.gradients[0]))
@@ -54,7 +54,7 @@ class Rows:
 
 
 class Layer(ABC):
-    """One module that K-FAC covers: y = W a with W = [weight | bias], a factor pair per group.
+    """One module that K-FAC covers: y = W a with W = [weight | bias], with a pair of factors for each channel group.
 
     A is the second moment of a (with a last entry 1 for the bias), G that of the gradient with respect to y. An adapter for
     your own module type needs `module_type` and `rows`; the defaults fit any module with a weight (out, ...) and a bias (out,).
@@ -69,6 +69,7 @@ class Layer(ABC):
         can_be_tied: whether modules of this type that share a weight are one module that is called several times.
         applies_weight_itself: whether the module's forward applies the weight by `F.linear`, so that no module's hook sees it.
         modules: those that share the weight, usually one.
+        groups: number of channel groups; each is a block with its own factor pair.
         output_parts: the number of parts of equal size that G is divided into along its diagonal.
     """
 
@@ -86,6 +87,7 @@ class Layer(ABC):
         self.name = name
         self.module = module
         self.modules = [module]
+        self.groups = int(getattr(module, "groups", 1))
         self.reduce = weight_sharing == "reduce"
         self.tokens = loss_terms == "tokens"
         # Decided once, because the size of a factor cannot change. If the bias is frozen later, its column is not used.
@@ -151,11 +153,6 @@ class Layer(ABC):
         return self.module.bias if self.has_bias else None  # type: ignore[return-value]
 
     @property
-    def groups(self) -> int:
-        """Channel groups of the layer: each is a block with its own factor pair."""
-        return int(getattr(self.module, "groups", 1))
-
-    @property
     def input_size(self) -> int:
         """Columns of W and side of A, of one group, including the bias."""
         return (len(self.weight) if self.weight_is_transposed else self.weight[0].numel()) + self.has_bias
@@ -183,7 +180,7 @@ class Layer(ABC):
         input_window: ops.Window = ops.ROWS,
         gradient_window: ops.Window = ops.ROWS,
     ) -> Rows:
-        """Rows with their counts, if every example applies the weight at so many positions (Eschenhagen et al. 2023)."""
+        """Rows and their counts, for a weight that each example applies at several positions (Eschenhagen et al. 2023)."""
         count = examples if self.reduce else examples * positions
         terms = examples * positions if self.tokens else examples
         return Rows(inputs, gradients, count, terms, input_window, gradient_window, examples)
@@ -201,11 +198,11 @@ class Layer(ABC):
         )
 
     def to_matrix(self, stored: Tensor, group: int) -> Tensor:
-        """The rows of W of one group, from a tensor like the weight."""
+        """The rows of W of one group, from a tensor in the layout of the weight."""
         return (stored.T if self.weight_is_transposed else stored)[self._rows_of(self.weight, group)]
 
     def from_matrix(self, rows: Tensor) -> Tensor:
-        """W (rows of all groups, columns) in the layout of the weight; without the rows that belong to other layers."""
+        """The opposite: rows of W of all groups, without the bias column, in the layout of the weight."""
         return rows.T if self.weight_is_transposed else rows.reshape(len(rows), *self.weight.shape[1:])
 
     def part_of(self, parameter: nn.Parameter) -> slice | None:
@@ -217,7 +214,7 @@ class Layer(ABC):
         return self.part_of(parameter) or slice(group * size, (group + 1) * size)
 
     def read_update(self, blocks: list[Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
-        """Weight and bias with their parts of the preconditioned gradient, given for each group (and maybe padded)."""
+        """Weight and bias with their preconditioned gradients, from a matrix V for each group, which may be padded."""
         columns = self.input_size - self.has_bias
         parts = [block[: self.output_size, : self.input_size] for block in blocks]
         update = parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,4 +1,4 @@
-"""nn.Embedding: A is diagonal, the frequencies of the tokens."""
+"""nn.Embedding: A is the diagonal matrix of token frequencies."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .base import Layer, Rows
 class EmbeddingLayer(Layer):
     """y = W a with W = weight^T (dimensions, tokens) and a the one-hot vector of an index.
 
-    Expand: a a^T has a single one, on the diagonal, so E[a a^T] = diag(frequencies) exactly. Reduce (Eschenhagen et al. 2023):
-    a is the mean of an example's one-hot vectors, and of E[a a^T] the diagonal is kept. G is that of a Linear.
+    Expand: a a^T has a single entry 1, on the diagonal, so E[a a^T] = diag(frequencies) exactly. Reduce (Eschenhagen et al.
+    2023): a is the mean of an example's one-hot vectors, and only the diagonal of E[a a^T] is kept. G is that of a Linear.
     """
 
     module_type = nn.Embedding
@@ -23,7 +23,7 @@ class EmbeddingLayer(Layer):
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
-        """An embedding is not covered either if its gradient is sparse or rescaled, or if its forward changes the weight."""
+        """As in `Layer`; neither if its gradient is sparse or rescaled, or if its forward changes the weight."""
         embedding = cast(nn.Embedding, module)
         if embedding.sparse:
             return "its gradient is sparse"
@@ -34,7 +34,7 @@ class EmbeddingLayer(Layer):
         return super().why_not(module)
 
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
-        """Expand: every index is a row. Reduce: the indices of an example are one, and their gradients are summed."""
+        """Expand: every index is a row. Reduce: the indices of an example are one row, and their gradients are summed."""
         indices = x.reshape(len(x) if x.dim() else 1, x.shape[1:].numel()).long()
         examples, positions = indices.shape
         gradients = gradient.reshape(examples, positions, gradient.shape[-1])

@@ -6,7 +6,7 @@ from torch import nn
 
 from .linear import LinearLayer
 
-# Where transformers has kept it. It is known by name, so that nothing has to be imported or installed.
+# The modules of transformers that have defined it. It is recognized by name, so that transformers need not be installed.
 _HOMES = ("transformers.pytorch_utils", "transformers.modeling_utils")
 
 
@@ -18,11 +18,11 @@ class HFConv1DLayer(LinearLayer):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Whether it is a Conv1D, or derived from it with its forward."""
+        """Whether the module is a Conv1D, or derived from it with the same forward."""
         named = (base for base in type(module).__mro__ if base.__name__ == "Conv1D" and base.__module__ in _HOMES)
         return any(type(module).forward is base.__dict__.get("forward") for base in named)
 
     @classmethod
     def tie(cls, modules: list[nn.Module]) -> type[LinearLayer] | None:
-        """Those that share a weight are one module called several times."""
+        """Modules that share a weight are one module that is called several times."""
         return cls if all(cls.matches(module) for module in modules) else None

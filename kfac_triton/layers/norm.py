@@ -13,12 +13,14 @@ from .base import Layer, Rows
 
 
 class NormLayer(Layer):
-    """Elementwise y = scale * xhat + shift: with g the gradient of y, that of one example's loss is u_n.
+    """Elementwise y = scale * xhat + shift.
 
-        u_n = [sum_t g_nt * xhat_nt | sum_t g_nt]    over positions t
+    With g the gradient of y, the gradient of the loss of example n is
 
-    The Fisher matrix of theta = [scale | shift] is F = E[u_n u_n^T]. It is small enough to be kept as it is: W = theta is
-    one column, a = 1, G = F ("full") or diag F ("diagonal"), and V = (F + damping)^-1 W. Nothing is factorized.
+        u_n = [sum_t g_nt * xhat_nt | sum_t g_nt],    summed over positions t.
+
+    The Fisher matrix of theta = [scale | shift] is F = E[u_n u_n^T]. It is small enough to be stored without a Kronecker
+    factorization: W = theta is one column, a = 1, G = F ("full") or diag F ("diagonal"), and V = (F + damping)^-1 W.
 
     Xhat is recomputed from the input, because computing it from y would divide by scale, which may be zero. If loss terms are
     tokens, each position is a term: "expand" uses the gradient of each position, which is right as long as no later layer mixes
@@ -32,7 +34,7 @@ class NormLayer(Layer):
 
     def __init__(self, name: str, module: nn.Module, weight_sharing: str, loss_terms: str) -> None:
         super().__init__(name, module, weight_sharing, loss_terms)
-        # The shift is part of W's only column; a column of its own, as a bias has it, would be that of an input.
+        # The shift is a part of the only column of W. A bias would be a second column, with its own input.
         self.has_shift, self.has_bias = self.has_bias, False
 
     @classmethod
@@ -47,29 +49,24 @@ class NormLayer(Layer):
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
-        """As of `Layer`, and that it has no scale."""
+        """As in `Layer`; a norm without a scale cannot be covered either."""
         if "weight" in module._parameters and module._parameters["weight"] is None:
             return "it has no scale (affine is off)"
         return super().why_not(module)
 
     @property
-    def groups(self) -> int:
-        """One block: the groups of a GroupNorm are no groups of parameters."""
-        return 1
-
-    @property
     def input_size(self) -> int:
-        """The constant."""
+        """A single column, for the constant input 1."""
         return 1
 
     @property
     def output_size(self) -> int:
-        """Entries of scale and shift."""
+        """Number of entries of scale and shift."""
         return self.weight.numel() * (1 + self.has_shift)
 
     @abstractmethod
     def normalized(self, x: Tensor) -> Tensor:
-        """Xhat."""
+        """The normalized input xhat."""
 
     @abstractmethod
     def by_position(self, values: Tensor) -> Tensor:
@@ -106,7 +103,7 @@ class NormLayer(Layer):
 
 
 class LayerNormLayer(NormLayer):
-    """nn.LayerNorm: the last dimensions are one position."""
+    """nn.LayerNorm: the last dimensions, those of the scale, belong to one position."""
 
     module_type: type[nn.Module] = nn.LayerNorm
 
@@ -115,7 +112,7 @@ class LayerNormLayer(NormLayer):
         return F.layer_norm(x, self.module.normalized_shape, eps=self.module.eps)
 
     def by_position(self, values: Tensor) -> Tensor:
-        """Without other dimensions there is one example of one position."""
+        """The first dimension is that of examples; without any other dimensions there is one example with one position."""
         outer = values.shape[: values.dim() - len(self.module.normalized_shape)]
         return values.reshape(outer[0] if outer else 1, outer[1:].numel(), values.shape[len(outer) :].numel())
 
@@ -134,7 +131,7 @@ class ChannelNormLayer(NormLayer):
     """Norms with a scale per channel, of inputs (N, C, ...)."""
 
     def by_position(self, values: Tensor) -> Tensor:
-        """Channels come second."""
+        """Channels are the second dimension."""
         return values.reshape(*values.shape[:2], values.shape[2:].numel()).mT
 
 
@@ -162,5 +159,5 @@ class GroupNormLayer(ChannelNormLayer):
     module_type = nn.GroupNorm
 
     def normalized(self, x: Tensor) -> Tensor:
-        """By the statistics of an example's group of channels."""
+        """By the statistics of each group of channels of an example."""
         return F.group_norm(x, self.module.num_groups, eps=self.module.eps)

@@ -1,4 +1,4 @@
-"""Which layers of a model an engine covers."""
+"""The layers of a model that an engine covers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def select_layers(
         chosen = {id(p) for p in parameters}
         skipped |= {x.name: "its weight is not optimized" for x in layers if id(x.weight) not in chosen}
         layers = [layer for layer in layers if id(layer.weight) in chosen]
-    # Their covariances would have to be Hermitian; real arithmetic drops the imaginary parts.
+    # Factors of complex layers would have to be Hermitian. Ours are real, which would drop the imaginary parts.
     skipped |= {layer.name: "its weight is complex" for layer in layers if layer.weight.is_complex()}
     layers = [layer for layer in layers if not layer.weight.is_complex()]
     refuse_sharded(layers)
@@ -49,7 +49,7 @@ def select_layers(
 
 
 def refuse_sharded(layers: Iterable[Layer]) -> None:
-    """Refuses weights of which this process has a part only.
+    """Refuses weights of which this process has only a part.
 
     Raises:
         NotImplementedError: if there are any.
@@ -69,7 +69,7 @@ def frozen_weights(model: nn.Module, parameters: Iterable[nn.Parameter] | None) 
 
 
 def require_backend(backend: str, layers: list[Layer]) -> None:
-    """Refuses "triton" where no kernel can serve, before anything is made."""
+    """Refuses backend="triton" if the kernels cannot be used, before anything is constructed."""
     if backend != "triton":
         return
     for layer in layers:

@@ -18,11 +18,11 @@ class TiedLayer(LinearLayer):
 
         (R_d + R_e / u) (x) (C_d + u C_e) = R_d (x) C_d + R_e (x) C_e + u R_d (x) C_e + R_e (x) C_d / u
 
-    bounds it from above in the positive semidefinite order. The trace of the excess is least at
+    bounds it from above in the positive semidefinite order. The trace of the difference is smallest at
 
         u = sqrt(tr R_e tr C_d / (tr R_d tr C_e)),
 
-    which is how Martens and Grosse (2015, section 6.3) choose pi. Curvature between the two uses is dropped, as between any
+    which is how Martens and Grosse (2015, section 6.3) choose pi. Curvature between the two uses is ignored, as between any
     two layers. The uses are summed separately, and joined at the step (see `kfac_triton.capture.tied`).
 
     The bias is the decoder's, if it has one and is the only one.
@@ -32,7 +32,7 @@ class TiedLayer(LinearLayer):
 
     @classmethod
     def tie(cls, modules: list[nn.Module]) -> type[Layer] | None:
-        """This adapter for at least one module of each kind, if every embedding could be covered alone."""
+        """This adapter, if there are modules of both types and no others, and every embedding could be covered on its own."""
         embeddings = [module for module in modules if type(module) is nn.Embedding]
         decoders = [module for module in modules if type(module) is nn.Linear]
         if not embeddings or not decoders or len(embeddings) + len(decoders) < len(modules):
@@ -40,7 +40,7 @@ class TiedLayer(LinearLayer):
         return cls if all(EmbeddingLayer.why_not(module) is None for module in embeddings) else None
 
     def share(self, modules: list[nn.Module]) -> None:
-        """Takes weight and bias from the decoder, wherever it comes in the model."""
+        """Takes weight and bias from the decoder, which may come before or after the embedding in the model."""
         decoders: list[nn.Module] = [module for module in modules if isinstance(module, nn.Linear)]
         self.module = decoders[0]
         bias = self.module._parameters.get("bias")
@@ -49,7 +49,7 @@ class TiedLayer(LinearLayer):
         self.modules = modules
 
     def second(self) -> EmbeddingLayer:
-        """The embedding on its own, for its sums."""
+        """A layer for the embedding alone, whose statistics are summed separately."""
         embedding = next(module for module in self.modules if isinstance(module, nn.Embedding))
         sharing, terms = "reduce" if self.reduce else "expand", "tokens" if self.tokens else "examples"
         return EmbeddingLayer(self.name, embedding, sharing, terms)
