@@ -38,11 +38,6 @@ class Rows:
     examples: int = 0
     share: float = 1.0
 
-    @property
-    def windows(self) -> list[ops.Window]:
-        """Windows of inputs, then of gradients, as `kernels.ops.covariance_ema` takes them."""
-        return [self.input_window] * len(self.inputs) + [self.gradient_window] * len(self.gradients)
-
     def sample(self, every: int, offset: int) -> Rows:
         """Every `every`-th row (of a matrix) or example (of a convolution), starting with number `offset`, as views."""
         first = min(offset, max(0, len(self.gradients[0]) - 1))

@@ -23,7 +23,7 @@ class EmbeddingLayer(Layer):
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
-        """As in `Layer`; neither if its gradient is sparse or rescaled, or if its forward changes the weight."""
+        """As in `Layer`, and because its gradient is sparse or rescaled, or its forward changes the weight."""
         embedding = cast(nn.Embedding, module)
         if embedding.sparse:
             return "its gradient is sparse"

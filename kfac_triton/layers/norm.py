@@ -49,7 +49,7 @@ class NormLayer(Layer):
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
-        """As in `Layer`; a norm without a scale cannot be covered either."""
+        """As in `Layer`, and because it has no scale."""
         if "weight" in module._parameters and module._parameters["weight"] is None:
             return "it has no scale (affine is off)"
         return super().why_not(module)

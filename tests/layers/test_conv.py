@@ -97,7 +97,7 @@ def factors(layer: Layer, rows: Rows) -> tuple[list[Tensor], list[Tensor]]:
         torch.ones(2 * groups, dtype=torch.float64),
         torch.zeros(2 * groups, dtype=torch.float64),
         [layer.has_bias] * groups + [False] * groups,
-        rows.windows,
+        [rows.input_window] * groups + [rows.gradient_window] * groups,
     )
     return sums[:groups], sums[groups:]
 
