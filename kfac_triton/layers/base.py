@@ -21,20 +21,20 @@ class Rows:
             for one-hot rows (the indices of an embedding), a matrix of integers for rows that are means of one-hot vectors.
             Empty if the input is constant.
         gradients: the rows of G for each channel group.
-        input_count: rows of A in this pass: examples times positions (expand) or examples (reduce).
-        terms: loss terms in this pass, the number that a mean loss divides by.
         input_window: how to read rows from each entry of inputs.
         gradient_window: the same for gradients.
+        input_count: rows of A in this pass: examples times positions (expand) or examples (reduce).
+        terms: loss terms in this pass, the number that a mean loss divides by.
         examples: number of examples; each has the same number of rows, which are adjacent.
         share: the fraction of the rows that is kept, if the rows are sampled.
     """
 
     inputs: list[Tensor]
     gradients: list[Tensor]
+    input_window: ops.Window
+    gradient_window: ops.Window
     input_count: int
     terms: int
-    input_window: ops.Window = ops.ROWS
-    gradient_window: ops.Window = ops.ROWS
     examples: int = 0
     share: float = 1.0
 
@@ -178,7 +178,7 @@ class Layer(ABC):
         """Rows and their counts, for a weight that each example applies at several positions (Eschenhagen et al. 2023)."""
         count = examples if self.reduce else examples * positions
         terms = examples * positions if self.tokens else examples
-        return Rows(inputs, gradients, count, terms, input_window, gradient_window, examples)
+        return Rows(inputs, gradients, input_window, gradient_window, count, terms, examples)
 
     def uses_weight_transposed(self, use: int) -> bool:
         """Whether the module with this number applies the transposed weight. Its statistics are summed separately."""

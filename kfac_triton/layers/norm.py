@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.ops import ROWS
 from .base import Layer, Rows
 
 
@@ -83,7 +84,7 @@ class NormLayer(Layer):
         by_position = self.tokens and not self.reduce
         rows = torch.cat([part.flatten(0, 1) if by_position else part.sum(1) for part in parts], 1)
         terms = examples * positions if self.tokens else examples
-        return Rows(inputs=[], gradients=[rows], input_count=len(rows), terms=terms, examples=examples)
+        return Rows([], [rows], ROWS, ROWS, len(rows), terms, examples)
 
     def gradient(self, group: int) -> tuple[Tensor | None, Tensor | None]:
         """The gradient of [scale | shift] as a column, with zeros for a shift without one (which was frozen since)."""
