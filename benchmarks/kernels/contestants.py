@@ -103,15 +103,13 @@ def _covariances(problem: Covariance) -> Iterator[Contestant]:
 
     def addmm() -> None:
         for factor, layer, (alpha, beta) in zip(factors, problem.rows, weights, strict=True):
-            for piece in layer.pieces(torch.float32):
-                factor.addmm_(piece.T, piece, beta=beta, alpha=alpha)
-                beta = 1.0
+            rows = layer.matrix(torch.float32)
+            factor.addmm_(rows.T, rows, beta=beta, alpha=alpha)
 
     def multiply_in_16_bits() -> None:
         for factor, layer, (alpha, beta) in zip(factors, problem.rows, weights, strict=True):
-            factor.mul_(beta)
-            for piece in layer.pieces(layer.source.dtype):
-                factor.add_(piece.T @ piece, alpha=alpha)
+            rows = layer.matrix(layer.source.dtype)
+            factor.mul_(beta).add_(rows.T @ rows, alpha=alpha)
 
     # Layers of one shape in one batched product. Convolutions are left to the loops: a batch of their patches fills memory.
     groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
@@ -122,7 +120,7 @@ def _covariances(problem: Covariance) -> Iterator[Contestant]:
     def bmm() -> None:
         for members in groups.values():
             alpha, beta = weights[members[0]]
-            rows = torch.stack([problem.rows[i].pieces(torch.float32)[0] for i in members])
+            rows = torch.stack([problem.rows[i].matrix(torch.float32) for i in members])
             stacks[members[0]].baddbmm_(rows.mT, rows, beta=beta, alpha=alpha)
 
     def bmm_error() -> float:

@@ -103,7 +103,7 @@ def test_what_a_kernel_cannot_serve_is_said():
     problem = Covariance("float64 rows", [RowSource(torch.randn(8, 4, dtype=torch.float64))])
     assert "inputs[0] is torch.float64" in kernel_obstacle(problem)
     assert doctor.choice(problem) == ("torch", kernel_obstacle(problem))
-    assert covariance_launch.can_use(*problem.operands()[0]) == kernel_obstacle(problem)
+    assert covariance_launch.can_use(*problem.operands[0]) == kernel_obstacle(problem)
 
 
 def test_where_the_library_is_preferred_that_is_said_and_checked(monkeypatch, capsys):
@@ -139,5 +139,5 @@ def test_patches_are_those_of_the_operation():
     rows = RowSource(images, ops.window((3, 2), (2, 1), (1, 0), (1, 2)), ones=True)
     problem = Covariance("conv", [rows], whole=True)
     assert rows.columns == 2 * 3 * 2 + 1
-    assert rows.row_count == sum(len(piece) for piece in rows.pieces(torch.float32))
+    assert rows.matrix(torch.float32).shape == (rows.row_count, rows.columns)
     assert problem.check("torch") == problem.check("triton") == 0.0

@@ -19,6 +19,7 @@ from ...kernels import operators, ops, runtime
 EMA_DECAY = 0.95
 DAMPING = 1e-3  # over the Frobenius norm of a factor: a condition number of about a thousand
 _TF32 = 2.0**-10  # relative error of a float32 number whose last 13 bits are cut off
+_UNSET = torch.tensor(math.nan)  # start of what is only written: whatever a kernel leaves out stays NaN
 
 
 class Problem(ABC):
@@ -26,38 +27,37 @@ class Problem(ABC):
 
     Attributes:
         operation: its name in `ops`.
-        name: what to print.
         allowed: largest error, in the measure of the operation, of a right result.
         resets: whether a run changes what the next one starts from, so that `prepare` must come before each.
+        name: what to print.
+        calls: arguments of every call, in the order of the signature, without the backend.
+        operands: the same arguments as the implementations of the operation take them.
+        written: every tensor that the calls write, with its values before the first run.
     """
 
     operation: str
     allowed: float
     resets = False
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, name: str, calls: Sequence[tuple[Any, ...]], written: Sequence[tuple[Tensor, Tensor]]) -> None:
         self.name = name
-        self.device = device
-
-    @abstractmethod
-    def calls(self) -> list[tuple[Any, ...]]:
-        """Arguments of every call, in the order of the signature, without the backend."""
-
-    def operands(self) -> list[tuple[Any, ...]]:
-        """The same arguments as the implementations of the operation take them."""
-        return self.calls()
-
-    @abstractmethod
-    def prepare(self) -> None:
-        """Resets what is updated in place to its start, and fills what is only written with NaN."""
+        self.calls = self.operands = calls
+        self.written = written
+        self.device = written[0][0].device
+        self.prepare()
 
     @abstractmethod
     def error(self) -> float:
         """Error of the present results against float64; infinite or NaN for an invalid result."""
 
+    def prepare(self) -> None:
+        """Sets what the calls write to its start."""
+        for tensor, start in self.written:
+            tensor.copy_(start)
+
     def run(self, backend: str = "auto") -> None:
         """All calls."""
-        for arguments in self.calls():
+        for arguments in self.calls:
             getattr(ops, self.operation)(*arguments, backend=backend)
 
     def check(self, backend: str) -> float:
@@ -74,7 +74,7 @@ class Problem(ABC):
 def kernel_obstacle(problem: Problem) -> str | None:
     """Why no Triton kernel can serve a problem; None if one can."""
     can_use = operators.OPERATORS[problem.operation].can_use
-    reasons = (can_use(*arguments) for arguments in problem.operands())
+    reasons = (can_use(*arguments) for arguments in problem.operands)
     return runtime.obstacle(problem.device) or next(filter(None, reasons), None)
 
 
@@ -85,40 +85,45 @@ class Inverses(Problem):
     """
 
     allowed = 0.1
+    tolerance: float
+    steps: int
 
     def __init__(self, name: str, stacks: Mapping[int, int], device: torch.device) -> None:
         """The stacks: side -> number of matrices."""
-        super().__init__(name, device)
-        self.before = [torch.stack([decaying_factor(side, device) for _ in range(count)]) for side, count in stacks.items()]
+        before = [torch.stack([decaying_factor(side, device) for _ in range(count)]) for side, count in stacks.items()]
         self.factors = [
             torch.stack([EMA_DECAY * old + (1 - EMA_DECAY) * decaying_factor(old.shape[0], device) for old in stack])
-            for stack in self.before
+            for stack in before
         ]
         self.dampings = [DAMPING * torch.linalg.matrix_norm(stack) for stack in self.factors]
-        self.results = [torch.full_like(stack, math.nan) for stack in self.factors]
-        self.residuals = [torch.full_like(damping, math.nan) for damping in self.dampings]
+        self.results = [torch.empty_like(stack) for stack in self.factors]
+        self.residuals = [torch.empty_like(damping) for damping in self.dampings]
+        arguments = zip(self.factors, self.dampings, self.results, self.residuals, strict=True)
+        written = [*zip(self.results, map(self.start, before), strict=True), *((r, _UNSET) for r in self.residuals)]
+        super().__init__(name, [(*stack, self.tolerance, self.steps) for stack in arguments], written)
+
+    def start(self, before: Tensor) -> Tensor:
+        """What an iteration starts from, given the factors one batch before."""
+        return _UNSET
 
     @functools.cached_property
     def cholesky_factors(self) -> list[Tensor]:
         """L of every damped factor, in float64."""
         return [torch.linalg.cholesky(damp(f.double(), d.double())) for f, d in zip(self.factors, self.dampings, strict=True)]
 
-    def errors_of(self, inverses: Iterable[Tensor]) -> list[list[float]]:
-        """The error of every inverse of every stack."""
-        stacks = zip(inverses, self.cholesky_factors, strict=True)
-        return [[energy_error(x, lower) for x, lower in zip(*stack, strict=True)] for stack in stacks]
+    def errors_of(self, inverses: Iterable[Tensor]) -> Tensor:
+        """The error of every inverse of all stacks."""
+        products = (lower.mT @ x.double() @ lower for x, lower in zip(inverses, self.cholesky_factors, strict=True))
+        return torch.cat([torch.linalg.matrix_norm(torch.eye(p.shape[-1]).to(p) - p) for p in products])
 
     def error_of(self, inverses: Iterable[Tensor]) -> float:
         """The error of somebody else's inverses."""
-        return worst(error for stack in self.errors_of(inverses) for error in stack)
+        return worst(self.errors_of(inverses).tolist())
 
     def certified_error_of(self, inverses: Iterable[Tensor]) -> float:
         """The error, or infinite where it is above its certificate."""
         errors = self.errors_of(inverses)
-        for stack, residual in zip(errors, self.residuals, strict=True):
-            if not all(error <= bound for error, bound in zip(stack, residual.tolist(), strict=True)):
-                return math.inf
-        return worst(error for stack in errors for error in stack)
+        return worst(errors.tolist()) if bool((errors <= torch.cat(self.residuals)).all()) else math.inf
 
 
 class ColdInverses(Inverses):
@@ -127,21 +132,10 @@ class ColdInverses(Inverses):
     operation = "newton_schulz_inverse"
     tolerance, steps = 1e-3, 40
 
-    def calls(self) -> list[tuple[Any, ...]]:
-        """One call a stack."""
-        stacks = zip(self.factors, self.dampings, self.results, self.residuals, strict=True)
-        return [(*stack, self.tolerance, self.steps) for stack in stacks]
-
-    def prepare(self) -> None:
-        """Nothing is known."""
-        for tensor in self.results + self.residuals:
-            tensor.fill_(math.nan)
-
     def error(self) -> float:
         """See the class."""
-        if not all(torch.equal(inverse, inverse.mT) for inverse in self.results):
-            return math.inf
-        return self.certified_error_of(self.results)
+        is_symmetric = all(torch.equal(inverse, inverse.mT) for inverse in self.results)
+        return self.certified_error_of(self.results) if is_symmetric else math.inf
 
 
 class WarmInverses(Inverses):
@@ -151,25 +145,10 @@ class WarmInverses(Inverses):
     tolerance, steps = 0.05, 8
     resets = True
 
-    def __init__(self, name: str, stacks: Mapping[int, int], device: torch.device) -> None:
-        super().__init__(name, stacks, device)
-        self.starts = [self._root(stack) for stack in self.before]
-
-    def _root(self, stack: Tensor) -> Tensor:
-        lower = torch.linalg.cholesky(damp(stack, DAMPING * torch.linalg.matrix_norm(stack)))
-        identity = torch.eye(stack.shape[-1], device=self.device).expand_as(stack)
-        return torch.linalg.solve_triangular(lower, identity, upper=False)
-
-    def calls(self) -> list[tuple[Any, ...]]:
-        """One call a stack."""
-        stacks = zip(self.factors, self.dampings, self.results, self.residuals, strict=True)
-        return [(*stack, self.tolerance, self.steps) for stack in stacks]
-
-    def prepare(self) -> None:
-        """The roots of one batch before."""
-        for root, start, residual in zip(self.results, self.starts, self.residuals, strict=True):
-            root.copy_(start)
-            residual.fill_(math.nan)
+    def start(self, before: Tensor) -> Tensor:
+        """T with T^T T the inverse of the damped factors."""
+        lower = torch.linalg.cholesky(damp(before, DAMPING * torch.linalg.matrix_norm(before)))
+        return torch.linalg.solve_triangular(lower, torch.eye(before.shape[-1], device=before.device), upper=False)
 
     def error(self) -> float:
         """See the class."""
@@ -186,32 +165,21 @@ class Preconditioning(Problem):
 
     def __init__(self, name: str, stacks: Mapping[tuple[int, int], int], device: torch.device, factored: bool = True) -> None:
         """The stacks: (rows, columns) -> number of gradients; factored: the inverses come as roots."""
-        super().__init__(name, device)
         self.factored = factored
         self.allowed = (8 if factored else 4) * _TF32
         self.gradients = [torch.randn(count, m, n, device=device) for (m, n), count in stacks.items()]
-        self.left = [self._inverse(len(w), w.shape[1]) for w in self.gradients]
-        self.right = [self._inverse(len(w), w.shape[2]) for w in self.gradients]
-        self.updates = [torch.full_like(w, math.nan) for w in self.gradients]
-        self.products = [torch.full((len(w),), math.nan, device=device) for w in self.gradients]
+        self.left = [self._inverse(w, w.shape[1]) for w in self.gradients]
+        self.right = [self._inverse(w, w.shape[2]) for w in self.gradients]
+        self.updates = [torch.empty_like(w) for w in self.gradients]
+        self.products = [w.new_empty(len(w)) for w in self.gradients]
+        arguments = zip(self.gradients, self.left, self.right, self.updates, self.products, strict=True)
+        written = [(tensor, _UNSET) for tensor in self.updates + self.products]
+        super().__init__(name, [(*stack, factored) for stack in arguments], written)
 
-    def _inverse(self, count: int, side: int) -> Tensor:
-        root = torch.randn(count, side, side, device=self.device).tril_(-1) / (2 * math.sqrt(side))
+    def _inverse(self, gradients: Tensor, side: int) -> Tensor:
+        root = torch.randn(len(gradients), side, side, device=gradients.device).tril_(-1) / (2 * math.sqrt(side))
         root.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-        if self.factored:
-            return root
-        inverse = root.mT @ root
-        return inverse.tril() + inverse.tril(-1).mT
-
-    def calls(self) -> list[tuple[Any, ...]]:
-        """One call a stack."""
-        stacks = zip(self.gradients, self.left, self.right, self.updates, self.products, strict=True)
-        return [(*stack, self.factored) for stack in stacks]
-
-    def prepare(self) -> None:
-        """Nothing is known."""
-        for tensor in self.updates + self.products:
-            tensor.fill_(math.nan)
+        return root if self.factored else mirrored(root.mT @ root)
 
     @functools.cached_property
     def exact(self) -> list[Tensor]:
@@ -243,12 +211,6 @@ def worst(errors: Iterable[float]) -> float:
     return max((math.inf if math.isnan(error) else error for error in errors), default=0.0)
 
 
-def energy_error(inverse: Tensor, lower: Tensor) -> float:
-    """||I - L^T X L||_F in float64, for L L^T what X should invert."""
-    identity = torch.eye(lower.shape[-1], dtype=torch.float64, device=lower.device)
-    return float(torch.linalg.matrix_norm(identity - lower.T @ inverse.double() @ lower))
-
-
 def damp(factors: Tensor, damping: Tensor) -> Tensor:
     """A + damping I for a stack."""
     return factors + torch.diag_embed(damping[:, None].expand(-1, factors.shape[-1]))
@@ -257,5 +219,9 @@ def damp(factors: Tensor, damping: Tensor) -> Tensor:
 def decaying_factor(side: int, device: torch.device) -> Tensor:
     """Covariance of twice as many rows as columns, with eigenvalues over three decades."""
     rows = torch.randn(2 * side, side, device=device) * torch.logspace(0, -1.5, side, device=device)
-    factor = rows.T @ rows / len(rows)
-    return factor.tril() + factor.tril(-1).T
+    return mirrored(rows.T @ rows / len(rows))
+
+
+def mirrored(matrices: Tensor) -> Tensor:
+    """The lower triangle and its mirror image: symmetric to the last bit."""
+    return matrices.tril() + matrices.tril(-1).mT

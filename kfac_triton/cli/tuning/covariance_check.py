@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,6 @@ from ...curvature.factor_stack import padded
 from ...kernels import ops
 from ...kernels.covariance.window import flatten
 from .checks import EMA_DECAY, Problem, worst
-
-_CHUNK = 1 << 26  # elements of a patch matrix at a time
 
 
 class RowSource(NamedTuple):
@@ -36,20 +34,13 @@ class RowSource(NamedTuple):
         """Number of rows."""
         return len(self.source) * math.prod(self.window.positions(self.source.shape[2:]))
 
-    def pieces(self, dtype: torch.dtype) -> list[Tensor]:
-        """The rows in this type, with their ones, a few images at a time."""
-        sources = [self.source]
-        if self.source.dim() == 4:
-            per_image = self.columns * self.row_count // max(1, len(self.source))
-            sources = list(self.source.split(max(1, _CHUNK // per_image)))
-        pieces = []
-        for source in sources:
-            rows = source.to(dtype)
-            if rows.dim() == 4:
-                kernel, stride, padding, dilation = self.window
-                rows = F.unfold(rows, kernel, dilation, padding, stride).movedim(1, 2).flatten(0, 1)
-            pieces.append(F.pad(rows, (0, 1), value=1.0) if self.ones else rows)
-        return pieces
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """All rows in this type, with their ones."""
+        rows = self.source.to(dtype)
+        if rows.dim() == 4:
+            kernel, stride, padding, dilation = self.window
+            rows = F.unfold(rows, kernel, dilation, padding, stride).movedim(1, 2).flatten(0, 1)
+        return F.pad(rows, (0, 1), value=1.0) if self.ones else rows
 
 
 class Covariance(Problem):
@@ -63,41 +54,21 @@ class Covariance(Problem):
 
     def __init__(self, name: str, rows: Sequence[RowSource], whole: bool = False) -> None:
         """The layers; whole: their numbers are small integers."""
-        super().__init__(name, rows[0].source.device)
-        self.rows = list(rows)
-        self.whole = whole
+        self.rows = rows
         self.allowed = 0.0 if whole else 2.0**-8
-        self.sides = [layer.columns for layer in rows]
+        device = rows[0].source.device
         weights = [0.25 if whole else (1 - EMA_DECAY) / max(1, layer.row_count) for layer in rows]
-        self.alpha = torch.tensor(weights, device=self.device)
+        self.alpha = torch.tensor(weights, device=device)
         self.beta = torch.full_like(self.alpha, 0.5 if whole else EMA_DECAY)
-        self.starts = [self._start(layer) for layer in rows]
-        self.storage = [torch.zeros(padded(side), padded(side), device=self.device) for side in self.sides]
-        self.prepare()
-
-    def _start(self, layer: RowSource) -> Tensor:
-        root = torch.randn(layer.columns, 4, dtype=torch.float64, device=self.device)
-        root = root.round() if self.whole else root
-        return (root @ root.T).float()  # in float64, where the order of the sums leaves no trace in the float32
-
-    @property
-    def factors(self) -> list[Tensor]:
-        """The factors without their pad."""
-        return [stored[:side, :side] for stored, side in zip(self.storage, self.sides, strict=True)]
-
-    def calls(self) -> list[tuple[Any, ...]]:
-        """One call for all layers."""
-        ones, sources, windows = ([getattr(layer, name) for layer in self.rows] for name in ("ones", "source", "window"))
-        return [(self.storage, sources, self.alpha, self.beta, ones, windows, None)]
-
-    def operands(self) -> list[tuple[Any, ...]]:
-        """The windows as integers."""
-        return [(*before, flatten(windows), accept) for *before, windows, accept in self.calls()]
-
-    def prepare(self) -> None:
-        """Factors of the step before."""
-        for factor, start in zip(self.factors, self.starts, strict=True):
-            factor.copy_(start)
+        roots = (torch.randn(layer.columns, 4, dtype=torch.float64, device=device) for layer in rows)
+        # In float64, where the order of the sums leaves no trace in the float32.
+        self.starts = [(root @ root.T).float() for root in (map(torch.round, roots) if whole else roots)]
+        storage = [start.new_zeros(2 * [padded(len(start))]) for start in self.starts]
+        self.factors = [stored[: len(start), : len(start)] for stored, start in zip(storage, self.starts, strict=True)]
+        sources, windows, ones = zip(*rows, strict=True)
+        before = (storage, list(sources), self.alpha, self.beta, list(ones))
+        super().__init__(name, [(*before, windows, None)], list(zip(self.factors, self.starts, strict=True)))
+        self.operands = [(*before, flatten(windows), None)]
 
     @functools.cached_property
     def exact(self) -> list[tuple[Tensor, float]]:
@@ -105,17 +76,15 @@ class Covariance(Problem):
         results = []
         weights = zip(self.alpha.tolist(), self.beta.tolist(), strict=True)
         for layer, start, (alpha, beta) in zip(self.rows, self.starts, weights, strict=True):
-            added = torch.zeros_like(start, dtype=torch.float64)
-            for piece in layer.pieces(torch.float64):
-                added.addmm_(piece.T, piece, alpha=alpha)
+            rows = layer.matrix(torch.float64)
+            added = alpha * (rows.T @ rows)
             results.append((added.add(start, alpha=beta), float(torch.linalg.vector_norm(added))))
         return results
 
     def error(self) -> float:
         """Infinite if a factor is not symmetric to the last bit."""
-        if not all(torch.equal(factor, factor.T) for factor in self.factors):
-            return math.inf
-        return self.error_of(self.factors)
+        is_symmetric = all(torch.equal(factor, factor.T) for factor in self.factors)
+        return self.error_of(self.factors) if is_symmetric else math.inf
 
     def error_of(self, factors: Iterable[Tensor]) -> float:
         """The error of somebody else's factors."""
