@@ -126,7 +126,7 @@ def _check(device: torch.device, report: dict[str, Any]) -> bool:
             finding = examine(problem, "triton")
             wrong |= not finding.right
             verdict = "right" if finding.right else "WRONG"
-            figures = finding.complaint or f"error {finding.error:.1e}, allowed {finding.allowed:.1e}"
+            figures = finding.complaint or f"error {finding.error:.1e}, allowed {problem.allowed:.1e}"
             report["checks"].append(f"{what}: {verdict}, {figures}")
         print(report["checks"][-1], flush=True)
     return wrong

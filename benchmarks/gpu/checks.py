@@ -79,7 +79,7 @@ def _check(bench: Bench, what: str, problem: Problem, backend: str, facts: dict[
         what,
         verdict="right" if finding.right else "WRONG",
         error=finding.error,
-        allowed=finding.allowed,
+        allowed=problem.allowed,
         repeats=finding.error == again,
         s=finding.seconds,
         **({"complaint": finding.complaint} if finding.complaint else {}),
@@ -127,7 +127,7 @@ def solve_small_problems(device: torch.device) -> None:
     torch.manual_seed(0)
     for problem in problems(device, SANITIZER_SIDES):
         finding = examine(problem, "triton")
-        print(finding.operation, finding.problem, finding.right, f"{finding.error:.1e}", finding.complaint, flush=True)
+        print(problem.operation, problem.name, finding.right, f"{finding.error:.1e}", finding.complaint, flush=True)
 
 
 if __name__ == "__main__":

@@ -90,12 +90,11 @@ def test_a_kernel_that_does_not_compile_is_a_finding(monkeypatch):
     monkeypatch.setattr(ops, "precondition", fail)
     finding = doctor.examine(Preconditioning("p", {(16, 16): 1}, CPU), "triton")
     assert not finding.right
-    assert doctor.render([finding]) == "  WRONG  precondition of p, triton: RuntimeError: PassManager::run failed"
+    assert str(finding) == "  WRONG  precondition of p, triton: RuntimeError: PassManager::run failed"
 
 
 def test_an_error_that_is_no_number_is_not_right():
-    finding = doctor.Finding("precondition", "p", "triton", math.nan, 1.0, 0.0)
-    assert not finding.right
+    assert not doctor.Finding(Preconditioning("p", {(16, 16): 1}, CPU), "triton", math.nan, 0.0).right
     assert worst([0.1, math.nan, 0.2]) == math.inf and worst([0.1, 0.2]) == 0.2
 
 

@@ -1,6 +1,7 @@
 """`kfac-triton tune`: the search with an injected clock and real checks in the interpreter, the files, the command."""
 
 import json
+import math
 import re
 
 import pytest
@@ -112,14 +113,14 @@ def test_a_candidate_that_does_not_compile_is_passed_over(monkeypatch):
 def test_the_present_configuration_may_be_the_broken_one(monkeypatch):
     perturbed(monkeypatch, lambda config: config == PRESENT, lambda factors: factors[0].zero_())
     outcome, _ = run_search(FakeClock(SECONDS))
-    assert outcome.before is None and outcome.wrong == 1 and outcome.best == {"BLOCK": 32, "BLOCK_K": 32}
+    assert outcome.before == math.inf and outcome.wrong == 1 and outcome.best == {"BLOCK": 32, "BLOCK_K": 32}
     assert "before: failed" in tune.render([outcome])
 
 
 def test_nothing_right_leaves_the_present_configuration(monkeypatch):
     perturbed(monkeypatch, lambda config: True, lambda factors: factors[0].zero_())
     outcome, _ = run_search(FakeClock(SECONDS))
-    assert outcome.best == PRESENT and outcome.seconds is None and outcome.wrong == 4
+    assert outcome.best == PRESENT and outcome.seconds == math.inf and outcome.wrong == 4
     assert "nothing right found; 0 candidates failed, 4 were wrong" in tune.render([outcome])
 
 

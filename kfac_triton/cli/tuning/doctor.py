@@ -38,27 +38,28 @@ class Finding:
     """One problem solved by one backend.
 
     Attributes:
-        operation: of `ops`.
         problem: what was computed.
-        backend: "triton" or "torch".
+        backend: of `ops`.
         error: against float64; infinite for no result at all.
-        allowed: largest error that passes.
         seconds: that it took, compilation included.
         complaint: the exception that it ended with, if it did.
     """
 
-    operation: str
-    problem: str
+    problem: Problem
     backend: str
     error: float
-    allowed: float
     seconds: float
     complaint: str = ""
 
     @property
     def right(self) -> bool:
         """Whether the result passes."""
-        return self.error <= self.allowed
+        return self.problem.is_right(self.error)
+
+    def __str__(self) -> str:
+        figures = f"error {self.error:.1e}, allowed {self.problem.allowed:.1e}, {self.seconds:.1f} s"
+        what = f"{self.problem.operation} of {self.problem.name}, {self.backend}"
+        return f"  {'right' if self.right else 'WRONG'}  {what}: {self.complaint or figures}"
 
 
 def problems(device: torch.device, sides: Sequence[int] = ()) -> Iterator[Problem]:
@@ -69,10 +70,13 @@ def problems(device: torch.device, sides: Sequence[int] = ()) -> Iterator[Proble
         sides: of the factors; some that suit the device if there are none.
     """
     sides = sides or (_INTERPRETED_SIDES if runtime.INTERPRETED or device.type == "cpu" else _HARDWARE_SIDES)
-    yield Covariance("whole numbers", list(_layers(sides, device, torch.float32, whole=True)), whole=True)
+    yield Covariance("whole numbers", _layers(sides, device, torch.float32, whole=True), whole=True)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        yield Covariance(f"{str(dtype).removeprefix('torch.')} rows", list(_layers(sides, device, dtype)))
-    yield Covariance("convolution", list(_images(device)))
+        yield Covariance(f"{str(dtype).removeprefix('torch.')} rows", _layers(sides, device, dtype))
+    images = torch.randn(4, 5, 9, 8, device=device)
+    strided = RowSource(images, ops.window((3, 3), (2, 1), (1, 1)), ones=True)
+    channels_last = RowSource(images.contiguous(memory_format=torch.channels_last), ops.window((1, 1)))
+    yield Covariance("convolution", [strided, channels_last])
     stacks = dict.fromkeys(sides, 2)
     yield ColdInverses("stacks", stacks, device)
     yield WarmInverses("stacks", stacks, device)
@@ -81,20 +85,13 @@ def problems(device: torch.device, sides: Sequence[int] = ()) -> Iterator[Proble
     yield Preconditioning("inverse roots", shapes, device)
 
 
-def _layers(sides: Sequence[int], device: torch.device, dtype: torch.dtype, whole: bool = False) -> Iterator[RowSource]:
+def _layers(sides: Sequence[int], device: torch.device, dtype: torch.dtype, whole: bool = False) -> list[RowSource]:
     def numbers(*shape: int) -> Tensor:
         values = torch.randn(*shape, device=device)
         return (2 * values).round().clamp(-3, 3) if whole else values.to(dtype)
 
-    for side in sides:
-        yield RowSource(numbers(3 * side, side), ones=side % 2 == 0)
-    yield RowSource(numbers(sides[0], 2 * sides[0]).T, ones=True)
-
-
-def _images(device: torch.device) -> Iterator[RowSource]:
-    images = torch.randn(4, 5, 9, 8, device=device)
-    yield RowSource(images, ops.window((3, 3), (2, 1), (1, 1)), ones=True)
-    yield RowSource(images.contiguous(memory_format=torch.channels_last), ops.window((1, 1)))
+    layers = [RowSource(numbers(3 * side, side), ones=side % 2 == 0) for side in sides]
+    return [*layers, RowSource(numbers(sides[0], 2 * sides[0]).T, ones=True)]
 
 
 def examine(problem: Problem, backend: str) -> Finding:
@@ -105,7 +102,7 @@ def examine(problem: Problem, backend: str) -> Finding:
     except Exception as exception:  # a compiler fails in many ways, and each is a finding
         error, complaint = float("inf"), f"{type(exception).__name__}: {str(exception).strip().partition(chr(10))[0]}"
     seconds = time.perf_counter() - start
-    return Finding(problem.operation, problem.name, backend, error, problem.allowed, seconds, complaint)
+    return Finding(problem, backend, error, seconds, complaint)
 
 
 def choice(problem: Problem) -> tuple[str, str]:
@@ -127,19 +124,17 @@ def _run(arguments: argparse.Namespace) -> int:
     reasons: dict[str, dict[tuple[str, str], list[str]]] = {}
     findings: list[Finding] = []
     for problem in problems(device):
-        reasons.setdefault(problem.operation, {}).setdefault(choice(problem), []).append(problem.name)
-        findings.append(examine(problem, "torch"))
-        if choice(problem)[0] == "library":
-            findings.append(examine(problem, "auto"))
-        if kernel_obstacle(problem) is None:
-            findings.append(examine(problem, "triton"))
+        chosen = choice(problem)
+        reasons.setdefault(problem.operation, {}).setdefault(chosen, []).append(problem.name)
+        runs = {"torch": True, "auto": chosen[0] == "library", "triton": kernel_obstacle(problem) is None}
+        findings += [examine(problem, backend) for backend in runs if runs[backend]]
     print("\nBackend that 'auto' chooses")
     for operation, choices in reasons.items():
         for (backend, reason), names in choices.items():
             which = f" for {', '.join(names)}" if len(choices) > 1 else ""
             print(f"  {operation}{which}: {backend} ({reason})")
     print("\nErrors against float64")
-    print(render(findings))
+    print(*findings, sep="\n")
     wrong = [finding for finding in findings if not finding.right]
     checked = "kernels and references" if any(f.backend == "triton" for f in findings) else "references (no kernel can run)"
     print(f"\n{len(wrong)} of {len(findings)} results are wrong." if wrong else f"\nAll {checked} are right.")
@@ -165,15 +160,3 @@ def describe(device: torch.device) -> str:
     source = f"{user} over {tuning.shipped_file(target).name}" if user.exists() else tuning.shipped_file(target).name
     how = "in Triton's interpreter" if runtime.INTERPRETED else f"compiled for {target.arch}"
     return "\n".join([*lines, f"Kernels: {how}, configurations from {source}"])
-
-
-def render(findings: Sequence[Finding]) -> str:
-    """One line a finding."""
-    lines = []
-    for finding in findings:
-        verdict = "right" if finding.right else "WRONG"
-        figures = f"error {finding.error:.1e}, allowed {finding.allowed:.1e}, {finding.seconds:.1f} s"
-        lines.append(
-            f"  {verdict}  {finding.operation} of {finding.problem}, {finding.backend}: {finding.complaint or figures}"
-        )
-    return "\n".join(lines)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ _INTERPRETED_SPACE = {"BLOCK_K": (16, 32), "BLOCK": (16, 32)}  # launch options 
 _ROWS = 4096  # of a layer whose statistics are timed
 _WORK = 1 << 32  # multiply-adds that a problem should keep a device busy with
 _MOST_MATRICES = 64
+_NOT_LAUNCHED = "is not launched"
 
 Clock = Callable[[Problem], float]
 OnCandidate = Callable[[str], None]
@@ -57,8 +60,8 @@ class BestConfig:
     Attributes:
         slot: what was searched.
         best: the fastest configuration that computes the right result; the present one if none does, or nothing asks for it.
-        seconds: its time; None without one.
-        before: the time of the present configuration; None if it failed.
+        seconds: its time; infinite without one.
+        before: the time of the present configuration; infinite if it failed.
         failed: candidates that did not compile or run.
         wrong: candidates whose result was wrong.
         note: why nothing was searched, if so.
@@ -66,8 +69,8 @@ class BestConfig:
 
     slot: ConfigEntry
     best: Config
-    seconds: float | None = None
-    before: float | None = None
+    seconds: float = math.inf
+    before: float = math.inf
     failed: int = 0
     wrong: int = 0
     note: str = ""
@@ -105,12 +108,10 @@ def every_candidate(present: Config) -> list[Config]:
     return [dict(zip(present, combination, strict=True)) for combination in itertools.product(*choices)]
 
 
-def neighbours(config: Config, present: Config) -> Iterator[Config]:
+def neighbours(config: Config, present: Config) -> list[Config]:
     """Configurations that differ from config in one key, by a value that the space of `present` has."""
-    for key, value in present.items():
-        for other in values_of(key, value):
-            if other != config[key]:
-                yield config | {key: other}
+    choices = [(key, value) for key in present for value in values_of(key, present[key])]
+    return [config | {key: value} for key, value in choices if value != config[key]]
 
 
 def problem_for(kernel: str, side: int, device: torch.device) -> Problem:
@@ -164,48 +165,42 @@ def search(slot: ConfigEntry, problem: Problem, clock: Clock, on_candidate: OnCa
         on_candidate: called with a line on every candidate that was tried.
         exhaustive: all combinations; otherwise one key at a time, from the present configuration, until nothing is faster.
     """
-    with trial(slot.kernel, slot.config) as asked:
-        try:
-            problem.check("triton")
-        except Exception as error:
-            _raise_if_device_is_lost(problem.device, slot.config, error)
-    if slot.kernel not in asked:
-        return BestConfig(slot, slot.config, note=f"a problem of side {slot.side} does not launch it")
+    times: dict[tuple[int, ...], float] = {}
+    remarks: Counter[str] = Counter()
 
-    times: dict[tuple[int, ...], float | None] = {}
-    counts = {"failed": 0, "wrong": 0}
-
-    def time_of(config: Config) -> float | None:
+    def time_of(config: Config) -> float:
         key = tuple(config.values())
         if key not in times:
-            times[key], verdict = _try(slot.kernel, config, problem, clock)
-            counts["failed"] += verdict == "failed"
-            counts["wrong"] += verdict == "wrong"
-            on_candidate(f"{slot.kernel} {config} {verdict}")
+            times[key], remark = _try(slot.kernel, config, problem, clock)
+            remarks[remark] += 1
+            on_candidate(f"{slot.kernel} {config} {remark}")
         return times[key]
 
-    best, fastest = slot.config, time_of(slot.config)
-    before = fastest
-    candidates = iter(every_candidate(slot.config)) if exhaustive else neighbours(best, slot.config)
-    while (candidate := next(candidates, None)) is not None:
-        seconds = time_of(candidate)
-        if seconds is not None and (fastest is None or seconds < fastest):
-            best, fastest = candidate, seconds
-            if not exhaustive:
-                candidates = neighbours(best, slot.config)
-    return BestConfig(slot, best, fastest, before, counts["failed"], counts["wrong"])
+    best, before = slot.config, time_of(slot.config)
+    if remarks[_NOT_LAUNCHED]:
+        return BestConfig(slot, best, note=f"a problem of side {slot.side} does not launch it")
+    if exhaustive:
+        best = min(every_candidate(best), key=time_of)
+    else:
+        while faster := next((c for c in neighbours(best, slot.config) if time_of(c) < time_of(best)), None):
+            best = faster
+    return BestConfig(slot, best, time_of(best), before, remarks["failed"], remarks["wrong"])
 
 
-def _try(kernel: str, config: Config, problem: Problem, clock: Clock) -> tuple[float | None, str]:
-    """Seconds of a configuration, and a remark on it; None for one that fails or computes a wrong result."""
-    with trial(kernel, config):
+def _try(kernel: str, config: Config, problem: Problem, clock: Clock) -> tuple[float, str]:
+    """Seconds of a configuration, infinite without a right result, and a remark."""
+    with trial(kernel, config) as asked:
         try:
             right = problem.is_right(problem.check("triton"))
-            seconds = clock(problem) if right else None
+            if kernel not in asked:
+                return math.inf, _NOT_LAUNCHED
+            if not right:
+                return math.inf, "wrong"
+            seconds = clock(problem)
         except Exception as error:  # out of shared memory, refused by a compiler pass or by ptxas: each has its own type
             _raise_if_device_is_lost(problem.device, config, error)
-            return None, "failed"
-    return (seconds, f"{1e6 * seconds:.0f} us") if seconds is not None else (None, "wrong")
+            return math.inf, "failed"
+    return seconds, f"{1e6 * seconds:.0f} us"
 
 
 def _raise_if_device_is_lost(device: torch.device, config: Config, error: Exception) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
             outcomes.append(_search(slot, device, on_candidate, exhaustive=not arguments.quick))
     print(render(outcomes))
     path = tuning.SHIPPED / f"{target.arch}.json" if arguments.emit else tuning.user_file(target.arch)
-    found = [outcome for outcome in outcomes if outcome.seconds is not None]
+    found = [outcome for outcome in outcomes if outcome.seconds < math.inf]
     if not found:
         print("kfac-triton tune: no configuration computed a right result; nothing is written", file=sys.stderr)
         return 1
@@ -113,10 +114,10 @@ def render(outcomes: Sequence[BestConfig]) -> str:
         rejected = f"{outcome.failed} candidates failed, {outcome.wrong} were wrong"
         if outcome.note:
             found = f"left as it is: {outcome.note}"
-        elif outcome.seconds is None:
+        elif outcome.seconds == math.inf:
             found = f"nothing right found; {rejected}"
         else:
-            before = "failed" if outcome.before is None else f"{1e6 * outcome.before:.0f} us"
+            before = "failed" if outcome.before == math.inf else f"{1e6 * outcome.before:.0f} us"
             found = f"{outcome.best}, {1e6 * outcome.seconds:.0f} us (before: {before}); {rejected}"
         lines.append(f"{slot.kernel}, {sides}, timed at {slot.side}: {found}")
     return "\n".join(lines)
