@@ -78,13 +78,14 @@ def contestants(problem: Problem) -> list[Contestant]:
     obstacle = kernel_obstacle(problem)
     if obstacle is None and runtime.INTERPRETED:
         obstacle = "it would run in the interpreter, whose times mean nothing"
+    resets = isinstance(problem, WarmInverses)  # it starts from its own result
     ours = [
-        Contestant(OURS, lambda: problem.run("triton"), problem.error, problem.prepare, obstacle, problem.resets),
-        Contestant(REFERENCE, lambda: problem.run("torch"), problem.error, problem.prepare, None, problem.resets, tf32=False),
+        Contestant(OURS, lambda: problem.run("triton"), problem.error, problem.prepare, obstacle, resets),
+        Contestant(REFERENCE, lambda: problem.run("torch"), problem.error, problem.prepare, None, resets, tf32=False),
     ]
     prefers_library = operators.OPERATORS[problem.operation].prefers_library
     if prefers_library is not None and prefers_library(problem.device):
-        ours.append(Contestant(LIBRARY, problem.run, problem.error, problem.prepare, None, problem.resets))
+        ours.append(Contestant(LIBRARY, problem.run, problem.error, problem.prepare, None, resets))
     if isinstance(problem, Covariance):
         return ours + list(_covariances(problem))
     if isinstance(problem, Inverses):

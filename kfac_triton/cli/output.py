@@ -32,11 +32,9 @@ def progress(title: str, total: int | None, unit: str, quiet: bool) -> Iterator[
     try:
         from tqdm import tqdm
     except ImportError:
-        quiet = True
-    if quiet:
         yield lambda text: None
         return
-    with tqdm(total=total, desc=title, unit=unit) as bar:
+    with tqdm(total=total, desc=title, unit=unit, disable=quiet) as bar:
 
         def advance(text: str) -> None:
             bar.set_postfix_str(text, refresh=False)

@@ -13,7 +13,7 @@ from kfac_triton import __version__
 from kfac_triton.cli import arguments, main
 from kfac_triton.cli.demo import command as demo
 from kfac_triton.cli.demo.command import choose_targets, closing_sentences, render, round_numbers_between
-from kfac_triton.cli.demo.training import Race, Result
+from kfac_triton.cli.demo.training import Result
 from kfac_triton.cli.output import progress
 
 TINY = ("demo", "--data", "curves", "--steps", "4", "--train", "64", "--batch", "16", "--output", "none")
@@ -186,9 +186,9 @@ def test_the_demo_with_auto(tmp_path, capsys):
 @pytest.mark.parametrize(("steps", "of_kfac"), [(8, 8), (99, 99), (120, 100), (300, 100), (600, 200)])
 def test_a_short_demo_gives_kfac_as_many_steps(steps, of_kfac, monkeypatch, capsys):
     asked = {}
-    monkeypatch.setattr(Race, "run", lambda race, name, steps, on_step: asked.setdefault(name, steps))
+    monkeypatch.setattr(demo, "compete", lambda name, images, batch, seed, steps, on_step: asked.setdefault(name, steps))
     images = SimpleNamespace(train=[], held_out=[])
-    demo._compete(Race(images, 1, 0), SimpleNamespace(steps=steps, auto=True, quiet=True))
+    demo._compete(images, SimpleNamespace(steps=steps, batch=1, seed=0, auto=True, quiet=True))
     assert asked == {"K-FAC": of_kfac, "Adam": steps, "SGD": steps, "K-FAC auto": of_kfac}
     assert capsys.readouterr().out == ""
 

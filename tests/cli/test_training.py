@@ -16,7 +16,7 @@ TOO_LARGE = 1e25  # one step makes weights whose product float32 cannot hold
 def linear_run(lr, seed=0):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    return TrainingRun(model, lambda model: torch.optim.SGD(model.parameters(), lr=lr), IMAGES, 3, seed)
+    return TrainingRun(model, torch.optim.SGD(model.parameters(), lr=lr), IMAGES, 3, seed)
 
 
 def test_each_epoch_shows_every_image_once_in_a_new_order():
@@ -147,8 +147,8 @@ def test_steps_to_target(target, expected):
 
 def test_all_contestants_start_alike(monkeypatch):
     monkeypatch.setattr(training, "build_autoencoder", lambda seed: build_tiny(seed))
-    contest = training.Race(training.Images(IMAGES, IMAGES), batch=3, seed=0)
-    results = [contest.run(name, 8, lambda text: None) for name in training.CONTESTANTS]
+    images = training.Images(IMAGES, IMAGES)
+    results = [training.compete(name, images, batch=3, seed=0, steps=8) for name in training.CONTESTANTS]
     assert len({round(result.run.batch_losses[0], 5) for result in results}) == 1
     assert [len(result.run.batch_losses) for result in results] == [8, 8, 8, 8]
     for result in results:
@@ -161,8 +161,8 @@ def test_the_seed_fixes_the_label_draws_too(monkeypatch):
     losses = {}
     for seed, again in ((0, 0), (0, 1), (1, 0)):
         torch.seed()
-        race = training.Race(training.Images(IMAGES, IMAGES), batch=3, seed=seed)
-        losses[seed, again] = race.run(training.AUTO, 4, lambda text: None).run.batch_losses
+        result = training.compete(training.AUTO, training.Images(IMAGES, IMAGES), batch=3, seed=seed, steps=4)
+        losses[seed, again] = result.run.batch_losses
     assert losses[0, 0] == losses[0, 1] != losses[1, 0]
 
 

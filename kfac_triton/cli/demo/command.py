@@ -15,8 +15,8 @@ from ... import __version__
 from ..arguments import NO_FILE, at_least, picture_file, usable_device, writable_file
 from ..output import progress, table
 from .autoencoder import WIDTHS
-from .digits import HELD_OUT, MissingDataError, load_images
-from .training import AUTO, CONTESTANTS, Race, Result, first_round, steps_to
+from .digits import HELD_OUT, Images, MissingDataError, load_images
+from .training import AUTO, CONTESTANTS, Result, compete, first_round, steps_to
 
 # K-FAC takes a third of the steps of Adam and SGD, but at least so many, or all: the KL clip makes its first steps short.
 _KFAC_STEPS = 100
@@ -54,7 +54,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     except (MissingDataError, ValueError) as error:
         parser.error(f"argument --data: {error}")
 
-    results = _compete(Race(images, arguments.batch, arguments.seed), arguments)
+    results = _compete(images, arguments)
     targets = choose_targets(results)
     print(render(results, targets))
     if arguments.output is not None:
@@ -65,15 +65,17 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         draw(results, images.held_out, title, arguments.output)
         print(f"Picture: {arguments.output}")
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(_as_json(arguments, results, targets), indent=1, allow_nan=False) + "\n")
+        # JSON has no NaN and no infinity: they become null.
+        strict = json.loads(json.dumps(_as_json(arguments, results, targets)), parse_constant=lambda name: None)
+        arguments.json.write_text(json.dumps(strict, indent=1) + "\n")
         print(f"All results: {arguments.json}")
     return 0
 
 
-def _compete(race: Race, arguments: argparse.Namespace) -> list[Result]:
+def _compete(images: Images, arguments: argparse.Namespace) -> list[Result]:
     """Run all contestants one after the other."""
     say = (lambda line: None) if arguments.quiet else partial(print, flush=True)
-    say(f"Autoencoder {'-'.join(map(str, WIDTHS))}, {len(race.images.train)} training images, batch {race.batch}.")
+    say(f"Autoencoder {'-'.join(map(str, WIDTHS))}, {len(images.train)} training images, batch {arguments.batch}.")
     say("Same initial weights and batches for all; seconds are of training steps only.")
     results = []
     for name, contestant in CONTESTANTS.items():
@@ -87,7 +89,7 @@ def _compete(race: Race, arguments: argparse.Namespace) -> list[Result]:
             steps = max(steps // 3, min(steps, _KFAC_STEPS))
             say(f"{name}: fixed settings, {steps} steps.")
         with progress(name, contestant.total_steps(steps), "step", arguments.quiet) as on_step:
-            results.append(race.run(name, steps, on_step))
+            results.append(compete(name, images, arguments.batch, arguments.seed, steps, on_step))
     return results
 
 
@@ -176,7 +178,6 @@ def _number(loss: float) -> str:
 
 
 def _as_json(arguments: argparse.Namespace, results: Sequence[Result], targets: dict[float, str]) -> dict[str, Any]:
-    """All results; losses that are not finite become null."""
     device = arguments.device
     is_cuda = device.type == "cuda"
     return {key: getattr(arguments, key) for key in ("data", "seed", "steps", "train", "batch")} | {
@@ -193,18 +194,15 @@ def _as_json(arguments: argparse.Namespace, results: Sequence[Result], targets: 
 
 
 def _result_as_json(result: Result, targets: dict[float, str]) -> dict[str, Any]:
-    def finite(loss: float) -> float | None:
-        return loss if math.isfinite(loss) else None
-
     run = result.run
     return {
         "settings": result.settings,
-        "learning_rates": [{"lr": lr, "steps": n, "train_loss": finite(loss)} for lr, (n, loss) in result.trials.items()],
+        "learning_rates": [{"lr": lr, "steps": n, "train_loss": loss} for lr, (n, loss) in result.trials.items()],
         "at_edge_of_grid": result.edge,
-        "train_loss": finite(result.train_loss),
-        "held_out_loss": finite(result.held_out_loss),
+        "train_loss": result.train_loss,
+        "held_out_loss": result.held_out_loss,
         "steps_to_target": [steps_to(run.losses, target) for target in targets],
-        "losses": [*map(finite, run.losses)],
-        "batch_losses": [*map(finite, run.batch_losses)],
+        "losses": run.losses,
+        "batch_losses": run.batch_losses,
         "seconds": run.seconds,
     }

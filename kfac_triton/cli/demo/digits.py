@@ -71,11 +71,8 @@ def curve_images(count: int, generator: torch.Generator) -> Tensor:
     points = bernstein @ control  # [count, _STROKE_POINTS, 2]
     axis = torch.arange(SIDE) + 0.5
     centres = torch.cartesian_prod(axis, axis)
-    distances = torch.cat([_distances(centres, chunk) for chunk in points.split(_CHUNK)])
+    # Of every pixel's centre to the nearest of each stroke's points, [count, 784]; without the formula that loses digits.
+    tables = (torch.cdist(centres, chunk, compute_mode="donot_use_mm_for_euclid_dist") for chunk in points.split(_CHUNK))
+    distances = torch.cat([table.amin(dim=2) for table in tables])
     # A pixel fades from 1 to 0 over the one pixel around the stroke's border: an anti-aliased line.
     return (_STROKE_RADIUS + 0.5 - distances).clamp(0, 1)
-
-
-def _distances(centres: Tensor, points: Tensor) -> Tensor:
-    """Distance of every pixel centre to the nearest of each stroke's points, `[strokes, 784]`."""
-    return torch.cdist(centres, points, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=2)

@@ -15,7 +15,6 @@ from ...fisher.distributions import Bernoulli
 from .autoencoder import build_autoencoder, full_loss, reconstruction_loss
 from .digits import Images
 
-MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 Trials = dict[Any, tuple[int, float]]
 
 
@@ -90,9 +89,9 @@ class TrainingRun:
         seconds: Time from the start to the end of each step, training steps only.
     """
 
-    def __init__(self, model: nn.Module, make_optimizer: MakeOptimizer, images: Tensor, batch: int, seed: int):
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, batch: int, seed: int):
         self.model = model
-        self.optimizer = make_optimizer(model)
+        self.optimizer = optimizer
         self.images = images
         self.epoch = len(images) // batch
         self.batch_losses: list[float] = []
@@ -223,37 +222,33 @@ def tune(
     return winner, runs[winner], trials
 
 
-@dataclass(frozen=True)
-class Race:
-    """The same task for every contestant: initial weights, images, their order and what is drawn are fixed by the seed.
+def compete(
+    name: str, images: Images, batch: int, seed: int, steps: int, on_step: Callable[[str], None] = lambda text: None
+) -> Result:
+    """Train one of `CONTESTANTS`, with the best of its learning rates; see `tune`.
 
-    Attributes:
+    Args:
+        name: Of the contestant.
         images: Training and held-out images, on the device to train on.
         batch: Mini-batch size.
-        seed: Fixes the initial weights, the order of the images and the global random state.
+        seed: Fixes the initial weights, the order of the images and the global random state: the same for every contestant.
+        steps: Steps of the winner.
+        on_step: As of `tune`.
     """
+    contestant = CONTESTANTS[name]
 
-    images: Images
-    batch: int
-    seed: int
+    def start(lr: Any) -> TrainingRun:
+        model = build_autoencoder(seed).to(images.train.device)
+        return TrainingRun(model, contestant.make(model, lr=lr, **contestant.settings), images.train, batch, seed)
 
-    def run(self, name: str, steps: int, on_step: Callable[[str], None]) -> Result:
-        """Train one of `CONTESTANTS`, with the best of its learning rates; see `tune`."""
-        contestant = CONTESTANTS[name]
-
-        def start(lr: Any) -> TrainingRun:
-            model = build_autoencoder(self.seed).to(self.images.train.device)
-            make = partial(contestant.make, lr=lr, **contestant.settings)
-            return TrainingRun(model, make, self.images.train, self.batch, self.seed)
-
-        torch.manual_seed(self.seed)  # for the label draws of K-FAC auto
-        # Two steps of a throwaway run, so that no contestant is billed for compiled kernels and thread pools.
-        warm_up = start(contestant.rates[0])
-        warm_up.advance(2)
-        warm_up.close()
-        lr, run, trials = tune(start, contestant.rates, steps, on_step)
-        run.close()
-        return Result(name, {"lr": lr} | contestant.settings, run, trials, run.loss_on(self.images.held_out))
+    torch.manual_seed(seed)  # for the label draws of K-FAC auto
+    # Two steps of a throwaway run, so that no contestant is billed for compiled kernels and thread pools.
+    warm_up = start(contestant.rates[0])
+    warm_up.advance(2)
+    warm_up.close()
+    lr, run, trials = tune(start, contestant.rates, steps, on_step)
+    run.close()
+    return Result(name, {"lr": lr} | contestant.settings, run, trials, run.loss_on(images.held_out))
 
 
 def steps_to(losses: Sequence[float], target: float) -> int | None:

@@ -28,7 +28,6 @@ class Problem(ABC):
     Attributes:
         operation: its name in `ops`.
         allowed: largest error, in the measure of the operation, of a right result.
-        resets: whether a run changes what the next one starts from, so that `prepare` must come before each.
         name: what to print.
         calls: arguments of every call, in the order of the signature, without the backend.
         operands: the same arguments as the implementations of the operation take them.
@@ -37,7 +36,6 @@ class Problem(ABC):
 
     operation: str
     allowed: float
-    resets = False
 
     def __init__(self, name: str, calls: Sequence[tuple[Any, ...]], written: Sequence[tuple[Tensor, Tensor]]) -> None:
         self.name = name
@@ -51,7 +49,7 @@ class Problem(ABC):
         """Error of the present results against float64; infinite or NaN for an invalid result."""
 
     def prepare(self) -> None:
-        """Sets what the calls write to its start."""
+        """Sets what the calls write to its start. A warm inverse must be set back before every run that is to be like the first."""
         for tensor, start in self.written:
             tensor.copy_(start)
 
@@ -143,7 +141,6 @@ class WarmInverses(Inverses):
 
     operation = "factored_newton_refresh"
     tolerance, steps = 0.05, 8
-    resets = True
 
     def start(self, before: Tensor) -> Tensor:
         """T with T^T T the inverse of the damped factors."""

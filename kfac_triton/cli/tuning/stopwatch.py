@@ -57,18 +57,14 @@ def captured(run: Callable[[], object], device: torch.device) -> Callable[[], No
         return None
     with torch.cuda.device(device):
         torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
+        stream = (
+            torch.cuda.Stream()
+        )  # of this device; the stream that torch.cuda.graph makes itself is of the first device used
         with torch.cuda.stream(stream):
             if waits_for_host(run):  # checked first, because a failed capture leaves the allocator in disorder
                 return None
             run()
-        stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            graph.capture_begin()
-            try:
-                run()
-            finally:
-                graph.capture_end()
-        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            run()
     return graph.replay

@@ -7,6 +7,7 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -34,11 +35,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add_device(parser, "cuda, cuda:1, ...")
     parser.add_argument("--kernel", action="append", metavar="NAME", help="tune this kernel alone; may be repeated")
-    parser.add_argument("--largest", type=at_least(16), help="side of the largest matrices to time (default: 1024)")
+    default = _INTERPRETED_LARGEST if runtime.INTERPRETED else _LARGEST
+    largest = "side of the largest matrices to time (default: %(default)s)"
+    parser.add_argument("--largest", type=at_least(16), default=default, help=largest)
     parser.add_argument("--quick", action="store_true", help="change one value at a time instead of trying all combinations")
     parser.add_argument("--emit", action="store_true", help="write the file that the package ships for this architecture")
     parser.add_argument("--quiet", action="store_true", help="print the results alone, without progress")
-    parser.set_defaults(run=lambda arguments: _run(parser, arguments))
+    parser.set_defaults(run=partial(_run, parser))
 
 
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
@@ -55,16 +58,13 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     for name in arguments.kernel or ():
         if name not in names:
             parser.error(f"argument --kernel: {name!r} is not in {base.name}; choose from {', '.join(names)}")
-    largest = arguments.largest or (_INTERPRETED_LARGEST if runtime.INTERPRETED else _LARGEST)
-    wanted = slots(target, arguments.kernel or names, largest)
+    wanted = slots(target, arguments.kernel or names, arguments.largest)
 
     torch.manual_seed(0)
-    outcomes = []
     # How many candidates a quick search tries is not known before.
     total = None if arguments.quick else sum(len(every_candidate(slot.config)) for slot in wanted)
     with progress("tune", total, "candidate", arguments.quiet) as on_candidate:
-        for slot in wanted:
-            outcomes.append(_search(slot, device, on_candidate, exhaustive=not arguments.quick))
+        outcomes = [_search(slot, device, on_candidate, exhaustive=not arguments.quick) for slot in wanted]
     print(render(outcomes))
     path = tuning.SHIPPED / f"{target.arch}.json" if arguments.emit else tuning.user_file(target.arch)
     found = [outcome for outcome in outcomes if outcome.seconds < math.inf]
@@ -79,17 +79,13 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 def median_time(problem: Problem) -> float:
     """Median seconds of the kernel of a problem, from a CUDA graph where one can be made."""
     stopwatch = Stopwatch(problem.device)
-
-    def run() -> None:
-        problem.run("triton")
-
+    run = partial(problem.run, "triton")
     replay = captured(run, problem.device) or run
     problem.prepare()
     first = stopwatch(replay)
     times = []
     for _ in range(max(3, min(_MOST_RUNS, int(_SECONDS_OF_A_CANDIDATE / max(first, 1e-6))))):
-        if problem.resets:
-            problem.prepare()
+        problem.prepare()
         times.append(stopwatch(replay))
     return statistics.median(times)
 
