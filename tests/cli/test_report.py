@@ -277,7 +277,7 @@ def test_sizes() -> None:
 
 def test_pattern_and_last(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "draw", lambda *_: pytest.fail("drew"))
+    monkeypatch.setattr(report, "figure_of", lambda *_: pytest.fail("drew"))
     assert main(["report", str(log), "--layers", "[24]", "--last"]) == 0
     printed = capsys.readouterr().out
     assert re.findall(r"^(\d) ", printed, re.MULTILINE) == ["2", "4"]

@@ -14,15 +14,15 @@ from ...curvature.inverse import ACCEPT
 from ...scalars import Log, is_texts, layer_label, read_log
 from ..arguments import NO_FILE, picture_file
 from ..output import table
-from .picture import as_size, draw, last_memory, layer_names, numbers_of, panels_of, steps_of
+from .picture import as_size, figure_of, last_memory, layer_names, numbers_of, panels_of, steps_of
 
 Layer = Mapping[str, Any]
 
 NEARLY_GRADIENT = 0.99  # cosine from which on a step is that of gradient descent
 _NAMED = 5  # layers that a line above the table names
-# Values whose names begin so make one column: the sum of those in _SUMMED, the largest of the others.
+# Values whose names begin so make one column: the sum of those in _COUNTED, the largest of the others.
 _COLUMNS = ("trace_A", "trace_G", "condition", "pi", "damping_A", "damping_G", "residual", "cosine", "fallbacks", "dropped")
-_SUMMED = ("fallbacks", "dropped")
+_COUNTED = {"dropped": 2, "fallbacks": 3}  # the rank of a count that is not zero, as `signs` has it
 # Said in another form, or left to the picture. A key that is in neither list gets a column of its own.
 _NO_COLUMN = {"size_A", "size_G", "norm_A", "norm_G", "raised_A", "raised_G", "updates", "refreshes"} | {
     *("gradient_norm", "update_norm", "product")
@@ -61,7 +61,8 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         print("Note: the log has nothing to draw over steps; there is no picture.")
     elif arguments.output is not None:
         steps = steps_of(entries)
-        draw(entries, f"{arguments.log.name}, steps {min(steps):g} to {max(steps):g}", arguments.output)
+        title = f"{arguments.log.name}, steps {min(steps):g} to {max(steps):g}"
+        figure_of(entries, title).savefig(arguments.output, format="png", dpi=110)
         print(f"Picture: {arguments.output}")
     return 0
 
@@ -123,15 +124,13 @@ def signs(layer: Layer) -> list[tuple[int, str]]:
     if numbers.get("gradient_norm") == 0:
         found.append((3, "gradient is zero"))
     for key, value in numbers.items():
-        counted = f"{key.replace('_', ' ')}: {value:g}"
-        if key.startswith("residual") and ACCEPT < value < math.inf:
+        kind = key.partition("_")[0]
+        if kind == "residual" and ACCEPT < value < math.inf:
             found.append((1, f"{key} above {ACCEPT:g}"))
-        elif key.startswith("dropped") and value:
-            found.append((2, counted))
-        elif key.startswith("raised") and value:
+        elif kind == "raised" and value:
             found.append((2, f"damping_{key[-1]} raised tenfold, {value:g} times"))
-        elif key.startswith("fallbacks") and value:
-            found.append((3, counted))
+        elif kind in _COUNTED and value:
+            found.append((_COUNTED[kind], f"{key.replace('_', ' ')}: {value:g}"))
     return sorted(found + _strength(numbers), key=lambda sign: sign[0])
 
 
@@ -154,15 +153,14 @@ def _strength(numbers: Mapping[str, float]) -> list[tuple[int, str]]:
 def columns_of(layers: Sequence[Layer]) -> dict[str, list[float | None]]:
     """Title -> the value of each layer, for all columns that some layer has a value for."""
     rows = [numbers_of(layer) for layer in layers]
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    groups = {prefix: [key for key in keys if key.startswith(prefix)] for prefix in _COLUMNS}
-    known = _NO_COLUMN.union(*groups.values())
-    groups |= {key: [key] for key in keys if key not in known}
+    groups: dict[str, list[str]] = {title: [] for title in _COLUMNS}
+    for key in dict.fromkeys(key for row in rows for key in row if key not in _NO_COLUMN):
+        groups.setdefault(next(filter(key.startswith, _COLUMNS), key), []).append(key)
     columns: dict[str, list[float | None]] = {}
-    for title, members in groups.items():
-        if members:
-            values = [[row[key] for key in members if key in row] for row in rows]
-            merge = sum if title in _SUMMED else max
+    for title, keys in groups.items():
+        if keys:
+            merge = sum if title in _COUNTED else max
+            values = [[row[key] for key in keys if key in row] for row in rows]
             columns[title.replace("_", " ") if title in _COLUMNS else title] = [merge(v) if v else None for v in values]
     return columns
 

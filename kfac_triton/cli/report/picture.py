@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, cycle
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +27,6 @@ _WIDE = 20  # largest over smallest value from which on an axis is logarithmic
 _FEW = 40  # entries up to which each is marked: a single one has no line
 
 
-def draw(entries: Sequence[Entry], title: str, path: Path) -> None:
-    """Writes the picture as a PNG; see `figure_of`."""
-    figure_of(entries, title).savefig(path, format="png", dpi=110)
-
-
 def figure_of(entries: Sequence[Entry], title: str) -> Figure:
     """The panels that the log has values for, memory last.
 
@@ -45,8 +39,7 @@ def figure_of(entries: Sequence[Entry], title: str) -> Figure:
 
     panels, memory, layers = panels_of(entries), last_memory(entries), layer_names(entries)
     count = len(panels) + bool(memory)
-    columns = min(2, count)
-    rows = math.ceil(count / columns)
+    rows, columns = math.ceil(count / 2), min(2, count)
     figure = Figure(figsize=(5.6 * columns, 0.8 + 2.5 * rows), layout="constrained")
     figure.suptitle(title, fontsize=12)
     axes = [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
@@ -66,7 +59,7 @@ def figure_of(entries: Sequence[Entry], title: str) -> Figure:
     shown = [name for name in layers if name in handles]
     if shown:
         places = sorted({round(n * (len(shown) - 1) / (NAMED_LAYERS - 1)) for n in range(NAMED_LAYERS)})
-        shown = [shown[place] for place in places] if len(shown) > NAMED_LAYERS else shown
+        shown = [shown[place] for place in places]
         title = "layers" if len(layers) <= NAMED_LAYERS else f"some of {len(layers)} layers"
         style: dict[str, Any] = {"loc": "outside lower center", "ncols": min(5, len(shown)), "frameon": False, "fontsize": 8}
         figure.legend([handles[name] for name in shown], shown, title=title, title_fontsize=8, **style)
@@ -75,17 +68,19 @@ def figure_of(entries: Sequence[Entry], title: str) -> Figure:
 
 def panels_of(entries: Sequence[Entry]) -> dict[str, dict[str, Series]]:
     """Title -> label -> series: what there is to draw over steps, without panels that would be empty."""
-    keys = dict.fromkeys(key for entry in entries for key in entry)
-    rules = [key for key in STEP_RULES if any(as_number(entry.get(key)) is not None for entry in entries)]
+    keys = list(dict.fromkeys(key for entry in entries for key in entry))
     condition = [_over_layers(entry, "condition") for entry in entries]
     residual = [_over_layers(entry, "residual") for entry in entries]
+
+    def series(key: str) -> Series:
+        return [as_number(entry.get(key)) for entry in entries]
 
     def of_layer(name: str, key: str) -> Series:
         return [as_number(entry.get("layers", {}).get(name, {}).get(key)) for entry in entries]
 
     panels: dict[str, dict[str, Series]] = {
-        "loss": {key: [as_number(entry.get(key)) for entry in entries] for key in keys if key.endswith("loss")},
-        ", ".join(rules): {key: [as_number(entry.get(key)) for entry in entries] for key in rules},
+        "loss": {key: series(key) for key in keys if key.endswith("loss")},
+        "": {key: series(key) for key in STEP_RULES},
         "condition": {
             "largest": [max(values, default=None) for values in condition],
             "median over layers": [median(values) if values else None for values in condition],
@@ -94,8 +89,8 @@ def panels_of(entries: Sequence[Entry]) -> dict[str, dict[str, Series]]:
         **{key: {name: of_layer(name, key) for name in layer_names(entries)} for key in PER_LAYER},
     }
     for title, lines in panels.items():
-        panels[title] = {label: series for label, series in lines.items() if any(value is not None for value in series)}
-    return {title: lines for title, lines in panels.items() if lines}
+        panels[title] = {label: values for label, values in lines.items() if any(value is not None for value in values)}
+    return {title or ", ".join(lines): lines for title, lines in panels.items() if lines}
 
 
 def steps_of(entries: Sequence[Entry]) -> list[float]:

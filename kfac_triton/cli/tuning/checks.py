@@ -49,7 +49,7 @@ class Problem(ABC):
         """Error of the present results against float64; infinite or NaN for an invalid result."""
 
     def prepare(self) -> None:
-        """Sets what the calls write to its start. A warm inverse must be set back before every run that is to be like the first."""
+        """Sets what the calls write to its start; without it, a second run of warm inverses begins with the first one's result."""
         for tensor, start in self.written:
             tensor.copy_(start)
 
