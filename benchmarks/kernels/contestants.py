@@ -9,9 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_triton.cli.tuning.checks import ColdInverses, Inverses, Preconditioning, Problem, WarmInverses, damp, kernel_obstacle
-from kfac_triton.cli.tuning.covariance_check import Covariance, RowSource
+from kfac_triton.cli.tuning.checks import (
+    ColdInverses,
+    Covariance,
+    Inverses,
+    Preconditioning,
+    Problem,
+    RowSource,
+    WarmInverses,
+    kernel_obstacle,
+    worst,
+)
 from kfac_triton.kernels import operators, ops, runtime
+from kfac_triton.kernels.certificate import damped
 
 from .shapes import Layer, Model
 
@@ -146,9 +156,9 @@ def _inverses(problem: Inverses) -> Iterator[Contestant]:
 
     def contestant(name: str, invert: Callable[[Tensor], Tensor], obstacle: str | None = None) -> Contestant:
         def run() -> None:
-            results[:] = [invert(damp(f, d)) for f, d in zip(problem.factors, problem.dampings, strict=True)]
+            results[:] = [invert(damped(f, d)) for f, d in zip(problem.factors, problem.dampings, strict=True)]
 
-        return Contestant(name, run, lambda: problem.error_of(results), None, obstacle, graph=False)
+        return Contestant(name, run, lambda: worst(problem.errors_of(results).tolist()), None, obstacle, graph=False)
 
     def one_by_one(invert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda stack: torch.stack([invert(matrix) for matrix in stack])
@@ -161,12 +171,12 @@ def _inverses(problem: Inverses) -> Iterator[Contestant]:
     yield contestant("eigh, loop", one_by_one(_by_eigh), too_long)
 
 
-def _by_cholesky(damped: Tensor) -> Tensor:
-    return torch.cholesky_inverse(torch.linalg.cholesky_ex(damped)[0])
+def _by_cholesky(matrices: Tensor) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(matrices)[0])
 
 
-def _by_eigh(damped: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(damped)
+def _by_eigh(matrices: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrices)
     return (vectors / values.unsqueeze(-2)) @ vectors.mT
 
 

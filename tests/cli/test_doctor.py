@@ -10,8 +10,15 @@ import torch
 from kfac_triton import __version__
 from kfac_triton.cli import main
 from kfac_triton.cli.tuning import doctor
-from kfac_triton.cli.tuning.checks import ColdInverses, Preconditioning, WarmInverses, kernel_obstacle, worst
-from kfac_triton.cli.tuning.covariance_check import Covariance, RowSource
+from kfac_triton.cli.tuning.checks import (
+    ColdInverses,
+    Covariance,
+    Preconditioning,
+    RowSource,
+    WarmInverses,
+    kernel_obstacle,
+    worst,
+)
 from kfac_triton.kernels import operators, ops, runtime
 from kfac_triton.kernels.covariance import launch as covariance_launch
 
@@ -137,6 +144,5 @@ def test_patches_are_those_of_the_operation():
     images = torch.randint(-3, 4, (3, 2, 9, 8)).float()
     rows = RowSource(images, ops.window((3, 2), (2, 1), (1, 0), (1, 2)), ones=True)
     problem = Covariance("conv", [rows], whole=True)
-    assert rows.columns == 2 * 3 * 2 + 1
-    assert rows.matrix(torch.float32).shape == (rows.row_count, rows.columns)
+    assert rows.matrix(torch.float32).shape == (3 * 5 * 6, 2 * 3 * 2 + 1)
     assert problem.check("torch") == problem.check("triton") == 0.0

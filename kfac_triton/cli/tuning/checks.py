@@ -1,7 +1,4 @@
-"""Operations on made-up layers, with their errors against float64: what `doctor`, `tune` and the benchmarks run.
-
-Inverses and preconditioning are here, the statistics in `covariance_check`.
-"""
+"""Operations on made-up layers, with their errors against float64: what `doctor`, `tune` and the benchmarks run."""
 
 from __future__ import annotations
 
@@ -9,12 +6,16 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ...curvature.factor_stack import padded
 from ...kernels import operators, ops, runtime
+from ...kernels.certificate import damped, mirror
+from ...kernels.covariance.window import flatten
 
 EMA_DECAY = 0.95
 DAMPING = 1e-3  # over the Frobenius norm of a factor: a condition number of about a thousand
@@ -49,7 +50,7 @@ class Problem(ABC):
         """Error of the present results against float64; infinite or NaN for an invalid result."""
 
     def prepare(self) -> None:
-        """Sets what the calls write to its start; without it, a second run of warm inverses begins with the first one's result."""
+        """Sets what the calls write to its start: a second run of warm inverses would begin with the result of the first."""
         for tensor, start in self.written:
             tensor.copy_(start)
 
@@ -74,6 +75,72 @@ def kernel_obstacle(problem: Problem) -> str | None:
     can_use = operators.OPERATORS[problem.operation].can_use
     reasons = (can_use(*arguments) for arguments in problem.operands)
     return runtime.obstacle(problem.device) or next(filter(None, reasons), None)
+
+
+class RowSource(NamedTuple):
+    """Where rows of X come from: a matrix, or images and a window; and whether a column of ones follows."""
+
+    source: Tensor
+    window: ops.Window = ops.ROWS
+    ones: bool = False
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """All rows in this type, with their ones."""
+        rows = self.source.to(dtype)
+        if rows.dim() == 4:
+            kernel, stride, padding, dilation = self.window
+            rows = F.unfold(rows, kernel, dilation, padding, stride).movedim(1, 2).flatten(0, 1)
+        return F.pad(rows, (0, 1), value=1.0) if self.ones else rows
+
+
+class Covariance(Problem):
+    """A <- beta A + alpha X^T X; error: largest Frobenius norm of a layer's difference over that of its alpha X^T X.
+
+    Two factors of a product may be cut to TF32 each, or a product of 16-bit rows be rounded to 16 bits: 2^-9 either way, and
+    twice that is allowed. Whole numbers weighted with powers of two allow no error at all.
+    """
+
+    operation = "covariance_ema"
+
+    def __init__(self, name: str, rows: Sequence[RowSource], whole: bool = False) -> None:
+        """The layers; whole: their numbers are small integers."""
+        self.rows = rows
+        self.allowed = 0.0 if whole else 2.0**-8
+        device = rows[0].source.device
+        shapes = [layer._replace(source=layer.source.to("meta")).matrix(torch.float32).shape for layer in rows]
+        weights = [0.25 if whole else (1 - EMA_DECAY) / max(1, count) for count, _ in shapes]
+        self.alpha = torch.tensor(weights, device=device)
+        self.beta = torch.full_like(self.alpha, 0.5 if whole else EMA_DECAY)
+        roots = (torch.randn(side, 4, dtype=torch.float64, device=device) for _, side in shapes)
+        # In float64, where the order of the sums leaves no trace in the float32.
+        self.starts = [(root @ root.T).float() for root in (map(torch.round, roots) if whole else roots)]
+        storage = [start.new_zeros(2 * [padded(len(start))]) for start in self.starts]
+        self.factors = [stored[: len(start), : len(start)] for stored, start in zip(storage, self.starts, strict=True)]
+        sources, windows, ones = zip(*rows, strict=True)
+        before = (storage, list(sources), self.alpha, self.beta, list(ones))
+        super().__init__(name, [(*before, windows, None)], list(zip(self.factors, self.starts, strict=True)))
+        self.operands = [(*before, flatten(windows), None)]
+
+    @functools.cached_property
+    def exact(self) -> list[tuple[Tensor, float]]:
+        """The new factors in float64, and the norms of what was added."""
+        results = []
+        weights = zip(self.alpha.tolist(), self.beta.tolist(), strict=True)
+        for layer, start, (alpha, beta) in zip(self.rows, self.starts, weights, strict=True):
+            rows = layer.matrix(torch.float64)
+            added = alpha * (rows.T @ rows)
+            results.append((added.add(start, alpha=beta), float(torch.linalg.vector_norm(added))))
+        return results
+
+    def error(self) -> float:
+        """Infinite if a factor is not symmetric to the last bit."""
+        is_symmetric = all(torch.equal(factor, factor.T) for factor in self.factors)
+        return self.error_of(self.factors) if is_symmetric else math.inf
+
+    def error_of(self, factors: Iterable[Tensor]) -> float:
+        """The error of somebody else's factors."""
+        pairs = zip(factors, self.exact, strict=True)
+        return worst(float(torch.linalg.vector_norm(factor - exact)) / (norm or 1.0) for factor, (exact, norm) in pairs)
 
 
 class Inverses(Problem):
@@ -107,16 +174,12 @@ class Inverses(Problem):
     @functools.cached_property
     def cholesky_factors(self) -> list[Tensor]:
         """L of every damped factor, in float64."""
-        return [torch.linalg.cholesky(damp(f.double(), d.double())) for f, d in zip(self.factors, self.dampings, strict=True)]
+        return [torch.linalg.cholesky(damped(f.double(), d.double())) for f, d in zip(self.factors, self.dampings, strict=True)]
 
     def errors_of(self, inverses: Iterable[Tensor]) -> Tensor:
         """The error of every inverse of all stacks."""
         products = (lower.mT @ x.double() @ lower for x, lower in zip(inverses, self.cholesky_factors, strict=True))
         return torch.cat([torch.linalg.matrix_norm(torch.eye(p.shape[-1]).to(p) - p) for p in products])
-
-    def error_of(self, inverses: Iterable[Tensor]) -> float:
-        """The error of somebody else's inverses."""
-        return worst(self.errors_of(inverses).tolist())
 
     def certified_error_of(self, inverses: Iterable[Tensor]) -> float:
         """The error, or infinite where it is above its certificate."""
@@ -144,7 +207,7 @@ class WarmInverses(Inverses):
 
     def start(self, before: Tensor) -> Tensor:
         """T with T^T T the inverse of the damped factors."""
-        lower = torch.linalg.cholesky(damp(before, DAMPING * torch.linalg.matrix_norm(before)))
+        lower = torch.linalg.cholesky(damped(before, DAMPING * torch.linalg.matrix_norm(before)))
         return torch.linalg.solve_triangular(lower, torch.eye(before.shape[-1], device=before.device), upper=False)
 
     def error(self) -> float:
@@ -176,7 +239,7 @@ class Preconditioning(Problem):
     def _inverse(self, gradients: Tensor, side: int) -> Tensor:
         root = torch.randn(len(gradients), side, side, device=gradients.device).tril_(-1) / (2 * math.sqrt(side))
         root.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-        return root if self.factored else mirrored(root.mT @ root)
+        return root if self.factored else mirror(root.mT @ root)
 
     @functools.cached_property
     def exact(self) -> list[Tensor]:
@@ -208,17 +271,7 @@ def worst(errors: Iterable[float]) -> float:
     return max((math.inf if math.isnan(error) else error for error in errors), default=0.0)
 
 
-def damp(factors: Tensor, damping: Tensor) -> Tensor:
-    """A + damping I for a stack."""
-    return factors + torch.diag_embed(damping[:, None].expand(-1, factors.shape[-1]))
-
-
 def decaying_factor(side: int, device: torch.device) -> Tensor:
     """Covariance of twice as many rows as columns, with eigenvalues over three decades."""
     rows = torch.randn(2 * side, side, device=device) * torch.logspace(0, -1.5, side, device=device)
-    return mirrored(rows.T @ rows / len(rows))
-
-
-def mirrored(matrices: Tensor) -> Tensor:
-    """The lower triangle and its mirror image: symmetric to the last bit."""
-    return matrices.tril() + matrices.tril(-1).mT
+    return mirror(rows.T @ rows / len(rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,7 @@ from torch import Tensor
 from ... import __version__
 from ...kernels import operators, ops, runtime, tuning
 from ..arguments import add_device
-from .checks import ColdInverses, Preconditioning, Problem, WarmInverses, kernel_obstacle
-from .covariance_check import Covariance, RowSource
+from .checks import ColdInverses, Covariance, Preconditioning, Problem, RowSource, WarmInverses, kernel_obstacle
 
 _HARDWARE_SIDES = (64, 200, 513)  # fused, tiled with a rest, and odd
 _INTERPRETED_SIDES = (16, 72)  # fused and tiled; the interpreter takes seconds for more
@@ -121,18 +121,18 @@ def _run(arguments: argparse.Namespace) -> int:
     device: torch.device = arguments.device
     torch.manual_seed(0)
     print(describe(device))
-    reasons: dict[str, dict[tuple[str, str], list[str]]] = {}
+    reasons: dict[tuple[str, str, str], list[str]] = {}
     findings: list[Finding] = []
     for problem in problems(device):
-        chosen = choice(problem)
-        reasons.setdefault(problem.operation, {}).setdefault(chosen, []).append(problem.name)
-        runs = {"torch": True, "auto": chosen[0] == "library", "triton": kernel_obstacle(problem) is None}
-        findings += [examine(problem, backend) for backend in runs if runs[backend]]
+        backend, reason = choice(problem)
+        reasons.setdefault((problem.operation, backend, reason), []).append(problem.name)
+        runs = {"torch": True, "auto": backend == "library", "triton": kernel_obstacle(problem) is None}
+        findings += [examine(problem, name) for name, is_run in runs.items() if is_run]
     print("\nBackend that 'auto' chooses")
-    for operation, choices in reasons.items():
-        for (backend, reason), names in choices.items():
-            which = f" for {', '.join(names)}" if len(choices) > 1 else ""
-            print(f"  {operation}{which}: {backend} ({reason})")
+    choices = Counter(operation for operation, *_ in reasons)
+    for (operation, backend, reason), names in reasons.items():
+        which = f" for {', '.join(names)}" if choices[operation] > 1 else ""
+        print(f"  {operation}{which}: {backend} ({reason})")
     print("\nErrors against float64")
     print(*findings, sep="\n")
     wrong = [finding for finding in findings if not finding.right]
@@ -147,16 +147,11 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name = f"{properties.name}, {properties.multi_processor_count} multiprocessors, {properties.total_memory >> 30} GiB"
-    lines = [
-        f"kfac_triton {__version__}, torch {torch.__version__}, Triton {runtime.triton.__version__}, "
-        f"Python {platform.python_version()}",
-        f"Device {device}: {name}",
-    ]
-    obstacle = runtime.obstacle(device)
-    if obstacle is not None:
-        return "\n".join([*lines, f"Kernels: none can run; {obstacle}"])
-    target = runtime.target(device)
-    user = tuning.user_file(target.arch)
-    source = f"{user} over {tuning.shipped_file(target).name}" if user.exists() else tuning.shipped_file(target).name
-    how = "in Triton's interpreter" if runtime.INTERPRETED else f"compiled for {target.arch}"
-    return "\n".join([*lines, f"Kernels: {how}, configurations from {source}"])
+    kernels = f"none can run; {runtime.obstacle(device)}"
+    if runtime.obstacle(device) is None:
+        target = runtime.target(device)
+        user, shipped = tuning.user_file(target.arch), tuning.shipped_file(target).name
+        how = "in Triton's interpreter" if runtime.INTERPRETED else f"compiled for {target.arch}"
+        kernels = f"{how}, configurations from {f'{user} over {shipped}' if user.exists() else shipped}"
+    versions = f"torch {torch.__version__}, Triton {runtime.triton.__version__}, Python {platform.python_version()}"
+    return f"kfac_triton {__version__}, {versions}\nDevice {device}: {name}\nKernels: {kernels}"

@@ -20,8 +20,7 @@ import torch
 from ...kernels import ops, runtime, tuning
 from ...kernels.runtime import Target
 from ...kernels.tuning import Config
-from .checks import ColdInverses, Preconditioning, Problem, WarmInverses
-from .covariance_check import Covariance, RowSource
+from .checks import ColdInverses, Covariance, Preconditioning, Problem, RowSource, WarmInverses, kernel_obstacle
 
 # Values that a key of kernels/configs/*.json may take, by the beginning of its name, the longest first. A key without a list
 # here, such as a register limit, stays as it is.
@@ -47,7 +46,6 @@ class ConfigEntry:
     """One entry of a configuration file: a kernel, and the sides that the entry is for."""
 
     kernel: str
-    index: int
     up_to: int | None
     side: int
     config: Config
@@ -75,6 +73,17 @@ class BestConfig:
     wrong: int = 0
     note: str = ""
 
+    def __str__(self) -> str:
+        sides = "any side" if self.slot.up_to is None else f"sides up to {self.slot.up_to}"
+        rejected = f"{self.failed} candidates failed, {self.wrong} were wrong"
+        before = "failed" if self.before == math.inf else f"{1e6 * self.before:.0f} us"
+        found = f"{self.best}, {1e6 * self.seconds:.0f} us (before: {before}); {rejected}"
+        if self.note:
+            found = f"left as it is: {self.note}"
+        elif self.seconds == math.inf:
+            found = f"nothing right found; {rejected}"
+        return f"{self.slot.kernel}, {sides}, timed at {self.slot.side}: {found}"
+
 
 def slots(target: Target, kernels: Sequence[str], largest: int) -> list[ConfigEntry]:
     """The entries of the target's configuration file, each with the side to time it at, the largest that it is for.
@@ -87,11 +96,11 @@ def slots(target: Target, kernels: Sequence[str], largest: int) -> list[ConfigEn
     table, found = tuning.load(tuning.shipped_file(target)), []
     for kernel in kernels:
         bound = 0
-        for index, entry in enumerate(table[kernel]):
+        for entry in table[kernel]:
             side = max(largest, bound + 16) if entry["up_to"] is None else min(entry["up_to"], max(largest, bound + 1))
             bound = entry["up_to"]
             present = {key: value for key, value in entry.items() if key != "up_to"}
-            found.append(ConfigEntry(kernel, index, entry["up_to"], side, present))
+            found.append(ConfigEntry(kernel, entry["up_to"], side, present))
     return found
 
 
@@ -155,16 +164,22 @@ def trial(kernel: str, config: Config) -> Iterator[list[str]]:
         yield asked
 
 
-def search(slot: ConfigEntry, problem: Problem, clock: Clock, on_candidate: OnCandidate, exhaustive: bool) -> BestConfig:
+def search(slot: ConfigEntry, device: torch.device, clock: Clock, on_candidate: OnCandidate, exhaustive: bool) -> BestConfig:
     """Finds the fastest configuration for a slot that computes the right result.
 
     Args:
         slot: what to search.
-        problem: scratch tensors; no training state is ever touched.
+        device: to search on, with scratch tensors: no training state is ever touched.
         clock: seconds of a run of the problem's kernel.
         on_candidate: called with a line on every candidate that was tried.
         exhaustive: all combinations; otherwise one key at a time, from the present configuration, until nothing is faster.
     """
+    try:
+        problem = problem_for(slot.kernel, slot.side, device)
+    except ValueError as error:
+        return BestConfig(slot, slot.config, note=str(error))
+    if (obstacle := kernel_obstacle(problem)) is not None:
+        return BestConfig(slot, slot.config, note=obstacle)
     times: dict[tuple[int, ...], float] = {}
     remarks: Counter[str] = Counter()
 
@@ -198,19 +213,13 @@ def _try(kernel: str, config: Config, problem: Problem, clock: Clock) -> tuple[f
                 return math.inf, "wrong"
             seconds = clock(problem)
         except Exception as error:  # out of shared memory, refused by a compiler pass or by ptxas: each has its own type
-            _raise_if_device_is_lost(problem.device, config, error)
+            try:
+                if problem.device.type == "cuda":
+                    torch.cuda.synchronize(problem.device)
+            except RuntimeError:  # after an illegal access every later launch fails
+                raise RuntimeError(f"the device stopped working at configuration {config}; start again without it") from error
             return math.inf, "failed"
     return seconds, f"{1e6 * seconds:.0f} us"
-
-
-def _raise_if_device_is_lost(device: torch.device, config: Config, error: Exception) -> None:
-    """Stops the search after an illegal access, which makes every later launch fail."""
-    if device.type != "cuda":
-        return
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        raise RuntimeError(f"the device stopped working at configuration {config}; start again without it") from error
 
 
 def write(path: Path, base: Path, outcomes: Sequence[BestConfig], whole: bool) -> None:
@@ -222,12 +231,12 @@ def write(path: Path, base: Path, outcomes: Sequence[BestConfig], whole: bool) -
         outcomes: what was found.
         whole: whether the file has to have every kernel, as a shipped one has, and not only those searched.
     """
-    table = {kernel: [dict(entry) for entry in entries] for kernel, entries in tuning.load(base).items()}
+    table = tuning.load(base)
+    best = {(outcome.slot.kernel, outcome.slot.up_to): outcome.best for outcome in outcomes}
     present = json.loads(path.read_text()) if path.exists() else {}
-    searched = {outcome.slot.kernel for outcome in outcomes}
-    merged = (table if whole else {}) | present | {kernel: table[kernel] for kernel in searched}
-    for outcome in outcomes:
-        merged[outcome.slot.kernel][outcome.slot.index] = {"up_to": outcome.slot.up_to} | outcome.best
+    merged = (table if whole else {}) | present
+    for kernel, _ in best:
+        merged[kernel] = [entry | best.get((kernel, entry["up_to"]), {}) for entry in table[kernel]]
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (
         f"  {json.dumps(kernel)}: [\n" + ",\n".join(f"    {json.dumps(entry)}" for entry in entries) + "\n  ]"

@@ -6,7 +6,6 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -14,8 +13,8 @@ import torch
 from ...kernels import runtime, tuning
 from ..arguments import add_device, at_least
 from ..output import progress
-from .checks import Problem, kernel_obstacle
-from .search import BestConfig, ConfigEntry, OnCandidate, every_candidate, problem_for, search, slots, write
+from .checks import Problem
+from .search import every_candidate, search, slots, write
 from .stopwatch import Stopwatch, captured
 
 NO_KERNEL = 2  # exit status
@@ -64,8 +63,8 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     # How many candidates a quick search tries is not known before.
     total = None if arguments.quick else sum(len(every_candidate(slot.config)) for slot in wanted)
     with progress("tune", total, "candidate", arguments.quiet) as on_candidate:
-        outcomes = [_search(slot, device, on_candidate, exhaustive=not arguments.quick) for slot in wanted]
-    print(render(outcomes))
+        outcomes = [search(slot, device, median_time, on_candidate, exhaustive=not arguments.quick) for slot in wanted]
+    print(*outcomes, sep="\n")
     path = tuning.SHIPPED / f"{target.arch}.json" if arguments.emit else tuning.user_file(target.arch)
     found = [outcome for outcome in outcomes if outcome.seconds < math.inf]
     if not found:
@@ -88,32 +87,3 @@ def median_time(problem: Problem) -> float:
         problem.prepare()
         times.append(stopwatch(replay))
     return statistics.median(times)
-
-
-def _search(slot: ConfigEntry, device: torch.device, on_candidate: OnCandidate, exhaustive: bool) -> BestConfig:
-    try:
-        problem = problem_for(slot.kernel, slot.side, device)
-    except ValueError as error:
-        return BestConfig(slot, slot.config, note=str(error))
-    obstacle = kernel_obstacle(problem)
-    if obstacle is not None:
-        return BestConfig(slot, slot.config, note=obstacle)
-    return search(slot, problem, median_time, on_candidate, exhaustive)
-
-
-def render(outcomes: Sequence[BestConfig]) -> str:
-    """One line per entry."""
-    lines = []
-    for outcome in outcomes:
-        slot = outcome.slot
-        sides = "any side" if slot.up_to is None else f"sides up to {slot.up_to}"
-        rejected = f"{outcome.failed} candidates failed, {outcome.wrong} were wrong"
-        if outcome.note:
-            found = f"left as it is: {outcome.note}"
-        elif outcome.seconds == math.inf:
-            found = f"nothing right found; {rejected}"
-        else:
-            before = "failed" if outcome.before == math.inf else f"{1e6 * outcome.before:.0f} us"
-            found = f"{outcome.best}, {1e6 * outcome.seconds:.0f} us (before: {before}); {rejected}"
-        lines.append(f"{slot.kernel}, {sides}, timed at {slot.side}: {found}")
-    return "\n".join(lines)
