@@ -1,17 +1,19 @@
 """The command line, `kfac-triton` and `python -m kfac_triton`.
 
-A new command is a module with `add_parser(subparsers)`, listed in `main`; its parser names the function to run with
-`set_defaults(run=...)`.
+A new command is a module, listed in `COMMANDS`, with `HELP` and `DESCRIPTION`, `add_arguments(parser)`, and
+`run(parser, arguments)`, which returns the exit status.
 """
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 
 from .. import __version__
-from .demo.command import add_parser as add_demo
-from .report.command import add_parser as add_report
-from .tuning.doctor import add_parser as add_doctor
-from .tuning.tune import add_parser as add_tune
+from .demo import command as demo_command
+from .report import command as report_command
+from .tuning import doctor, tune
+
+COMMANDS = {"demo": demo_command, "report": report_command, "tune": tune, "doctor": doctor}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,8 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kfac-triton", description="K-FAC optimizer for PyTorch.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True)
-    for add_parser in (add_demo, add_report, add_tune, add_doctor):
-        add_parser(subparsers)
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.HELP, description=command.DESCRIPTION)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=partial(command.run, subparser))
     arguments = parser.parse_args(argv)
-    status: int = arguments.run(arguments)
-    return status
+    return int(arguments.run(arguments))

@@ -18,19 +18,18 @@ from .autoencoder import WIDTHS
 from .digits import HELD_OUT, Images, MissingDataError, load_images
 from .training import AUTO, CONTESTANTS, Result, compete, first_round, steps_to
 
+HELP = "train a deep autoencoder with K-FAC, Adam and SGD and compare them"
+DESCRIPTION = (
+    "Train the 784-1000-500-250-30-250-500-1000-784 autoencoder with K-FAC (fixed settings), Adam and "
+    "SGD (tuned learning rates) from the same weights on the same batches, and compare them."
+)
 # K-FAC takes a third of the steps of Adam and SGD, but at least so many, or all: the KL clip makes its first steps short.
 _KFAC_STEPS = 100
 _WIDTH = 100
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the subcommand `demo`."""
-    parser = subparsers.add_parser(
-        "demo",
-        help="train a deep autoencoder with K-FAC, Adam and SGD and compare them",
-        description="Train the 784-1000-500-250-30-250-500-1000-784 autoencoder with K-FAC (fixed settings), Adam and "
-        "SGD (tuned learning rates) from the same weights on the same batches, and compare them.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `demo`."""
     shown = "(default: %(default)s)"
     kfac_steps = f"steps of Adam and SGD; K-FAC takes a third, or up to {_KFAC_STEPS} if that is more {shown}"
     parser.add_argument("--data", choices=("mnist", "curves"), default="mnist", help=f"digits, or drawn curves {shown}")
@@ -43,14 +42,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--output", type=picture_file, default="demo.png", help=f"picture, or {NO_FILE!r} {shown}")
     parser.add_argument("--json", type=writable_file(".json"), help="also write all results to this file")
     parser.add_argument("--quiet", action="store_true", help="print the results alone, without progress")
-    parser.set_defaults(run=partial(_run, parser))
 
 
-def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
     if arguments.batch > arguments.train:
         parser.error(f"argument --batch: {arguments.batch} is more than --train {arguments.train}; lower it")
     try:
-        images = load_images(arguments.data, arguments.train, arguments.seed).to(arguments.device)
+        images = load_images(arguments.data, arguments.train, arguments.seed, arguments.device)
     except (MissingDataError, ValueError) as error:
         parser.error(f"argument --data: {error}")
 
@@ -95,8 +94,8 @@ def _compete(images: Images, arguments: argparse.Namespace) -> list[Result]:
 
 def choose_targets(results: Sequence[Result]) -> dict[float, str]:
     """Target losses, lowest first, with their names: the final training losses of Adam and SGD, and round ones between."""
-    finals = {result.run.losses[-1]: f"{result.name}'s final" for result in results if result.is_tuned}
-    finals = {loss: name for loss, name in finals.items() if math.isfinite(loss)}
+    ends = {result.run.losses[-1]: f"{result.name}'s final" for result in results if result.is_tuned}
+    finals = {loss: name for loss, name in ends.items() if math.isfinite(loss)}
     between = round_numbers_between(min(finals), max(finals)) if finals else []
     return dict(sorted((finals | dict.fromkeys(between, "")).items()))
 

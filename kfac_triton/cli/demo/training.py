@@ -45,6 +45,11 @@ class Contestant:
         return len(self.rates) * first_round(steps) + len(self.rates[:2]) * (steps - first_round(steps))
 
 
+def of_parameters(make: Callable[..., torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """The same optimizer made of a model, as K-FAC is."""
+    return lambda model, **settings: make(model.parameters(), **settings)
+
+
 AUTO = "K-FAC auto"
 CONTESTANTS = {
     # K-FAC's settings are the same for every seed and data set; they were chosen once, on digits with seed 0. Fresh curvature
@@ -55,20 +60,10 @@ CONTESTANTS = {
         (1.0,),
         {"momentum": 0.9, "damping": 3.0, "kl_clip": 4.0, "ema_decay": 0.5, "statistics_every": 1, "inverse_every": 1},
     ),
-    "Adam": Contestant(
-        lambda model, **settings: torch.optim.Adam(model.parameters(), **settings), (3e-4, 1e-3, 3e-3, 1e-2), {}
-    ),
-    "SGD": Contestant(
-        lambda model, **settings: torch.optim.SGD(model.parameters(), nesterov=True, **settings),
-        (1e-4, 3e-4, 1e-3, 3e-3),
-        {"momentum": 0.9},
-    ),
+    "Adam": Contestant(of_parameters(torch.optim.Adam), (3e-4, 1e-3, 3e-3, 1e-2), {}),
+    "SGD": Contestant(of_parameters(partial(torch.optim.SGD, nesterov=True)), (1e-4, 3e-4, 1e-3, 3e-3), {"momentum": 0.9}),
     # Damping adapts from this value; the Fisher is the model's own, with one label draw.
-    AUTO: Contestant(
-        lambda model, **settings: KFAC(model, fisher="mc", loss=Reconstruction(), **settings),
-        ("auto",),
-        {"damping": 3.0, "ema_decay": 0.5},
-    ),
+    AUTO: Contestant(partial(KFAC, fisher="mc", loss=Reconstruction()), ("auto",), {"damping": 3.0, "ema_decay": 0.5}),
 }
 
 

@@ -6,7 +6,6 @@ import argparse
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,11 @@ from ..arguments import NO_FILE, picture_file
 from ..output import table
 from .picture import as_size, figure_of, last_memory, layer_names, numbers_of, panels_of, steps_of
 
+HELP = "show what a log of diagnostics says: a table of the last entry, a picture of the run"
+DESCRIPTION = (
+    "Read a log that kfac_triton.scalars.append_log wrote, print its last entry, the layers with the worst "
+    "signs first, and draw how loss, damping, condition, certificates and steps went."
+)
 Layer = Mapping[str, Any]
 
 NEARLY_GRADIENT = 0.99  # cosine from which on a step is that of gradient descent
@@ -29,14 +33,8 @@ _NO_COLUMN = {"size_A", "size_G", "norm_A", "norm_G", "raised_A", "raised_G", "u
 }
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand `report`."""
-    parser = subparsers.add_parser(
-        "report",
-        help="show what a log of diagnostics says: a table of the last entry, a picture of the run",
-        description="Read a log that kfac_triton.scalars.append_log wrote, print its last entry, the layers with the worst "
-        "signs first, and draw how loss, damping, condition, certificates and steps went.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `report`."""
     parser.add_argument("log", metavar="LOG", type=Path, help="file of JSON lines")
     output = f"picture, or {NO_FILE!r} (default: %(default)s)"
     picture = parser.add_mutually_exclusive_group()
@@ -44,10 +42,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     no_picture = "print the table alone, draw nothing"
     picture.add_argument("--last", dest="output", action="store_const", const=None, help=no_picture)
     parser.add_argument("--layers", metavar="PATTERN", default="*", help="only layers of such names, for example 'encoder.*'")
-    parser.set_defaults(run=partial(_run, parser))
 
 
-def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
     log = _read(parser, arguments.log)
     entries = select_layers(log.entries, arguments.layers)
     if not layer_names(entries):

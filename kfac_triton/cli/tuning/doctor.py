@@ -17,20 +17,18 @@ from ...kernels import operators, ops, runtime, tuning
 from ..arguments import add_device
 from .checks import ColdInverses, Covariance, Preconditioning, Problem, RowSource, WarmInverses, kernel_obstacle
 
+HELP = "say which backend serves each operation, and check every kernel"
+DESCRIPTION = (
+    "Print the device, the versions and the backend that serves each operation with the reason, and check "
+    "every kernel, and what stands in for it, against float64. Exit status 1 if a result is wrong."
+)
 _HARDWARE_SIDES = (64, 200, 513)  # fused, tiled with a rest, and odd
 _INTERPRETED_SIDES = (16, 72)  # fused and tiled; the interpreter takes seconds for more
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand `doctor`."""
-    parser = subparsers.add_parser(
-        "doctor",
-        help="say which backend serves each operation, and check every kernel",
-        description="Print the device, the versions and the backend that serves each operation with the reason, and check "
-        "every kernel, and what stands in for it, against float64. Exit status 1 if a result is wrong.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `doctor`."""
     add_device(parser, "cpu, cuda, cuda:1, ...")
-    parser.set_defaults(run=_run)
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,8 @@ def choice(problem: Problem) -> tuple[str, str]:
     return "triton", f"compiled for {runtime.target(problem.device).arch}"
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
     device: torch.device = arguments.device
     torch.manual_seed(0)
     print(describe(device))

@@ -17,6 +17,11 @@ from .checks import Problem
 from .search import every_candidate, search, slots, write
 from .stopwatch import Stopwatch, captured
 
+HELP = "find the fastest tile configurations for this device"
+DESCRIPTION = (
+    "Time tile configurations of the kernels on scratch tensors, each after a check of its result against "
+    "float64, and write the fastest to the user's configuration file, which wins over the shipped one."
+)
 NO_KERNEL = 2  # exit status
 _LARGEST = 1024
 _INTERPRETED_LARGEST = 72
@@ -24,14 +29,8 @@ _SECONDS_OF_A_CANDIDATE = 0.2
 _MOST_RUNS = 30
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand `tune`."""
-    parser = subparsers.add_parser(
-        "tune",
-        help="find the fastest tile configurations for this device",
-        description="Time tile configurations of the kernels on scratch tensors, each after a check of its result against "
-        "float64, and write the fastest to the user's configuration file, which wins over the shipped one.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `tune`."""
     add_device(parser, "cuda, cuda:1, ...")
     parser.add_argument("--kernel", action="append", metavar="NAME", help="tune this kernel alone; may be repeated")
     default = _INTERPRETED_LARGEST if runtime.INTERPRETED else _LARGEST
@@ -40,10 +39,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--quick", action="store_true", help="change one value at a time instead of trying all combinations")
     parser.add_argument("--emit", action="store_true", help="write the file that the package ships for this architecture")
     parser.add_argument("--quiet", action="store_true", help="print the results alone, without progress")
-    parser.set_defaults(run=partial(_run, parser))
 
 
-def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
     device: torch.device = arguments.device
     obstacle = runtime.obstacle(device)
     if obstacle is not None:
