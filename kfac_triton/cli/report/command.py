@@ -20,7 +20,6 @@ DESCRIPTION = (
     "Read a log that kfac_triton.scalars.append_log wrote, print its last entry, the layers with the worst "
     "signs first, and draw how loss, damping, condition, certificates and steps went."
 )
-Layer = Mapping[str, Any]
 
 NEARLY_GRADIENT = 0.99  # cosine from which on a step is that of gradient descent
 _NAMED = 5  # layers that a line above the table names
@@ -39,8 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = f"picture, or {NO_FILE!r} (default: %(default)s)"
     picture = parser.add_mutually_exclusive_group()
     picture.add_argument("--output", type=picture_file, default="report.png", help=output)
-    no_picture = "print the table alone, draw nothing"
-    picture.add_argument("--last", dest="output", action="store_const", const=None, help=no_picture)
+    picture.add_argument("--last", dest="output", action="store_const", const=None, help="print the table alone, draw nothing")
     parser.add_argument("--layers", metavar="PATTERN", default="*", help="only layers of such names, for example 'encoder.*'")
 
 
@@ -58,9 +56,7 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     if arguments.output is not None and not (panels_of(entries) or last_memory(entries)):
         print("Note: the log has nothing to draw over steps; there is no picture.")
     elif arguments.output is not None:
-        steps = steps_of(entries)
-        title = f"{arguments.log.name}, steps {min(steps):g} to {max(steps):g}"
-        figure_of(entries, title).savefig(arguments.output, format="png", dpi=110)
+        figure_of(entries, arguments.log.name).savefig(arguments.output, format="png", dpi=110)
         print(f"Picture: {arguments.output}")
     return 0
 
@@ -110,7 +106,7 @@ def render(entries: Sequence[Mapping[str, Any]], name: str) -> str:
     return "\n".join([*filter(None, head), "", table([("layer", *columns), *cells]), "", verdict, *flagged])
 
 
-def signs(layer: Layer) -> list[tuple[int, str]]:
+def signs(layer: Mapping[str, Any]) -> list[tuple[int, str]]:
     """What is wrong with a layer, as far as its numbers tell: (rank, words), the worst of rank 0 first."""
     numbers = numbers_of(layer)
     if numbers.get("updates") == 0:
@@ -148,7 +144,7 @@ def _strength(numbers: Mapping[str, float]) -> list[tuple[int, str]]:
     return found
 
 
-def columns_of(layers: Sequence[Layer]) -> dict[str, list[float | None]]:
+def columns_of(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
     """Title -> the value of each layer, for all columns that some layer has a value for."""
     rows = [numbers_of(layer) for layer in layers]
     groups: dict[str, list[str]] = {title: [] for title in _COLUMNS}

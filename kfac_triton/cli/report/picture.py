@@ -27,12 +27,12 @@ _WIDE = 20  # largest over smallest value from which on an axis is logarithmic
 _FEW = 40  # entries up to which each is marked: a single one has no line
 
 
-def figure_of(entries: Sequence[Entry], title: str) -> Figure:
+def figure_of(entries: Sequence[Entry], name: str) -> Figure:
     """The panels that the log has values for, memory last.
 
     Args:
         entries: of the log, in its order, with the layers to show.
-        title: line on top.
+        name: of the log, for the line on top.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -41,14 +41,15 @@ def figure_of(entries: Sequence[Entry], title: str) -> Figure:
     count = len(panels) + bool(memory)
     rows, columns = math.ceil(count / 2), min(2, count)
     figure = Figure(figsize=(5.6 * columns, 0.8 + 2.5 * rows), layout="constrained")
-    figure.suptitle(title, fontsize=12)
+    steps = steps_of(entries)
+    figure.suptitle(f"{name}, steps {min(steps):g} to {max(steps):g}", fontsize=12)
     axes = [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
     # The upper end of this color map is too pale on white.
     depth = {name: colormaps["viridis"](0.85 * number / max(1, len(layers) - 1)) for number, name in enumerate(layers)}
     handles: dict[str, Any] = {}
     for axis, (panel, lines) in zip(axes, panels.items(), strict=False):
         colors = depth if panel in PER_LAYER else dict(zip(lines, cycle(COLORS), strict=False))
-        _draw_panel(axis, panel, steps_of(entries), lines, colors)
+        _draw_panel(axis, panel, steps, lines, colors)
         if panel in PER_LAYER:
             handles |= {str(line.get_label()): line for line in axis.get_lines()}
         else:
@@ -70,13 +71,11 @@ def panels_of(entries: Sequence[Entry]) -> dict[str, dict[str, Series]]:
     """Title -> label -> series: what there is to draw over steps, without panels that would be empty."""
     keys = list(dict.fromkeys(key for entry in entries for key in entry))
     condition = [_over_layers(entry, "condition") for entry in entries]
-    residual = [_over_layers(entry, "residual") for entry in entries]
 
-    def series(key: str) -> Series:
-        return [as_number(entry.get(key)) for entry in entries]
+    layers = {name: [entry.get("layers", {}).get(name, {}) for entry in entries] for name in layer_names(entries)}
 
-    def of_layer(name: str, key: str) -> Series:
-        return [as_number(entry.get("layers", {}).get(name, {}).get(key)) for entry in entries]
+    def series(key: str, places: Sequence[Mapping[str, Any]] = entries) -> Series:
+        return [as_number(place.get(key)) for place in places]
 
     panels: dict[str, dict[str, Series]] = {
         "loss": {key: series(key) for key in keys if key.endswith("loss")},
@@ -85,8 +84,8 @@ def panels_of(entries: Sequence[Entry]) -> dict[str, dict[str, Series]]:
             "largest": [max(values, default=None) for values in condition],
             "median over layers": [median(values) if values else None for values in condition],
         },
-        "residual": {"largest": [max(values, default=None) for values in residual]},
-        **{key: {name: of_layer(name, key) for name in layer_names(entries)} for key in PER_LAYER},
+        "residual": {"largest": [max(_over_layers(entry, "residual"), default=None) for entry in entries]},
+        **{key: {name: series(key, places) for name, places in layers.items()} for key in PER_LAYER},
     }
     for title, lines in panels.items():
         panels[title] = {label: values for label, values in lines.items() if any(value is not None for value in values)}

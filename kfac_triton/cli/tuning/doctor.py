@@ -107,8 +107,7 @@ def choice(problem: Problem) -> tuple[str, str]:
     """The backend that `auto` chooses, and why."""
     if operators.OPERATORS[problem.operation].prefers_library(problem.device):
         return "library", "its TF32 products were faster wherever that was measured"
-    obstacle = kernel_obstacle(problem)
-    if obstacle is not None:
+    if (obstacle := kernel_obstacle(problem)) is not None:
         return "torch", obstacle
     if problem.device.type != "cuda":
         return "torch", "the interpreter is for checks: backend='triton' asks for it"
@@ -117,12 +116,11 @@ def choice(problem: Problem) -> tuple[str, str]:
 
 def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
-    device: torch.device = arguments.device
     torch.manual_seed(0)
-    print(describe(device))
+    print(describe(arguments.device))
     reasons: dict[tuple[str, str, str], list[str]] = {}
     findings: list[Finding] = []
-    for problem in problems(device):
+    for problem in problems(arguments.device):
         backend, reason = choice(problem)
         reasons.setdefault((problem.operation, backend, reason), []).append(problem.name)
         runs = {"torch": True, "auto": backend == "library", "triton": kernel_obstacle(problem) is None}

@@ -44,8 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
     device: torch.device = arguments.device
-    obstacle = runtime.obstacle(device)
-    if obstacle is not None:
+    if (obstacle := runtime.obstacle(device)) is not None:
         print(f"kfac-triton tune: no kernel can run on {device}: {obstacle}", file=sys.stderr)
         return NO_KERNEL
     target = runtime.target(device)
@@ -79,10 +78,10 @@ def median_time(problem: Problem) -> float:
     stopwatch = Stopwatch(problem.device)
     run = partial(problem.run, "triton")
     replay = captured(run, problem.device) or run
-    problem.prepare()
-    first = stopwatch(replay)
-    times = []
-    for _ in range(max(3, min(_MOST_RUNS, int(_SECONDS_OF_A_CANDIDATE / max(first, 1e-6))))):
+
+    def time_once() -> float:
         problem.prepare()
-        times.append(stopwatch(replay))
-    return statistics.median(times)
+        return stopwatch(replay)
+
+    count = max(3, min(_MOST_RUNS, int(_SECONDS_OF_A_CANDIDATE / max(time_once(), 1e-6))))
+    return statistics.median(time_once() for _ in range(count))
