@@ -1,4 +1,4 @@
-"""Operations on made-up layers, with their errors against float64: what `doctor`, `tune` and the benchmarks run."""
+"""Operations on random layers, with their errors against float64: what `doctor`, `tune` and the benchmarks run."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Problem(ABC):
         allowed: largest error, in the measure of the operation, of a right result.
         name: what to print.
         calls: arguments of every call, in the order of the signature, without the backend.
-        operands: the same arguments as the implementations of the operation take them.
-        written: every tensor that the calls write, with its values before the first run.
+        operands: the same arguments in the form that the implementations of the operation take.
+        written: every tensor that the calls write, with its values before a run.
     """
 
     operation: str
@@ -41,7 +41,7 @@ class Problem(ABC):
     def __init__(self, name: str, calls: Sequence[tuple[Any, ...]], written: Sequence[tuple[Tensor, Tensor]]) -> None:
         self.name = name
         self.calls = self.operands = calls
-        self.written = written
+        self.written = [(tensor, start.to(tensor.device)) for tensor, start in written]
         self.device = written[0][0].device
         self.prepare()
 
@@ -50,12 +50,12 @@ class Problem(ABC):
         """Error of the present results against float64; infinite or NaN for an invalid result."""
 
     def prepare(self) -> None:
-        """Sets what the calls write to its start: a second run of warm inverses would begin with the result of the first."""
+        """Resets what the calls write. Otherwise a second run of warm inverses would start from the result of the first."""
         for tensor, start in self.written:
             tensor.copy_(start)
 
     def run(self, backend: str = "auto") -> None:
-        """All calls."""
+        """Makes all calls."""
         for arguments in self.calls:
             getattr(ops, self.operation)(*arguments, backend=backend)
 
@@ -117,9 +117,9 @@ class Covariance(Problem):
         storage = [start.new_zeros(2 * [padded(len(start))]) for start in self.starts]
         self.factors = [stored[: len(start), : len(start)] for stored, start in zip(storage, self.starts, strict=True)]
         sources, windows, ones = zip(*rows, strict=True)
-        before = (storage, list(sources), self.alpha, self.beta, list(ones))
-        super().__init__(name, [(*before, windows, None)], list(zip(self.factors, self.starts, strict=True)))
-        self.operands = [(*before, flatten(windows), None)]
+        arguments = (storage, list(sources), self.alpha, self.beta, list(ones))
+        super().__init__(name, [(*arguments, windows, None)], list(zip(self.factors, self.starts, strict=True)))
+        self.operands = [(*arguments, flatten(windows), None)]
 
     @functools.cached_property
     def exact(self) -> list[tuple[Tensor, float]]:
@@ -138,7 +138,7 @@ class Covariance(Problem):
         return self.error_of(self.factors) if is_symmetric else math.inf
 
     def error_of(self, factors: Iterable[Tensor]) -> float:
-        """The error of somebody else's factors."""
+        """The error of factors that were computed in any way."""
         pairs = zip(factors, self.exact, strict=True)
         return worst(float(torch.linalg.vector_norm(factor - exact)) / (norm or 1.0) for factor, (exact, norm) in pairs)
 
@@ -179,7 +179,7 @@ class Inverses(Problem):
     def errors_of(self, inverses: Iterable[Tensor]) -> Tensor:
         """The error of every inverse of all stacks."""
         products = (lower.mT @ x.double() @ lower for x, lower in zip(inverses, self.cholesky_factors, strict=True))
-        return torch.cat([torch.linalg.matrix_norm(torch.eye(p.shape[-1]).to(p) - p) for p in products])
+        return torch.cat([torch.linalg.matrix_norm(damped(p, -p.new_ones(len(p)))) for p in products])  # of p - I
 
     def certified_error_of(self, inverses: Iterable[Tensor]) -> float:
         """The error, or infinite where it is above its certificate."""
@@ -255,7 +255,7 @@ class Preconditioning(Problem):
         return self.error_of(self.updates, self.products)
 
     def error_of(self, updates: Sequence[Tensor], products: Sequence[Tensor]) -> float:
-        """The error of somebody else's updates and products."""
+        """The error of updates and products that were computed in any way."""
         pairs = zip(self.exact, self.gradients, strict=True)
         exact_products = [torch.linalg.vecdot(v.flatten(1), w.double().flatten(1)) for v, w in pairs]
         return worst([*map(relative_error, updates, self.exact), *map(relative_error, products, exact_products)])

@@ -37,7 +37,7 @@ class Finding:
 
     Attributes:
         problem: what was computed.
-        backend: of `ops`.
+        backend: "torch", "triton" or "auto".
         error: against float64; infinite for no result at all.
         seconds: that it took, compilation included.
         complaint: the exception that it ended with, if it did.
@@ -99,8 +99,7 @@ def examine(problem: Problem, backend: str) -> Finding:
         error, complaint = problem.check(backend), ""
     except Exception as exception:  # a compiler fails in many ways, and each is a finding
         error, complaint = float("inf"), f"{type(exception).__name__}: {str(exception).strip().partition(chr(10))[0]}"
-    seconds = time.perf_counter() - start
-    return Finding(problem, backend, error, seconds, complaint)
+    return Finding(problem, backend, error, time.perf_counter() - start, complaint)
 
 
 def choice(problem: Problem) -> tuple[str, str]:
@@ -144,8 +143,9 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name = f"{properties.name}, {properties.multi_processor_count} multiprocessors, {properties.total_memory >> 30} GiB"
-    kernels = f"none can run; {runtime.obstacle(device)}"
-    if runtime.obstacle(device) is None:
+    obstacle = runtime.obstacle(device)
+    kernels = f"none can run; {obstacle}"
+    if obstacle is None:
         target = runtime.target(device)
         user, shipped = tuning.user_file(target.arch), tuning.shipped_file(target).name
         how = "in Triton's interpreter" if runtime.INTERPRETED else f"compiled for {target.arch}"

@@ -53,10 +53,10 @@ class ConfigEntry:
 
 @dataclass(frozen=True)
 class BestConfig:
-    """What the search found for a slot.
+    """What the search found for an entry.
 
     Attributes:
-        slot: what was searched.
+        slot: the entry.
         best: the fastest configuration that computes the right result; the present one if none does, or nothing asks for it.
         seconds: its time; infinite without one.
         before: the time of the present configuration; infinite if it failed.
@@ -165,10 +165,10 @@ def trial(kernel: str, config: Config) -> Iterator[list[str]]:
 
 
 def search(slot: ConfigEntry, device: torch.device, clock: Clock, on_candidate: OnCandidate, exhaustive: bool) -> BestConfig:
-    """Finds the fastest configuration for a slot that computes the right result.
+    """Finds the fastest configuration for an entry that computes the right result.
 
     Args:
-        slot: what to search.
+        slot: the entry.
         device: to search on, with scratch tensors: no training state is ever touched.
         clock: seconds of a run of the problem's kernel.
         on_candidate: called with a line on every candidate that was tried.

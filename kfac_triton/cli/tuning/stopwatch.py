@@ -57,9 +57,7 @@ def captured(run: Callable[[], object], device: torch.device) -> Callable[[], No
         return None
     with torch.cuda.device(device):
         torch.cuda.synchronize()
-        stream = (
-            torch.cuda.Stream()
-        )  # of this device; the stream that torch.cuda.graph makes itself is of the first device used
+        stream = torch.cuda.Stream()  # torch.cuda.graph would capture on a stream of the first GPU that was used
         with torch.cuda.stream(stream):
             if waits_for_host(run):  # checked first, because a failed capture leaves the allocator in disorder
                 return None

@@ -23,8 +23,7 @@ DESCRIPTION = (
     "float64, and write the fastest to the user's configuration file, which wins over the shipped one."
 )
 NO_KERNEL = 2  # exit status
-_LARGEST = 1024
-_INTERPRETED_LARGEST = 72
+_LARGEST = 72 if runtime.INTERPRETED else 1024
 _SECONDS_OF_A_CANDIDATE = 0.2
 _MOST_RUNS = 30
 
@@ -33,9 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `tune`."""
     add_device(parser, "cuda, cuda:1, ...")
     parser.add_argument("--kernel", action="append", metavar="NAME", help="tune this kernel alone; may be repeated")
-    default = _INTERPRETED_LARGEST if runtime.INTERPRETED else _LARGEST
     largest = "side of the largest matrices to time (default: %(default)s)"
-    parser.add_argument("--largest", type=at_least(16), default=default, help=largest)
+    parser.add_argument("--largest", type=at_least(16), default=_LARGEST, help=largest)
     parser.add_argument("--quick", action="store_true", help="change one value at a time instead of trying all combinations")
     parser.add_argument("--emit", action="store_true", help="write the file that the package ships for this architecture")
     parser.add_argument("--quiet", action="store_true", help="print the results alone, without progress")
