@@ -68,9 +68,7 @@ class Curvature:
             GradientStack(group, partition, self.bank, solve, settings.backend, host_looks)
             for group, solve in zip(self.bank.groups, solves, strict=True)
         ]
-        self.inverse_at = [
-            (inverse, i) for inverse, store in zip(self.inverses, self.bank.stores, strict=True) for i in range(len(store))
-        ]
+        self.inverse_at = [(self.inverses[store], i) for store, i in self.bank.places]
         self._map_slots()
         self.moments: list[Moments | None] = [None] * len(partition.layers)
         self._moments_of_tile: dict[int, Tensor] = {}
@@ -81,10 +79,8 @@ class Curvature:
     def _map_slots(self) -> None:
         """Prepares the tensors that convert vectors over slots to vectors over blocks, and back."""
         home = self.bank.home
-        block_of, is_input = [0] * len(self.bank.slots), [False] * len(self.bank.slots)
-        for part, slot in zip(self.partition.parts, self.bank.slots, strict=True):
-            block_of[slot], is_input[slot] = part.block, part.is_input
-        self._side_of_slot = torch.tensor([2 * b + i for b, i in zip(block_of, is_input, strict=True)], device=home)
+        parts = [self.partition.parts[i] for i in self.bank.order]
+        self._side_of_slot = torch.tensor([2 * part.block + part.is_input for part in parts], device=home)
         self._side_sizes = self._per_side(self.bank.sizes.double())
         constant = [block.layer.constant_input for block in self.partition.blocks]
         self._constant = torch.tensor(constant, device=home) if any(constant) else None
@@ -118,10 +114,8 @@ class Curvature:
             damping: to add to the Fisher matrix of the mean loss.
             restart: whether the factors were replaced, so that the last inverses are no start for the new ones.
         """
-        traces = self._per_side(self.bank.traces().double())
-        g_trace, a_trace = traces.unbind(1)
-        g_size, a_size = self._side_sizes.unbind(1)
-        self.split = pi_split(a_trace, a_size, g_trace, g_size, damping, self._constant)
+        g_mean, a_mean = (self._per_side(self.bank.traces().double()) / self._side_sizes).unbind(1)
+        self.split = pi_split(a_mean, g_mean, damping, self._constant)
         over_slots = torch.stack([self.split.g, self.split.a], 1).flatten()[self._side_of_slot]
         old_bases = [solve.basis() for solve in self._ekfac_solves]
         for store, inverse, run in zip(self.bank.stores, self.inverses, self.bank.runs(), strict=True):
@@ -216,7 +210,7 @@ class Curvature:
         """Bytes by kind: "factors", "sums", "inverses" (or eigenbases), "gradients" (and updates), "moments"."""
 
         def of(*tensors: Tensor) -> int:
-            return sum(x.numel() * x.element_size() for x in tensors)
+            return sum(x.nbytes for x in tensors)
 
         stores = self.bank.stores
         return {

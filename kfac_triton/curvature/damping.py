@@ -17,24 +17,17 @@ class SplitDamping:
     pi: Tensor
 
 
-def pi_split(
-    trace_a: Tensor,
-    size_a: Tensor,
-    trace_g: Tensor,
-    size_g: Tensor,
-    damping: float | Tensor,
-    constant: Tensor | None = None,
-) -> SplitDamping:
+def pi_split(mean_a: Tensor, mean_g: Tensor, damping: float | Tensor, constant: Tensor | None = None) -> SplitDamping:
     """Factored Tikhonov damping (Martens and Grosse 2015, section 6.3), for tensors (blocks,).
 
         (G + sqrt(damping) / pi I)^-1 W (A + sqrt(damping) pi I)^-1,   pi^2 = (tr A / size A) / (tr G / size G)
 
-    If pi is zero or not finite (a dead layer, or one without statistics), it is set to 1. Where `constant` is true, the input
-    is always 1, so that A = 1 is exact and G takes the whole damping.
+    The means are the mean eigenvalues of A and of G, tr A / size A and tr G / size G. If pi is zero or not finite (a dead
+    layer, or one without statistics), it is set to 1. Where `constant` is true, the input is always 1, so that A = 1 is exact
+    and G takes the whole damping.
     """
-    pi = ((trace_a / size_a) / (trace_g / size_g)).sqrt()
-    usable = torch.isfinite(pi) & (pi > 0)
-    pi = torch.where(usable, pi, torch.ones_like(pi))
+    pi = (mean_a / mean_g).sqrt()
+    pi = torch.where(torch.isfinite(pi) & (pi > 0), pi, 1.0)
     root = damping**0.5  # stays a Python number: converting it to a tensor on the device would wait
     a, g = root * pi, root / pi
     if constant is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -19,24 +20,20 @@ class DiagonalFactors:
         factors: bias-corrected moving averages of the diagonals.
         sums: sums over the backward passes since the last step.
         owner: for each element, the number of its factor.
+        nbytes: bytes of the factors.
     """
 
     def __init__(self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         self.sizes = list(sizes)
-        total = sum(sizes)
-        self.factors = torch.zeros(total, dtype=dtype, device=device)
+        self._starts = [*itertools.accumulate(sizes, initial=0)]
+        self.factors = torch.zeros(self._starts[-1], dtype=dtype, device=device)
+        self.nbytes = self.factors.nbytes
         self.sums = torch.zeros_like(self.factors)
         self.owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
         self.old: Tensor | None = None  # flags (factors,): those whose old values are in `sums`
-        self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
 
     def __len__(self) -> int:
         return len(self.sizes)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the factors."""
-        return self.factors.nbytes
 
     def piece(self, vector: Tensor, index: int) -> Tensor:
         """The elements of one factor in a concatenated vector: a view."""
@@ -47,10 +44,6 @@ class DiagonalFactors:
         """The elements of a group's factors, which have the same size n, as rows (tiles, n)."""
         return torch.stack([self.piece(vector, place) for place in side.places])
 
-    def side(self, index: int) -> int:
-        """Length of the gradient along this factor; diagonals are not padded."""
-        return self.sizes[index]
-
     def view(self, index: int) -> Tensor:
         """The diagonal of one factor, (n,): a view."""
         return self.piece(self.factors, index)
@@ -58,10 +51,6 @@ class DiagonalFactors:
     def write(self, index: int, value: Tensor) -> None:
         """Overwrites one factor."""
         self.view(index).copy_(value)
-
-    def sum_of(self, index: int) -> Tensor:
-        """Where backward passes accumulate one factor: a view."""
-        return self.piece(self.sums, index)
 
     def traces(self, vector: Tensor) -> Tensor:
         """Trace of each factor, (factors,), given all diagonals."""

@@ -14,6 +14,8 @@ from .diagonal import DiagonalFactors
 from .factor_stack import FactorStack, newest_weight, padded
 from .groups import SideGroup, TileGroup
 
+_Kind = tuple[bool, int, torch.dtype, torch.device]  # diagonal, padded size, dtype and device: those of one store
+
 
 class FactorBank:
     """Storage and moving averages of all factors.
@@ -32,37 +34,39 @@ class FactorBank:
         stores: stacks, then diagonals.
         groups: the tile groups.
         slots: slot of each factor in specs.
+        order: the factor in each slot, as an index of specs.
+        places: for each slot, the index of its store in `stores`, and that of the factor in the store.
         updates: number of accepted updates of each factor, (slots,).
     """
 
     def __init__(self, specs: Sequence[FactorSpec], tiles: Sequence[tuple[int, int]], is_compact: bool = False) -> None:
-        keys = [self._key(spec) for spec in specs]
+        kind_of = [self._kind(spec) for spec in specs]
         by_shape: dict[tuple[object, ...], list[int]] = defaultdict(list)
         for index, (a, g) in enumerate(tiles):
-            by_shape[(keys[g], keys[a], *(specs[i].size for i in (g, a) if specs[i].diagonal))].append(index)
-        members: dict[tuple[object, ...], dict[int, None]] = defaultdict(dict)
+            by_shape[(kind_of[g], kind_of[a], *(specs[i].size for i in (g, a) if specs[i].diagonal))].append(index)
+        members: dict[_Kind, dict[int, None]] = defaultdict(dict)
         for indices in by_shape.values():  # in the order of tiles, so that the factors of a group are consecutive
             for side in (0, 1):
                 for number in (tiles[i][side] for i in indices):
-                    members[keys[number]][number] = None
-        order = sorted(members, key=lambda key: bool(key[0]))  # dense ones first
+                    members[kind_of[number]][number] = None
+        kinds = sorted(members, key=lambda kind: kind[0])  # dense ones first
+        self.order = [number for kind in kinds for number in members[kind]]
         self.stacks: list[FactorStack] = []
         self.diagonals: list[DiagonalFactors] = []
-        for key in order:
-            held = [specs[i] for i in members[key]]
-            if held[0].diagonal:
-                self.diagonals.append(DiagonalFactors([x.size for x in held], held[0].dtype, held[0].device))
+        for kind in kinds:
+            is_diagonal, _, dtype, device = kind
+            sizes = [specs[i].size for i in members[kind]]
+            if is_diagonal:
+                self.diagonals.append(DiagonalFactors(sizes, dtype, device))
             else:
-                side = padded(held[0].size)
-                self.stacks.append(FactorStack([x.size for x in held], side, held[0].dtype, held[0].device, is_compact))
-        self._slots = [(store, i) for store in self.stores for i in range(len(store))]
-        where = {number: (k, i) for k, key in enumerate(order) for i, number in enumerate(members[key])}
-        starts = [run.start for run in self.runs()]
-        self.slots = [starts[where[i][0]] + where[i][1] for i in range(len(specs))]
+                self.stacks.append(FactorStack(sizes, dtype, device, is_compact))
+        self.stores: list[FactorStack | DiagonalFactors] = [*self.stacks, *self.diagonals]
+        self.places = [(k, i) for k, store in enumerate(self.stores) for i in range(len(store))]
+        self.slots = sorted(range(len(specs)), key=self.order.__getitem__)
 
         def side_group(indices: list[int], side: int) -> SideGroup:
-            places = [where[tiles[i][side]] for i in indices]
-            return SideGroup(places[0][0], tuple(place for _, place in places))
+            stores, places = zip(*(self.places[self.slots[tiles[i][side]]] for i in indices), strict=True)
+            return SideGroup(stores[0], places)
 
         self.groups = [TileGroup(tuple(i), side_group(i, 0), side_group(i, 1)) for i in by_shape.values()]
         self.home = specs[0].device
@@ -70,39 +74,32 @@ class FactorBank:
         self.updates = torch.zeros(len(specs), device=self.home)
 
     @staticmethod
-    def _key(spec: FactorSpec) -> tuple[object, ...]:
+    def _kind(spec: FactorSpec) -> _Kind:
         return spec.diagonal, 0 if spec.diagonal else padded(spec.size), spec.dtype, spec.device
-
-    @property
-    def stores(self) -> list[FactorStack | DiagonalFactors]:
-        """All stores, in the order of slots."""
-        return [*self.stacks, *self.diagonals]
 
     def view(self, slot: int) -> Tensor:
         """The factor in a slot without padding, (n, n), or its diagonal, (n,): a view, or a copy if it is kept in 16 bits."""
-        store, index = self._slots[slot]
-        return store.view(index)
+        store, index = self.places[slot]
+        return self.stores[store].view(index)
 
     def write(self, slot: int, value: Tensor) -> None:
         """Overwrites the factor in a slot."""
-        store, index = self._slots[slot]
-        store.write(index, value)
+        store, index = self.places[slot]
+        self.stores[store].write(index, value)
 
     def padded_view(self, slot: int) -> Tensor:
         """The dense factor in a slot with its padding: a view."""
-        store, index = self._slots[slot]
-        return store.factors[index]
+        store, index = self.places[slot]
+        return self.stacks[store].factors[index]
 
     def sum_of(self, slot: int) -> Tensor:
         """Where backward passes accumulate a factor, with its padding: a view."""
-        store, index = self._slots[slot]
-        return store.sum_of(index)
+        store, index = self.places[slot]
+        return self.stores[store].piece(self.stores[store].sums, index)
 
     def runs(self) -> list[slice]:
         """The slots of each store."""
-        starts = [0]
-        for store in self.stores:
-            starts.append(starts[-1] + len(store))
+        starts = itertools.accumulate(map(len, self.stores), initial=0)
         return [slice(start, stop) for start, stop in itertools.pairwise(starts)]
 
     def traces(self) -> Tensor:

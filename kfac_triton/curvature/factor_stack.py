@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops
-from .rounding import Rounding
+from .rounding import stochastically_rounded
 
 ALIGNMENT = 16  # sides are padded to a multiple: with an odd bias column, loads are unaligned and tensor cores unusable
 
@@ -33,18 +33,22 @@ class FactorStack:
     the sums have been added to the factors, their buffer holds the old factors until the step ends.
 
     Args:
-        sizes: size of each factor.
-        side: the padded size.
+        sizes: size of each factor; padded, they are the same.
         dtype: of sums and inverses.
         device: of all tensors.
         is_compact: whether factors are kept in 16 bits between steps.
+
+    Attributes:
+        nbytes: bytes of the factors.
     """
 
-    def __init__(self, sizes: list[int], side: int, dtype: torch.dtype, device: torch.device, is_compact: bool = False) -> None:
+    def __init__(self, sizes: list[int], dtype: torch.dtype, device: torch.device, is_compact: bool = False) -> None:
         self.sizes = sizes
+        side = padded(sizes[0])
         self.sums = torch.zeros(len(sizes), side, side, dtype=dtype, device=device)
         self._stored = torch.zeros_like(self.sums, dtype=torch.bfloat16 if is_compact else dtype)
-        self._rounding = Rounding(device) if is_compact else None
+        self.nbytes = self._stored.nbytes
+        self._is_compact = is_compact
         self.old: Tensor | None = None  # flags (B,): those whose old values are in `sums`
         self._before: Tensor | None = None  # the old factors, while `blend` runs
 
@@ -54,16 +58,7 @@ class FactorStack:
     @property
     def factors(self) -> Tensor:
         """The stack itself, or a copy in full precision if it is kept in 16 bits; `store` writes changes of a copy back."""
-        return self._stored if self._rounding is None else self._stored.to(self.sums.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the factors."""
-        return self._stored.nbytes
-
-    def side(self, index: int) -> int:
-        """Padded length of the gradient along this factor."""
-        return self.sums.shape[-1]
+        return self._stored.to(self.sums.dtype)
 
     def view(self, index: int) -> Tensor:
         """One factor without padding, (n, n): a view, or a copy if it is kept in 16 bits."""
@@ -76,9 +71,9 @@ class FactorStack:
         factors[index, :size, :size] = value.to(factors).view(size, size)
         self.store(factors)
 
-    def sum_of(self, index: int) -> Tensor:
-        """Where backward passes accumulate one factor, with its padding: a view."""
-        return self.sums[index]
+    def piece(self, stack: Tensor, index: int) -> Tensor:
+        """The matrix of one factor in a stack, with its padding: a view."""
+        return stack[index]
 
     def traces(self, stack: Tensor) -> Tensor:
         """Trace of every matrix of a stack, (B,)."""
@@ -86,8 +81,8 @@ class FactorStack:
 
     def store(self, factors: Tensor, step: int = 0) -> None:
         """Writes a changed copy of `factors` back. Stochastic rounding to 16 bits is seeded by the step."""
-        if self._rounding is not None:
-            self._stored.copy_(self._rounding(factors, step))
+        if self._is_compact:
+            self._stored.copy_(stochastically_rounded(factors, step))
 
     def back_up(self, places: Tensor) -> None:
         """Copies the factors with these flags (B,) into their sums, which must be unused."""
@@ -97,7 +92,7 @@ class FactorStack:
     def blend(self, keep: Tensor, gain: Tensor, accept: Tensor, step: int, backend: str) -> None:
         """Sets accepted factors to keep * factor + gain * sum, vectors (B,), and backs up those that were not backed up yet."""
         factors, everywhere = self.factors, torch.ones_like(accept)
-        if self._rounding is None:  # else `_stored` still holds them until `store`
+        if not self._is_compact:  # else `_stored` still holds them until `store`
             self._before = factors.clone()
         before = self._stored if self._before is None else self._before
         ops.blend(factors, self.sums, keep, gain, accept, backend=backend)

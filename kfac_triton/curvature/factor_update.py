@@ -89,11 +89,8 @@ class FactorUpdate:
         self.bank = bank
         layers = partition.layers
         entries: list[list[FactorSum]] = [[] for _ in layers]
-        layer_of_slot, is_input = [0] * len(partition.parts), [False] * len(partition.parts)
         for part, slot in zip(partition.parts, bank.slots, strict=True):
-            number = partition.blocks[part.block].layer_number
-            entries[number].append(FactorSum(part, slot, bank.sum_of(slot)))
-            layer_of_slot[slot], is_input[slot] = number, part.is_input
+            entries[partition.blocks[part.block].layer_number].append(FactorSum(part, slot, bank.sum_of(slot)))
         self._shared = _shared(layers, entries)
         self.statistics = [
             Statistics(layer, gate, entries[i], self._shared.parts[i], backend, can_defer, moments[i])
@@ -107,8 +104,9 @@ class FactorUpdate:
                 self._shared.whole.extend(use.shared)
         self.gate = gate
         self._backend = backend
-        self.layer_of_slot = torch.tensor(layer_of_slot, device=bank.home)
-        self._is_input = torch.tensor(is_input, device=bank.home)
+        parts = [partition.parts[i] for i in bank.order]
+        self.layer_of_slot = torch.tensor([partition.blocks[part.block].layer_number for part in parts], device=bank.home)
+        self._is_input = torch.tensor([part.is_input for part in parts], device=bank.home)
 
     def update(self, settings: Settings) -> Accepted:
         """Adds the statistics to the factors and clears them; those of a layer with a NaN or Inf are dropped."""

@@ -42,9 +42,9 @@ class GradientStack:
         self._backend = backend
         self._host_looks = host_looks
         self._partition = partition
-        sides = [bank.stores[side.store] for side in (group.g, group.a)]
-        m, n = (store.side(side.places[0]) for store, side in zip(sides, (group.g, group.a), strict=True))
-        self.gradient = sides[0].sums.new_zeros(len(group.tiles), m, n)
+        tile = partition.tiles[group.tiles[0]]
+        g, a = (bank.sum_of(bank.slots[part]) for part in (tile.g, tile.a))
+        self.gradient = g.new_zeros(len(group.tiles), g.shape[-1], a.shape[-1])
         self.update = torch.zeros_like(self.gradient)
         self.product = self.gradient.new_zeros(len(group.tiles))
         self._nothing = self.gradient.new_empty(0)

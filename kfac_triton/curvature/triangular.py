@@ -6,7 +6,7 @@ has been seen to take a hundred times as long on a busy one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -21,15 +21,17 @@ def _blocks(start: int, stop: int) -> Iterator[slice]:
         yield slice(first, min(first + _BLOCK, stop))
 
 
+def _batches(stack: Tensor, out: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """The matrices that one product takes together, and where their results go: the whole stack, or each matrix alone."""
+    return [(stack, out)] if stack.shape[-1] <= _LOOP_FROM else zip(stack, out, strict=True)
+
+
 def triangular_inverse(lower: Tensor) -> Tensor:
     """T = L^-1 for lower triangular L, (B, n, n), by recursion on halves: T21 = -T22 L21 T11."""
-    out = torch.zeros_like(lower)
-    if lower.shape[-1] <= _LOOP_FROM:
-        _invert_into(lower, out)
-    else:
-        for matrix, inverse in zip(lower, out, strict=True):
-            _invert_into(matrix, inverse)
-    return out
+    result = torch.zeros_like(lower)
+    for matrix, inverse in _batches(lower, result):
+        _invert_into(matrix, inverse)
+    return result
 
 
 def _invert_into(lower: Tensor, out: Tensor) -> None:
@@ -43,9 +45,8 @@ def _invert_into(lower: Tensor, out: Tensor) -> None:
     _invert_into(lower[..., half:, half:], out[..., half:, half:])
     product = lower.new_empty(*lower.shape[:-2], n - half, half)
     for columns in _blocks(0, half):  # T11 is zero above its diagonal
-        torch.matmul(
-            lower[..., half:, columns.start : half], out[..., columns.start : half, columns], out=product[..., columns]
-        )
+        known = slice(columns.start, half)
+        torch.matmul(lower[..., half:, known], out[..., known, columns], out=product[..., columns])
     for rows in _blocks(half, n):  # and so is T22
         known = slice(half, rows.stop)
         torch.matmul(out[..., rows, known], product[..., : rows.stop - half, :], out=out[..., rows, :half])
@@ -54,22 +55,13 @@ def _invert_into(lower: Tensor, out: Tensor) -> None:
 
 def symmetric_product(root: Tensor) -> Tensor:
     """X = T^T T for lower triangular T, (B, n, n); symmetric bit for bit, since one half is copied from the other."""
-    out = torch.empty_like(root)
-    if root.shape[-1] <= _LOOP_FROM:
-        _multiply_into(root, out)
-    else:
-        for matrix, product in zip(root, out, strict=True):
-            _multiply_into(matrix, product)
-    return out
-
-
-def _multiply_into(root: Tensor, out: Tensor) -> None:
-    n = root.shape[-1]
-    for columns in _blocks(0, n):
-        for rows in _blocks(columns.start, n):
-            block = root[..., rows.start :, rows].mT @ root[..., rows.start :, columns]  # T is zero above its diagonal
-            if rows == columns:
-                out[..., rows, columns] = (block + block.mT).mul_(0.5)
-            else:
-                out[..., rows, columns] = block
-                out[..., columns, rows] = block.mT
+    result, n = torch.empty_like(root), root.shape[-1]
+    for t, x in _batches(root, result):
+        for columns in _blocks(0, n):
+            for rows in _blocks(columns.start, n):
+                block = t[..., rows.start :, rows].mT @ t[..., rows.start :, columns]  # T is zero above its diagonal
+                if rows == columns:
+                    block = (block + block.mT).mul_(0.5)
+                x[..., rows, columns] = block
+                x[..., columns, rows] = block.mT
+    return result

@@ -8,7 +8,7 @@ from support.helpers import TokenModel, conv_net, mlp, relative_error
 from torch import Tensor, nn
 
 from kfac_triton import KFAC, KFACPreconditioner
-from kfac_triton.curvature.rounding import Rounding
+from kfac_triton.curvature.rounding import stochastically_rounded
 
 
 def _tokens(model: nn.Module, n: int = 6) -> None:
@@ -191,13 +191,13 @@ def test_what_is_left_out_trains_along_its_gradient() -> None:
 
 def test_random_rounding_is_right_in_the_mean_and_symmetric() -> None:
     value = torch.full((1, 300, 300), 1.0 + 2**-10)  # an eighth of the way from 1 to the next bfloat16
-    rounded = Rounding(torch.device("cpu"))(value)
+    rounded = stochastically_rounded(value)
     assert rounded.dtype == torch.bfloat16
     assert torch.equal(rounded, rounded.mT)
     assert set(rounded.unique().tolist()) == {1.0, 1.0 + 2**-7}
     assert float(rounded.float().mean()) == pytest.approx(1.0 + 2**-10, abs=2e-4)
     exact = torch.tensor([[[2.5, -0.75], [-0.75, 0.0]]])
-    assert torch.equal(Rounding(torch.device("cpu"))(exact).float(), exact)
+    assert torch.equal(stochastically_rounded(exact).float(), exact)
 
 
 def test_factors_in_16_bits_follow_those_in_32() -> None:
