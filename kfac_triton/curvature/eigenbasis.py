@@ -50,8 +50,7 @@ class EigenStack(Inverse):
         super().__init__(torch.zeros_like(factors), len(factors))
         self.vectors = self.values
         self.eigenvalues = torch.zeros_like(factors[..., 0])
-        places = torch.arange(factors.shape[-1], device=factors.device)
-        self._pad = places >= torch.tensor(sizes, device=factors.device)[:, None]
+        self._sizes = sizes
 
     def refresh(self, factors: Tensor, damping: Tensor) -> None:
         """Computes the eigenbases of factors (B, n, n); where eigh fails, the last one remains."""
@@ -97,46 +96,40 @@ class EigenStack(Inverse):
         self.eigenvalues[index] = values[-1].to(self.eigenvalues)
 
     def _decompose(self, index: int, factor: Tensor, damping: Tensor) -> None:
+        """Computes the basis of one factor by eigh, in its own precision or in float64, and stores it if it is certified.
+
+        In float64 the damping is multiplied by ten until it is, and the difference is added to the eigenvalues.
+        """
+        size, wanted = self._sizes[index], damping[index : index + 1]
+        tiny = torch.finfo(factor.dtype).tiny
         # The padding gets an eigenvalue below all others, so that eigh does not mix it with the null space of the factor.
-        scale = factor.diagonal().abs().max().clamp_min(torch.finfo(factor.dtype).tiny)
-        shifted = factor - torch.diag_embed(self._pad[index] * scale)
+        shifted = factor.clone()
+        shifted.diagonal()[size:] -= factor.diagonal().abs().max().clamp_min(tiny)
         place = torch.tensor([index], device=factor.device)
         for dtype in dict.fromkeys((factor.dtype, torch.float64)):
             try:
                 _, vectors = torch.linalg.eigh(shifted.to(dtype))
             except torch.linalg.LinAlgError:
                 continue
-            vectors = self._pad_last(vectors.to(factor.dtype), index)
+            vectors = vectors.to(factor.dtype).roll(size, 1)  # eigh returns the eigenvectors of the padding first
             columns = vectors.to(dtype)
             rotated = (columns.mT @ factor.to(dtype) @ columns)[None]
-            if self._store_certified(place, vectors, rotated, damping[place]):
-                return
-            if dtype == torch.float64 and bool(torch.isfinite(rotated).all()):
-                self._raise_damping(place, vectors, rotated, damping[place])
-
-    def _raise_damping(self, place: Tensor, vectors: Tensor, rotated: Tensor, wanted: Tensor) -> None:
-        """Multiplies the damping by ten until the basis is certified, and adds the difference to the eigenvalues."""
-        damping, tries = wanted, 0
-        while bool(torch.isfinite(damping)):
-            damping, tries = (10 * damping).clamp_min(torch.finfo(damping.dtype).tiny), tries + 1
-            if self._store_certified(place, vectors, rotated, damping, damping - wanted):
+            damping, tries = wanted, 0
+            while not self._store_certified(place, vectors, rotated, damping, damping - wanted):
+                damping, tries = (10 * damping).clamp_min(tiny), tries + 1
+                if dtype != torch.float64 or not bool(torch.isfinite(rotated).all() & torch.isfinite(damping)):
+                    break
+            else:
                 self.raised[place] += tries
                 return
 
-    def _store_certified(
-        self, place: Tensor, vectors: Tensor, rotated: Tensor, damping: Tensor, shift: float | Tensor = 0.0
-    ) -> bool:
+    def _store_certified(self, place: Tensor, vectors: Tensor, rotated: Tensor, damping: Tensor, shift: Tensor) -> bool:
         """Stores the basis of one factor, if it is certified for this damping and its eigenvalues do not overflow."""
         values, residual = off_diagonal(rotated, damping)
         if not bool((residual <= ACCEPT) & torch.isfinite((values + damping).to(self.eigenvalues)).all()):
             return False
         self._store(place, vectors[None], (values + shift).to(self.eigenvalues), residual.to(self.residual), damping)
         return True
-
-    def _pad_last(self, vectors: Tensor, index: int) -> Tensor:
-        """Moves the eigenvectors of the padding, which eigh returns first, to the end."""
-        pad = int(self._pad[index].sum())
-        return torch.cat([vectors[:, pad:], vectors[:, :pad]], 1)
 
     def _store(self, places: Tensor, vectors: Tensor, values: Tensor, residual: Tensor, damping: Tensor) -> None:
         self.vectors[places], self.eigenvalues[places] = vectors, values

@@ -41,28 +41,20 @@ class Accepted:
     moment_scale: Tensor
 
 
-@dataclass(frozen=True)
-class _Pool:
-    """Counters of all layers, and the tensors (two for each dtype and device) that they are views of."""
-
-    parts: list[SharedCounts]
-    whole: list[Tensor]
-
-
-def _shared(layers: list[Layer], entries: list[list[FactorSum]]) -> _Pool:
+def _shared(layers: list[Layer], entries: list[list[FactorSum]]) -> tuple[dict[int, SharedCounts], list[Tensor]]:
+    """Counters of each layer by its number, and the tensors (two for each dtype and device) that they are views of."""
     parts: dict[int, SharedCounts] = {}
     whole = []
-    kinds = dict.fromkeys((layer.weight.device, factor_dtype(layer.weight)) for layer in layers)
-    for device, dtype in kinds:
-        members = [i for i, x in enumerate(layers) if (x.weight.device, factor_dtype(x.weight)) == (device, dtype)]
+    kinds = [(layer.weight.device, factor_dtype(layer.weight)) for layer in layers]
+    for device, dtype in dict.fromkeys(kinds):
+        members = [i for i, kind in enumerate(kinds) if kind == (device, dtype)]
         counts = torch.zeros(len(members), 4, device=device)
         lengths = [len(entries[i]) for i in members]
         betas = torch.zeros(sum(lengths), dtype=dtype, device=device)
-        parts.update(
-            (i, SharedCounts(counts[k], piece)) for k, (i, piece) in enumerate(zip(members, betas.split(lengths), strict=True))
-        )
+        for k, (i, beta) in enumerate(zip(members, betas.split(lengths), strict=True)):
+            parts[i] = SharedCounts(counts[k], beta)
         whole += [counts, betas]
-    return _Pool([parts[i] for i in range(len(layers))], whole)
+    return parts, whole
 
 
 class FactorUpdate:
@@ -91,17 +83,16 @@ class FactorUpdate:
         entries: list[list[FactorSum]] = [[] for _ in layers]
         for part, slot in zip(partition.parts, bank.slots, strict=True):
             entries[partition.blocks[part.block].layer_number].append(FactorSum(part, slot, bank.sum_of(slot)))
-        self._shared = _shared(layers, entries)
+        shared, self._whole = _shared(layers, entries)
         self.statistics = [
-            Statistics(layer, gate, entries[i], self._shared.parts[i], backend, can_defer, moments[i])
-            for i, layer in enumerate(layers)
+            Statistics(layer, gate, entries[i], shared[i], backend, can_defer, moments[i]) for i, layer in enumerate(layers)
         ]
         self._second_uses: dict[int, TiedStatistics] = {}
         for i, layer in enumerate(layers):
             if isinstance(layer, TiedLayer):
                 use = self._second_uses[i] = TiedStatistics(layer, gate, entries[i], backend)
                 self.statistics[i].tied = use.statistics
-                self._shared.whole.extend(use.shared)
+                self._whole.extend(use.shared)
         self.gate = gate
         self._backend = backend
         parts = [partition.parts[i] for i in bank.order]
@@ -152,7 +143,7 @@ class FactorUpdate:
             statistics.clear()
         for use in self._second_uses.values():
             use.statistics.clear()
-        torch._foreach_zero_(self._shared.whole)
+        torch._foreach_zero_(self._whole)
 
     def _finite_sums(self, summed: Tensor) -> Tensor:
         """Flags (layers,) of finite sums: the diagonal of a sum of squares shows a NaN or Inf anywhere in the rows."""
@@ -187,16 +178,9 @@ class FactorUpdate:
     def _blend_rows(
         self, members: list[tuple[Statistics, Rows]], keep: Tensor, gain: Tensor, accept: Tensor, device: torch.device
     ) -> None:
-        slots: list[int] = []
-        sources: list[Tensor] = []
-        ones: list[bool] = []
-        windows: list[ops.Window] = []
-        for statistics, rows in members:
-            some_sources, some_windows, some_ones = statistics.read(statistics.dense, rows)
-            slots += [entry.slot for entry in statistics.dense]
-            sources += some_sources
-            windows += some_windows
-            ones += some_ones
+        slots = [entry.slot for statistics, _ in members for entry in statistics.dense]
+        read = [statistics.read(statistics.dense, rows) for statistics, rows in members]
+        sources, windows, ones = (list(itertools.chain.from_iterable(lists)) for lists in zip(*read, strict=True))
         places = device_vector(slots, self.bank.home)
         factors = [self.bank.padded_view(slot) for slot in slots]
         alpha, beta, flags = (vector[places].to(device) for vector in (gain, keep, accept))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -171,17 +172,13 @@ class InverseStack(Inverse):
             self._refresh_without_waiting(factors, damping, self._refused)
             return
         self.damping.copy_(damping)
-        cold = ~(self.residual <= ACCEPT)  # without a certified inverse to start from
-        if self.factored and bool(cold.all()):
-            self.residual.fill_(torch.inf)
-        else:
+        cold = ~(self.residual <= ACCEPT) & self.factored  # without the certified inverse that this method starts from
+        if not self.factored or not bool(cold.all()):
             self._invert(factors, damping, self.values, self.residual)
-            if self.factored:
-                self.residual.masked_fill_(cold, torch.inf)
+        self.residual.masked_fill_(cold, torch.inf)
         refused = ~(self.residual <= ACCEPT)
         if bool(refused.any()):
-            expected = cold if self.factored else torch.zeros_like(cold)
-            self.fallbacks += refused & ~expected
+            self.fallbacks += refused & ~cold
             self._fall_back(factors, refused.nonzero().squeeze(-1))
         self._is_cold = False
 
@@ -224,7 +221,7 @@ class InverseStack(Inverse):
             steps = _BLIND_REFINEMENTS if is_blind else _REFINEMENTS
             ops.factored_newton_refresh(factors, damping, values, residual, self.tolerance, steps, backend=self._backend)
         else:
-            invert = eigh if self.method == "eigh" else _cholesky_inverse
+            invert = eigh if self.method == "eigh" else partial(cholesky, as_root=False, dtype=factors.dtype)
             # In pieces where the host waits for the result anyway, because the work space is some five times the input.
             most = max(1, _PIECE // factors[0].nbytes) if self._refused is None else len(factors)
             for piece in (slice(i, i + most) for i in range(0, len(factors), most)):
@@ -246,14 +243,9 @@ class InverseStack(Inverse):
             if not len(remaining):
                 return
             dtype = attempts[min(attempt, len(attempts) - 1)]
-            values, residual = cholesky(
-                factors[remaining].to(dtype), damping[remaining].to(dtype), self.factored, factors.dtype
-            )
+            targets = factors[remaining].to(dtype), damping[remaining].to(dtype)
+            values, residual = cholesky(*targets, self.factored, factors.dtype)
             certified = residual <= ACCEPT
             done, remaining = remaining[certified], remaining[~certified]
             self.values[done], self.residual[done] = values[certified], residual[certified]
             self.damping[done] = damping[done]
-
-
-def _cholesky_inverse(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    return cholesky(factor, damping, as_root=False, dtype=factor.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -81,29 +82,6 @@ class GradientStack:
             self.update.masked_fill_(stays.to(self.update.device)[:, None, None], 0.0)
 
 
-def add_updates(
-    result: dict[nn.Parameter, Tensor | None],
-    layer: Layer,
-    updates: list[tuple[nn.Parameter, Tensor]],
-    is_broken: bool = False,
-) -> None:
-    """Adds the updates of a layer to the result, None if its gradient is not finite; skips parameters without a gradient."""
-    for parameter, update in updates:
-        if parameter.grad is None:
-            continue
-        part = layer.part_of(parameter)
-        if is_broken or (parameter in result and result[parameter] is None):
-            result[parameter] = None
-        elif part is None:
-            result[parameter] = update
-        else:
-            # Rows of the parameter that belong to a layer without an update keep their gradient.
-            whole = result.get(parameter)
-            whole = parameter.grad.to(update.dtype, copy=True) if whole is None else whole
-            whole[part] = update
-            result[parameter] = whole
-
-
 def unmoved(broken: Tensor, weights: Sequence[nn.Parameter]) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
     """A weight is not updated if the gradient of any of its tiles is not finite. Decided without waiting for the device.
 
@@ -118,13 +96,6 @@ def unmoved(broken: Tensor, weights: Sequence[nn.Parameter]) -> tuple[Tensor, di
     owners = device_vector((numbers[weight] for weight in weights), broken.device)
     stays = torch.zeros(len(numbers), dtype=torch.long, device=broken.device).index_add_(0, owners, broken.long()) > 0
     return stays[owners], dict(zip(numbers, (~stays).unbind(), strict=True))
-
-
-def add_flags(finite: dict[nn.Parameter, Tensor], updates: list[tuple[nn.Parameter, Tensor]], is_finite: Tensor) -> None:
-    """Combines a layer's flag with those of its parameters; a parameter that layers share needs all their flags."""
-    for parameter, _ in updates:
-        if parameter.grad is not None:
-            finite[parameter] = finite[parameter] & is_finite if parameter in finite else is_finite
 
 
 def assemble(partition: Partition, block: int, updates: dict[int, Tensor]) -> Tensor:
@@ -189,14 +160,28 @@ def updates_of_layers(
             returned.
     """
     result: dict[nn.Parameter, Tensor | None] = {}
-    finite: dict[nn.Parameter, Tensor] | None = None if host_looks else {}
-    first = 0
-    for layer, is_usable in zip(layers, usable, strict=True):
-        if is_usable:
-            blocks = [assemble(partition, first + group, tiles) for group in range(layer.groups)]
-            update, is_finite = layer.read_update(blocks), are_finite[layer.weight]
-            add_updates(result, layer, update, is_broken=host_looks and not bool(is_finite))
-            if finite is not None:
-                add_flags(finite, update, is_finite)
-        first += layer.groups
-    return result, finite
+    finite: dict[nn.Parameter, Tensor] = {}
+    starts = itertools.accumulate((layer.groups for layer in layers), initial=0)
+    for layer, start, is_usable in zip(layers, starts, usable, strict=False):
+        if not is_usable:
+            continue
+        blocks = [assemble(partition, start + group, tiles) for group in range(layer.groups)]
+        is_finite = are_finite[layer.weight]
+        for parameter, update in layer.read_update(blocks):
+            if parameter.grad is None:
+                continue
+            # A parameter that layers share needs all their flags.
+            finite[parameter] = finite[parameter] & is_finite if parameter in finite else is_finite
+            part = layer.part_of(parameter)
+            if part is None:
+                result[parameter] = update
+            else:
+                # Rows of the parameter that belong to a layer without an update keep their gradient.
+                whole = result.get(parameter)
+                whole = parameter.grad.to(update.dtype, copy=True) if whole is None else whole
+                whole[part] = update
+                result[parameter] = whole
+    if not host_looks:
+        return result, finite
+    result.update((parameter, None) for parameter, is_finite in finite.items() if not bool(is_finite))
+    return result, None
