@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..curvature.inverse import Inverse
 from ..engine import Engine
 
 LayerState = dict[str, Tensor]
@@ -47,8 +48,8 @@ def export_layers(engine: Engine, include_inverses: bool = True) -> dict[str, La
     result = {}
     for number, layer in enumerate(engine.layers):
         state = {key: _flat_factors(engine, side) for key, side in zip(FACTORS, _sides(engine, number), strict=True)}
-        first = [[slots[0] for slots in side] for side in _sides(engine, number)]
-        state[UPDATES] = torch.stack([engine.bank.updates[slots] for slots in first], 1)
+        updates = [engine.bank.updates[[slots[0] for slots in side]] for side in _sides(engine, number)]
+        state[UPDATES] = torch.stack(updates, 1)
         state[STEPS] = torch.tensor(engine.progress.steps)
         if keeps_inverses:
             state |= _export_inverses(engine, number)
@@ -142,38 +143,36 @@ def _needs_inverses(engine: Engine) -> bool:
     return engine.settings.inverse_every != 1 or not engine.curvature.starts_anew
 
 
-def _sides(engine: Engine, number: int) -> tuple[list[list[int]], list[list[int]]]:
+def _sides(engine: Engine, number: int) -> list[list[list[int]]]:
     """Slots of a layer's A, and of its G: one list for each channel group."""
     sides = [engine.partition.parts_of[block] for block in engine.partition.blocks_of(number)]
-    return tuple([[engine.bank.slots[i] for i in side[k]] for side in sides] for k in (0, 1))  # type: ignore[return-value]
+    return [[[engine.bank.slots[i] for i in side[k]] for side in sides] for k in (0, 1)]
+
+
+def _inverses(engine: Engine, number: int) -> list[list[list[tuple[Inverse, int]]]]:
+    """Those in the slots of `_sides`: what holds each inverse, and its place there."""
+    return [[[engine.curvature.inverse_at[slot] for slot in slots] for slots in side] for side in _sides(engine, number)]
+
+
+def _flat(groups: list[list[Tensor]]) -> Tensor:
+    """The tensors of each channel group, one after another, (groups, numbers)."""
+    return torch.stack([torch.cat([x.flatten() for x in group]) if group else torch.empty(0) for group in groups])
 
 
 def _flat_factors(engine: Engine, groups: list[list[int]]) -> Tensor:
     views = [[engine.bank.view(slot) for slot in slots] for slots in groups]
-    return torch.stack([x[0] if len(x) == 1 else torch.cat([view.flatten() for view in x]) for x in views])
-
-
-def _flat_inverses(engine: Engine, groups: list[list[int]]) -> Tensor:
-    inverse_at = engine.curvature.inverse_at
-    kept = [[store.kept(index).flatten() for store, index in map(inverse_at.__getitem__, slots)] for slots in groups]
-    return torch.stack([torch.cat(pieces) for pieces in kept])
-
-
-def _certificates(engine: Engine, slots: list[int]) -> Tensor:
-    """Residual and damping of the inverses in these slots, (slots, 2)."""
-    stores = map(engine.curvature.inverse_at.__getitem__, slots)
-    return torch.stack([torch.stack([store.residual[i].double(), store.damping[i].double()]) for store, i in stores])
+    return _flat(views) if len(views[0]) > 1 else torch.stack([view for (view,) in views])
 
 
 def _export_inverses(engine: Engine, number: int) -> LayerState:
-    curvature = engine.curvature
-    a, g = _sides(engine, number)
-    state = {key: _flat_inverses(engine, side) for key, side in zip(INVERSES[curvature.kind], (a, g), strict=True)}
-    state[CERTIFICATES] = torch.stack([_certificates(engine, x + y) for x, y in zip(a, g, strict=True)])
+    curvature, sides = engine.curvature, _inverses(engine, number)
+    kept = [[[x.kept(i) for x, i in group] for group in side] for side in sides]
+    state = dict(zip(INVERSES[curvature.kind], map(_flat, kept), strict=True))
+    certificates = [[torch.stack([x.residual[i], x.damping[i]]) for x, i in a + g] for a, g in zip(*sides, strict=True)]
+    state[CERTIFICATES] = torch.stack([torch.stack(group) for group in certificates]).double()
     state[REFRESHED] = torch.tensor([engine.progress.damping, float(engine.progress.is_stale)], dtype=torch.float64)
     if curvature.is_ekfac:
-        groups = curvature.moments_of(number)
-        state[MOMENTS] = torch.stack([torch.cat([x.flatten() for x in tiles]) if tiles else torch.empty(0) for tiles in groups])
+        state[MOMENTS] = _flat(curvature.moments_of(number))
         state[MOMENT_UPDATES] = curvature.moment_updates_of(number)
     return state
 
@@ -186,16 +185,14 @@ def _has_inverses(engine: Engine, number: int, state: LayerState) -> bool:
 
 def _restore_inverses(engine: Engine, number: int, state: LayerState) -> None:
     curvature = engine.curvature
-    for group, sides in enumerate(zip(*_sides(engine, number), strict=True)):
-        rows = iter(state[CERTIFICATES][group])
-        for key, slots in zip(INVERSES[curvature.kind], sides, strict=True):
-            stores = [curvature.inverse_at[slot] for slot in slots]
-            pieces = state[key][group].split([store.kept(i).numel() for store, i in stores])
-            for (store, i), piece, (residual, damping) in zip(stores, pieces, rows, strict=False):
-                store.restore(i, piece.view_as(store.kept(i)), residual, damping)
+    for group, (a, g) in enumerate(zip(*_inverses(engine, number), strict=True)):
+        numbers = torch.cat([state[key][group] for key in INVERSES[curvature.kind]])
+        pieces = numbers.split([x.kept(i).numel() for x, i in a + g])
+        for (x, i), piece, (residual, damping) in zip(a + g, pieces, state[CERTIFICATES][group], strict=True):
+            x.restore(i, piece.view_as(x.kept(i)), residual, damping)
     if curvature.is_ekfac:
         for group, tiles in enumerate(curvature.moments_of(number)):
-            pieces = state[MOMENTS][group].split([x.numel() for x in tiles]) if tiles else ()
+            pieces = state[MOMENTS][group].split([x.numel() for x in tiles])
             for view, piece in zip(tiles, pieces, strict=True):
                 view.copy_(piece.view_as(view))
         curvature.count_moments(number, state[MOMENT_UPDATES])

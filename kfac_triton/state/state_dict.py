@@ -16,7 +16,7 @@ from .layer_state import FACTORS, KEYS, OF_THE_ENGINE, STEPS, LayerState, keys_o
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-# Increased with every change that older versions would misread. A state dict without a number has format 1.
+# This number grows with every change that older versions would misread. A state dict without a number has format 1.
 FORMAT, FORMAT_KEY = 1, "kfac_format"
 _OURS = (*KEYS, *OF_THE_ENGINE, PREVIOUS, NUMBERS, FORMAT_KEY)
 
@@ -75,10 +75,9 @@ def add_layer_state(
     engine = optimizer.engine
     state = {i: {k: v for k, v in values.items() if k not in _OURS} for i, values in state_dict["state"].items()}
     for index, names in _layers_by_weight(optimizer, engine).items():
-        values = (
-            _joined([layers[name] for name in names]) if layers is not None else {STEPS: torch.tensor(engine.progress.steps)}
-        )
-        state.setdefault(index, {}).update({**values, FORMAT_KEY: torch.tensor(FORMAT)})
+        own = state.setdefault(index, {})
+        own |= {STEPS: torch.tensor(engine.progress.steps)} if layers is None else _joined([layers[name] for name in names])
+        own[FORMAT_KEY] = torch.tensor(FORMAT)
     for index, values in enumerate(extra):
         state.setdefault(index, {}).update(values)
     return {**state_dict, "state": state}
@@ -87,7 +86,7 @@ def add_layer_state(
 def take_layer_state(state_dict: dict[str, Any]) -> tuple[dict[str, Any], _ByNumber, _ByNumber]:
     """Splits a state dict into (state dict, state of layers, state of lr="auto"), the last two by number of the parameter.
 
-    They are taken out because the base class would cast them to the parameter's type.
+    The last two are taken out because the base class would cast them to the parameter's type.
 
     Raises:
         ValueError: if a newer version wrote them.
@@ -115,14 +114,14 @@ def _copy(value: Any) -> Any:
 
 
 def declare_keys(optimizer: Optimizer, engine: Engine, is_auto: bool) -> None:
-    """Declares the keys that `add_layer_state` adds to each parameter's state: checkpoint tools load only known keys."""
+    """Adds the keys of `add_layer_state` to each parameter's state, without values: checkpoint tools load only known keys."""
     weights = _layers_by_weight(optimizer, engine)
     for index, parameter in enumerate(parameters_of(optimizer)):
         keys = (*keys_of(engine), FORMAT_KEY) if index in weights else ()
         auto = (PREVIOUS, *((NUMBERS,) if index == 0 else ())) if is_auto else ()
         state = optimizer.state[parameter]
-        for key in [key for key in state if key in _OURS]:
-            del state[key]
+        for key in _OURS:
+            state.pop(key, None)
         state.update(dict.fromkeys((*keys, *auto)))
 
 
