@@ -39,7 +39,7 @@ def auto_settings(lr: Any, settings: Settings, **options: bool) -> Settings:
 
 
 class _Batch(NamedTuple):
-    """A batch with what the forward and backward passes gave of it.
+    """A batch and the results of its forward and backward passes.
 
     Attributes:
         evaluate: runs the model on it and returns (outputs, targets).
@@ -75,10 +75,10 @@ class AutoStep:
         rho = (f(theta + delta) - f(theta)) / M(delta)
 
     by which the `Controller` adapts damping. A step is rejected if the new loss is not finite, or has risen although M promised
-    a decrease larger than rounding: parameters and buffers are then what they were, bit for bit. Where M sees no decrease at
-    all, nothing moves.
+    a decrease larger than rounding: parameters and buffers are then restored bit for bit. If M predicts no decrease at all, no
+    parameter changes.
 
-    Damping is that of the mean loss. For a sum it counts terms times, and the steps are the same.
+    Damping is that of the mean loss. For a sum it is multiplied by the number of terms, and the steps are the same.
 
     Args:
         model: the module to train.
@@ -138,18 +138,18 @@ class AutoStep:
     def from_arguments(
         cls, model: nn.Module, engine: Engine, parameters: Sequence[nn.Parameter], arguments: dict[str, Any]
     ) -> AutoStep:
-        """A copy that continues from the same state, possibly with more parameters behind those that there were."""
+        """A copy that continues from the same state; parameters may have been added after the earlier ones."""
         other = cls(model, engine, parameters, arguments["damping_every"], arguments["damping_range"])
         states = arguments["states"]
         other.restore(states + [{}] * (len(parameters) - len(states)))
         return other
 
     def export(self) -> list[dict[str, Tensor]]:
-        """What belongs into the state of each parameter; see `Controller.export`."""
+        """The entries for the state of each parameter; see `Controller.export`."""
         return self.controller.export()
 
     def restore(self, states: Sequence[dict[str, Tensor]]) -> None:
-        """Takes what `export` gave; see `Controller.restore`."""
+        """Restores what `export` returned; see `Controller.restore`."""
         self.controller.restore(states)
 
     def diagnostics(self) -> dict[str, Any]:
@@ -254,7 +254,7 @@ class AutoStep:
         return float(sum((x.to(loss.device) for x in penalties), loss.double()))
 
     def _directions(self, gradient: list[Tensor | None], terms: float) -> dict[str, list[Tensor | None]]:
-        """The directions by name, in the parameters' types, without those that no parameter has."""
+        """The directions by name, in the parameters' types. A direction without any parameter is left out."""
         sizes = [p.numel() for p in self._parameters]
         decay = sum(n * eta for n, eta in zip(sizes, self.weight_decay, strict=True)) / max(sum(sizes), 1)
         for p, h in zip(self._parameters, gradient, strict=True):

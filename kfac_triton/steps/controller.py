@@ -1,4 +1,4 @@
-"""What lr="auto" carries from one step to the next: damping and momentum (Martens and Grosse 2015, sections 6.5 and 7)."""
+"""What lr="auto" keeps from one step to the next: damping and momentum (Martens and Grosse 2015, sections 6.5 and 7)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .. import validation
 
-# A rejected step shows that damping is far too low. The rule of Levenberg and Marquardt would need 28 steps for this factor.
+# Damping is multiplied by this after a rejected step, which shows that damping is far too low. The rule of Levenberg and
+# Marquardt would need 28 steps for this factor.
 REJECTION_FACTOR = 4.0
 
 # Keys in the state of parameters: the previous step, and, with the first parameter, the controller's numbers.
@@ -26,7 +27,7 @@ class Controller:
     no momentum.
 
     Args:
-        parameters: what the steps move.
+        parameters: the parameters that the steps update.
         damping: initial damping.
         damping_every: steps between adaptations of damping.
         damping_floor: the lowest damping.
@@ -95,7 +96,7 @@ class Controller:
         return result
 
     def restore(self, states: Sequence[dict[str, Tensor]]) -> None:
-        """Takes what `export` gave; without the numbers (a checkpoint of a fixed learning rate) nothing changes.
+        """Restores what `export` returned. A checkpoint of a fixed learning rate has no numbers: then nothing changes.
 
         Raises:
             ValueError: if a previous step does not fit its parameter; nothing is changed then.

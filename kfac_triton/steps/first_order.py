@@ -12,7 +12,10 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from ..layers.dtensor import local
-from .hold import Hold, portions
+from .hold import Hold, State, portions
+
+Group = dict[str, Any]
+Work = tuple[list[Tensor], list[Tensor], list[State]]
 
 
 def refuse_gradients(parameters: list[nn.Parameter]) -> None:
@@ -47,7 +50,7 @@ def drop_bad_gradients(
     if not others:
         return 0
     gradients = [local(p.grad) for p in others if p.grad is not None]
-    # The norm of largest magnitude does not overflow, and hands a NaN on.
+    # The maximum norm does not overflow, and it is NaN if an element is.
     are_finite = [torch.isfinite(x) for x in torch._foreach_norm(gradients, torch.inf)]
     if finite is None:
         bad = [p for p, is_finite in zip(others, are_finite, strict=True) if not bool(is_finite)]
@@ -58,23 +61,20 @@ def drop_bad_gradients(
     return torch.stack([~is_finite.to(are_finite[0].device) for is_finite in are_finite]).sum()
 
 
-Work = tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]
-
-
-def prepare(group: dict[str, Any], updates: dict[nn.Parameter, Tensor | None], states: dict[Any, dict[str, Any]]) -> Work:
-    """Parameters of a group that move, with the gradients that they use and their states."""
+def prepare(group: Group, updates: dict[nn.Parameter, Tensor | None], states: dict[Any, State]) -> Work:
+    """The parameters of a group that a step updates, with the gradients that it uses and their states."""
     pairs = [(p, updates.get(p, p.grad)) for p in group["params"] if p.grad is not None]
     moving = [(p, along.to(p.dtype)) for p, along in pairs if along is not None]
     if group["tail"] == "adamw" or group["capturable"]:
-        # The rules need this much memory after they have changed their state. Allocated and freed now, it is in the
-        # allocator's cache then.
+        # The rules need this much memory after they have changed their state. It is allocated and freed now, so that the
+        # allocator has it in its cache then.
         for places in portions([p for p, _ in moving], group["foreach"] is not False):
             reserve = [torch.empty_like(moving[i][0]) for i in places if moving[i][0].is_cuda]
             del reserve
     return [p for p, _ in moving], [along for _, along in moving], [states[p] for p, _ in moving]
 
 
-def _changes(group: dict[str, Any]) -> tuple[str, ...]:
+def _changes(group: Group) -> tuple[str, ...]:
     """Names of the tensors in a parameter's state that a step changes, beside the counter."""
     if group["tail"] == "adamw":
         return "exp_avg", "exp_avg_sq"
@@ -82,9 +82,9 @@ def _changes(group: dict[str, Any]) -> tuple[str, ...]:
 
 
 def hold(
-    groups: list[dict[str, Any]], work: list[Work], finite: dict[nn.Parameter, Tensor] | None, backend: str = "auto"
+    groups: list[Group], work: list[Work], finite: dict[nn.Parameter, Tensor] | None, backend: str = "auto"
 ) -> Hold | None:
-    """What keeps parameters whose gradients are not finite as they are, with its memory; None if the host checks."""
+    """A `Hold` for parameters whose gradients are not finite, with its memory allocated; None if the host checks gradients."""
     if finite is None:
         return None
     result = Hold(finite, backend)
@@ -93,13 +93,7 @@ def hold(
     return result
 
 
-def apply(
-    group: dict[str, Any],
-    params: list[Tensor],
-    gradients: list[Tensor],
-    states: list[dict[str, Any]],
-    held: Hold | None = None,
-) -> None:
+def apply(group: Group, params: list[Tensor], gradients: list[Tensor], states: list[State], held: Hold | None = None) -> None:
     """One step of a group: decoupled weight decay (Loshchilov and Hutter 2019), then SGD with momentum or Adam.
 
     Args:
@@ -107,8 +101,8 @@ def apply(
         params: parameters that have a gradient.
         gradients: one for each parameter; not changed.
         states: from `initial_state`, one for each parameter.
-        held: keeps some of them as they are if only the device knows which. Steps are then counted on the device,
-            and Adam's bias correction, which depends on the count, is computed there.
+        held: leaves some of them unchanged if only the device knows which. Steps are then counted on the device, and Adam's
+            bias correction, which depends on the count, is computed there.
     """
     if not params:
         return
@@ -124,49 +118,24 @@ def apply(
             (_apply_on_device if on_device else _apply)(group, *some)
 
 
-def _apply(group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]) -> None:
+def _apply(group: Group, params: list[Tensor], gradients: list[Tensor], states: list[State]) -> None:
     """`apply` by PyTorch's own rules."""
-    lr, decay = group["lr"], group["weight_decay"]
+    steps = [s["step"] for s in states]
+    options = {name: group[name] for name in ("lr", "foreach", "maximize")}
     if group["tail"] == "adamw":
-        adamw(
-            params,
-            gradients,
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [],
-            [s["step"] for s in states],
-            foreach=group["foreach"],
-            capturable=False,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=lr,
-            weight_decay=decay,
-            eps=group["eps"],
-            maximize=group["maximize"],
-        )
+        means, squares = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq"))
+        options |= {"weight_decay": group["weight_decay"], "eps": group["eps"], "amsgrad": False, "capturable": False}
+        beta1, beta2 = group["betas"]
+        adamw(params, gradients, means, squares, [], steps, beta1=beta1, beta2=beta2, **options)
         return
-    if decay:
-        torch._foreach_mul_(params, 1 - lr * decay)
-    torch._foreach_add_([s["step"] for s in states], 1.0)
-    buffers: list[Tensor | None] = [s["momentum_buffer"] if group["momentum"] else None for s in states]
-    sgd(
-        params,
-        gradients,
-        buffers,
-        foreach=group["foreach"],
-        weight_decay=0.0,
-        momentum=group["momentum"],
-        lr=lr,
-        dampening=0.0,
-        nesterov=group["nesterov"],
-        maximize=group["maximize"],
-    )
+    if group["weight_decay"]:
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+    torch._foreach_add_(steps, 1.0)
+    options |= {"momentum": group["momentum"], "nesterov": group["nesterov"], "weight_decay": 0.0, "dampening": 0.0}
+    sgd(params, gradients, [s["momentum_buffer"] if group["momentum"] else None for s in states], **options)
 
 
-def _apply_on_device(
-    group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
-) -> None:
+def _apply_on_device(group: Group, params: list[Tensor], gradients: list[Tensor], states: list[State]) -> None:
     """`apply` without a wait for the device. PyTorch's SGD would read a rate in a tensor, and its Adam needs a GPU for this."""
     lr = group["lr"]
     if isinstance(lr, Tensor):
@@ -181,7 +150,7 @@ def _apply_on_device(
 
 
 def _sgd_on_device(
-    group: dict[str, Any], lr: float | Tensor, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
+    group: Group, lr: float | Tensor, params: list[Tensor], gradients: list[Tensor], states: list[State]
 ) -> None:
     along, momentum = gradients, group["momentum"]
     if momentum:
@@ -194,7 +163,7 @@ def _sgd_on_device(
 
 
 def _adamw_on_device(
-    group: dict[str, Any], lr: float | Tensor, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
+    group: Group, lr: float | Tensor, params: list[Tensor], gradients: list[Tensor], states: list[State]
 ) -> None:
     beta1, beta2 = group["betas"]
     if params[0].is_complex():

@@ -1,4 +1,4 @@
-"""Products with the Jacobian of a model by forward-mode AD; they leave the state of the model unchanged."""
+"""Products with the Jacobian of a model by forward-mode AD, which do not change the state of the model."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ class Snapshot:
         self._gpus = [(device, torch.cuda.get_rng_state(device)) for device in devices]
 
     def restore(self) -> None:
-        """Puts both back."""
+        """Restores both."""
         self.restore_generators()
         self.restore_buffers()
 
     def restore_generators(self) -> None:
-        """Puts the random generators back."""
+        """Restores the random generators."""
         torch.set_rng_state(self._cpu)
         for device, state in self._gpus:
             torch.cuda.set_rng_state(state, device)
 
     @torch.no_grad()
     def restore_buffers(self) -> None:
-        """Puts the buffers back: the same tensors, some modules bind new ones, with the same contents."""
+        """Restores the buffers: their contents, and the tensors themselves, since some modules assign new ones."""
         for module, name, buffer, contents in self._buffers:
             module._buffers[name] = buffer
             # An expanded tensor cannot be written to, so it has not changed.
@@ -90,11 +90,11 @@ def jacobian_products(
 
     For a direction the closure runs once, with dual numbers p + d e in place of the parameters (a tied weight in each of its
     places), in eager mode, and with attention, the Transformer's fast path and recurrent layers as operations that have a
-    forward derivative. The random generators and buffers are before each run, and afterwards, what they are now.
+    forward derivative. Each run starts with the random generators and buffers as they are now; afterwards they are restored.
 
     Args:
         model: holds the parameters.
-        evaluate: runs the model and returns (outputs, targets). Hooks on the model must not mind.
+        evaluate: runs the model, with its hooks, and returns (outputs, targets).
         parameters: what to differentiate by.
         directions: tensors aligned with parameters, None for zero.
 

@@ -1,4 +1,4 @@
-"""Parameters with a NaN or Inf in their gradient keep their values, even if only the device knows which these are."""
+"""Parameters with a NaN or Inf in their gradient keep their values, even if only the device knows which parameters they are."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Hold:
         self._room: dict[torch.device, Tensor] = {}
 
     def reserve(self, params: Sequence[Tensor], states: Sequence[State], names: Sequence[str], together: bool) -> None:
-        """Prepares `over` for any portion of these: what needs memory must come before the first parameter moves.
+        """Allocates what `over` needs for any portion of these parameters, before the first of them changes.
 
         Counters that were on the host until now (before the first step, or in a checkpoint) move to the parameters' device.
         """
@@ -72,7 +72,7 @@ class Hold:
             changing = _changing(some, [states[i] for i in places], names)
             device, needed = changing[0].device, sum(map(_bytes, changing))
             if device not in self._room or len(self._room[device]) < needed:
-                self._room.pop(device, None)  # first, so that both are never there
+                self._room.pop(device, None)  # before the new buffer, so that memory never has to hold both
                 self._room[device] = torch.empty(needed, dtype=torch.uint8, device=device)
 
     @contextmanager

@@ -31,13 +31,11 @@ def validate_group(group: dict[str, Any]) -> None:
     validation.real("weight_decay", group["weight_decay"])
     validation.real("eps", group["eps"])
     validation.choice("tail", group["tail"], TAILS)
-    if not isinstance(group["nesterov"], bool):
-        raise TypeError(f"nesterov must be True or False, but is {group['nesterov']!r}")
-    if group["nesterov"] and not group["momentum"]:
-        raise ValueError("nesterov needs a momentum greater than 0")
-    for name in ("maximize", "capturable"):
+    for name in ("nesterov", "maximize", "capturable"):
         if not isinstance(group[name], bool):
             raise TypeError(f"{name} must be True or False, but is {group[name]!r}")
+    if group["nesterov"] and not group["momentum"]:
+        raise ValueError("nesterov needs a momentum greater than 0")
     if group["foreach"] not in (None, True, False):
         raise TypeError(f"foreach must be True, False or None, but is {group['foreach']!r}")
     if group["foreach"] and group["tail"] == "adamw" and isinstance(group["lr"], Tensor) and not group["capturable"]:

@@ -1,4 +1,4 @@
-"""The exact quadratic model of a loss on the few directions that a step may combine (Martens and Grosse 2015, section 6.4)."""
+"""The exact quadratic model of a loss on the span of a few directions (Martens and Grosse 2015, section 6.4)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ROUNDING = 16.0
 
 
 class Minimum(NamedTuple):
-    """Where a quadratic model is least.
+    """The minimum of a quadratic model.
 
     Attributes:
         coefficients: c, (directions,), float64.
-        change: M(c), (): what the model says a step there changes, at most 0. NaN if the model is not finite.
+        change: M(c), (): the change of the objective that the model predicts, at most 0. NaN if the model is not finite.
     """
 
     coefficients: Tensor
@@ -38,7 +38,8 @@ class QuadraticModel:
     Args:
         gram: B, (directions, directions), symmetric.
         linear: b, (directions,).
-        cutoff: eigenvalues of B, scaled to a unit diagonal, that are at most this are rounding; the largest is at least 1.
+        cutoff: eigenvalues of B, scaled to a unit diagonal, up to this size count as rounding errors; the largest eigenvalue
+            is at least 1.
     """
 
     def __init__(self, gram: Tensor, linear: Tensor, cutoff: float = ROUNDING * torch.finfo(torch.float64).eps) -> None:
@@ -90,7 +91,7 @@ class QuadraticModel:
         return c @ self.linear + (c @ self.gram @ c) / 2
 
     def solve(self) -> Minimum:
-        """The least M, by the pseudo-inverse of B scaled to a unit diagonal, D B D with D_ii = B_ii^-1/2.
+        """The minimum of M, by the pseudo-inverse of B scaled to a unit diagonal, D B D with D_ii = B_ii^-1/2.
 
         The scaling makes the result independent of the lengths of the directions. Parallel directions share the step. One
         without curvature has coefficient 0, because the model has no minimum along it.
@@ -131,6 +132,6 @@ def inner(xs: Direction, ys: Direction, weights: Sequence[float] | None = None) 
 
 
 def _on_one_device(scalars: list[Tensor]) -> list[Tensor]:
-    """On the first GPU that one of them is on."""
+    """Scalars moved to the first GPU that holds one of them."""
     home = next((x.device for x in scalars if x.device.type != "cpu"), torch.device("cpu"))
     return [x.to(home) for x in scalars]
