@@ -30,7 +30,7 @@ class Curvature:
     Args:
         partition: the covered layers, divided into blocks, parts and tiles.
         settings: hyperparameters.
-        host_looks: whether the host may read what the device computed.
+        host_looks: whether the host reads what the device computed.
 
     Attributes:
         bank: the factors.
@@ -69,21 +69,14 @@ class Curvature:
             for group, solve in zip(self.bank.groups, solves, strict=True)
         ]
         self.inverse_at = [(self.inverses[store], i) for store, i in self.bank.places]
-        self._map_slots()
-        self.moments: list[Moments | None] = [None] * len(partition.layers)
-        self._moments_of_tile: dict[int, Tensor] = {}
-        self._ekfac_solves = [solve for solve in self._eigen_solves if isinstance(solve, EkfacSolve)]
-        if self.is_ekfac:
-            self._make_moments()
-
-    def _map_slots(self) -> None:
-        """Prepares the tensors that convert vectors over slots to vectors over blocks, and back."""
-        home = self.bank.home
-        parts = [self.partition.parts[i] for i in self.bank.order]
-        self._side_of_slot = torch.tensor([2 * part.block + part.is_input for part in parts], device=home)
+        # These convert vectors over slots to vectors over the sides of blocks, and back.
+        parts = [partition.parts[i] for i in self.bank.order]
+        self._side_of_slot = torch.tensor([2 * part.block + part.is_input for part in parts], device=self.bank.home)
         self._side_sizes = self._per_side(self.bank.sizes.double())
-        constant = [block.layer.constant_input for block in self.partition.blocks]
-        self._constant = torch.tensor(constant, device=home) if any(constant) else None
+        constant = [block.layer.constant_input for block in partition.blocks]
+        self._constant = torch.tensor(constant, device=self.bank.home) if any(constant) else None
+        self._ekfac_solves = [solve for solve in self._eigen_solves if isinstance(solve, EkfacSolve)]
+        self._make_moments()
 
     def _per_side(self, over_slots: Tensor) -> Tensor:
         """Sums of a vector over slots, for each side of each block, (blocks, 2): G first, then A."""
@@ -98,12 +91,13 @@ class Curvature:
 
     def _make_moments(self) -> None:
         layer_of_tile = [self.partition.blocks[tile.block].layer_number for tile in self.partition.tiles]
+        self._moments_of_tile: dict[int, Tensor] = {}
         tiles: list[list[MomentTile]] = [[] for _ in self.partition.layers]
         for solve in self._ekfac_solves:
             self._moments_of_tile.update(zip(solve.group.tiles, solve.values, strict=True))
             for tile in solve.moment_tiles():
                 tiles[layer_of_tile[tile.tile]].append(tile)
-        self.moments = [Moments(self.partition, own) if own else None for own in tiles]
+        self.moments: list[Moments | None] = [Moments(self.partition, own) if own else None for own in tiles]
         self._moment_updates = torch.zeros(len(self.partition.tiles), device=self.bank.home)
         self._layer_of_tile = torch.tensor(layer_of_tile, device=self.bank.home)
 
@@ -150,7 +144,7 @@ class Curvature:
         return self._moment_updates[first]
 
     def count_moments(self, layer_number: int, updates: Tensor) -> None:
-        """Sets the number of updates of moments that a checkpoint has just overwritten together with their basis."""
+        """Sets the number of updates of moments; a checkpoint has just overwritten the moments and their basis."""
         for block, count in zip(self.partition.blocks_of(layer_number), updates, strict=True):
             self._moment_updates[list(self.partition.tiles_of[block])] = count.to(self._moment_updates)
         moments = self.moments[layer_number]
@@ -159,11 +153,11 @@ class Curvature:
 
     def forget_moments(self, layer_number: int) -> None:
         """Restarts EKFAC's moments of a layer from the Kronecker eigenvalues, because its factors were replaced."""
-        if self.is_ekfac:
+        if self.is_ekfac:  # without EKFAC nothing is allocated, because a step that ran out of memory comes here, too
             self._moment_updates[self._layer_of_tile == layer_number] = 0
-            moments = self.moments[layer_number]
-            if moments is not None:
-                moments.ready = False  # until the new factors have a basis
+        moments = self.moments[layer_number]
+        if moments is not None:
+            moments.ready = False  # until the new factors have a basis
 
     def _turn_moments(self, old_bases: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Rotates EKFAC's moments into the new basis; tiles without moments take the Kronecker eigenvalues."""

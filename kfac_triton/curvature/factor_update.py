@@ -106,8 +106,8 @@ class FactorUpdate:
         for k, (i, use) in enumerate(self._second_uses.items(), layers):
             table[i] = use.join(table[i], table[k])
         table = table[:layers]
-        came = Counts(*table.unbind(1))
-        fresh, summed = came.terms > 0, came.passes > 0
+        counted = Counts(*table.unbind(1))
+        fresh, summed = counted.terms > 0, counted.passes > 0
         finite = self._finite_sums(summed) & self._finite_passes(layers)
         accepted = fresh & finite
         if self.gate.scale is not None:
@@ -167,10 +167,8 @@ class FactorUpdate:
 
     def _blend_passes(self, keep: Tensor, gain: Tensor, accept: Tensor) -> None:
         """Adds the deferred rows to the factors, with one launch for each pass rather than for each layer."""
-        for number in itertools.count():
+        for number in range(max(len(s.deferred) for s in self.statistics)):
             members = [(s, s.deferred[number]) for s in self.statistics if len(s.deferred) > number]
-            if not members:
-                break
             for device in {s.dense[0].total.device for s, _ in members}:
                 here = [(s, rows) for s, rows in members if s.dense[0].total.device == device]
                 self._blend_rows(here, torch.ones_like(keep) if number else keep, gain, accept, device)

@@ -76,7 +76,7 @@ class GradientStack:
         return self._backend if plain and len({g.dtype for g in gradients if g.numel()}) == 1 else "torch"
 
     def finish(self, scale: Tensor, stays: Tensor) -> None:
-        """Scales V by nu; tiles that stay as they are, flags (B,), get no update."""
+        """Scales V by nu, and sets it to zero for tiles that are not to be updated, flags (B,)."""
         self.update.mul_(scale.to(self.update))
         if not self._host_looks or bool(stays.any()):
             self.update.masked_fill_(stays.to(self.update.device)[:, None, None], 0.0)
