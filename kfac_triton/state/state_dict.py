@@ -31,7 +31,8 @@ def require_readable(number: int) -> None:
     """
     if number > FORMAT:
         raise ValueError(
-            f"state_dict is of format {number}, and this version of kfac_triton reads formats up to {FORMAT}; install a newer"
+            f"state_dict is of format {number}, and this version of kfac_triton reads formats up to {FORMAT}; "
+            "install a newer version"
         )
 
 

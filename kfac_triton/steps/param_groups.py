@@ -39,9 +39,7 @@ def validate_group(group: dict[str, Any]) -> None:
     if group["foreach"] not in (None, True, False):
         raise TypeError(f"foreach must be True, False or None, but is {group['foreach']!r}")
     if group["foreach"] and group["tail"] == "adamw" and isinstance(group["lr"], Tensor) and not group["capturable"]:
-        raise ValueError(
-            "foreach is True and lr a tensor, which the adamw tail takes with capturable=True only; or leave foreach out"
-        )
+        raise ValueError("foreach is True and lr a tensor: the adamw tail needs capturable=True for that, or leave foreach out")
     if group.get("fused"):
         raise RuntimeError("KFAC has no fused tail: leave fused out, foreach takes many parameters at once")
     betas = group["betas"]
