@@ -81,7 +81,10 @@ class Hold:
         changing = _changing(params, states, names)
         kept = self._copies(changing)
         yield
-        ops.restore(changing, kept, self._flags[params[0]], backend=self._backend)
+        try:
+            ops.restore(changing, kept, self._flags[params[0]], backend=self._backend)
+        except torch.OutOfMemoryError:  # the kernel's table of addresses found no room; the reference needs none
+            ops.restore(changing, kept, self._flags[params[0]], backend="torch")
         torch._foreach_sub_([state["step"] for state in states], [self._uncounted[p] for p in params])
 
     def _copies(self, tensors: list[Tensor]) -> list[Tensor]:

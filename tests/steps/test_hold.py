@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kfac_triton import KFAC, KFACPreconditioner
 from kfac_triton.curvature.inverse import InverseStack
+from kfac_triton.kernels import ops
 from kfac_triton.steps import first_order, hold, param_groups
 
 BAD = [torch.nan, torch.inf, -torch.inf]
@@ -274,6 +275,24 @@ def test_a_negative_zero_stays_one() -> None:
     assert p.signbit().tolist() == [True, False]
     assert state["momentum_buffer"].signbit().all()
     assert state["step"] == 0
+
+
+def test_a_kernel_without_room_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When parameters have moved already, what failed must not stay half done."""
+    real = ops.restore
+
+    def restore(*args: Any, backend: str) -> None:
+        if backend != "torch":
+            raise torch.OutOfMemoryError
+        real(*args, backend=backend)
+
+    monkeypatch.setattr(ops, "restore", restore)
+    p = nn.Parameter(torch.ones(2))
+    state = param_groups.initial_state(p, GROUP)
+    held = first_order.hold([GROUP], [([p], [], [state])], {p: torch.tensor(False)})
+    with torch.no_grad():
+        first_order.apply(GROUP, [p], [torch.ones(2)], [state], held)
+    assert p.tolist() == [1, 1] and state["step"] == 0
 
 
 def test_portions_are_of_one_type_and_no_larger_than_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
