@@ -6,33 +6,16 @@ from typing import Any
 
 from . import validation
 
+# An AdamW tail needs no KL clip, and norms train better along their gradient.
+_ADAMW = {"momentum": 0.0, "tail": "adamw", "betas": (0.8, 0.9), "kl_clip": None, "norms": "skip", "inverse_every": 2}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # A few dense layers, a smooth loss, batches of hundreds: fresh curvature, and the quadratic model takes the steps.
     "small": {"lr": "auto", "fisher": "mc", "damping": 0.1, "ema_decay": 0.9},
-    # Convolutions and BatchNorm: norms train better along their gradient, beside an AdamW tail that needs no KL clip.
-    "conv": {
-        "lr": 0.03,
-        "momentum": 0.0,
-        "tail": "adamw",
-        "betas": (0.8, 0.9),
-        "kl_clip": None,
-        "damping": 0.05,
-        "ema_decay": 0.9,
-        "norms": "skip",
-        "inverse_every": 2,
-    },
+    # Convolutions and BatchNorm.
+    "conv": {**_ADAMW, "lr": 0.03, "damping": 0.05, "ema_decay": 0.9},
     # Tokens: low damping pays. For runs of thousands of steps longer averages will, too: betas and ema_decay nearer to 1.
-    "transformer": {
-        "lr": 6e-3,
-        "momentum": 0.0,
-        "tail": "adamw",
-        "betas": (0.8, 0.9),
-        "kl_clip": None,
-        "damping": 1e-3,
-        "ema_decay": 0.8,
-        "norms": "skip",
-        "inverse_every": 2,
-    },
+    "transformer": {**_ADAMW, "lr": 6e-3, "damping": 1e-3, "ema_decay": 0.8},
 }
 
 
