@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .curvature.factor_stack import FactorStack
@@ -14,13 +13,13 @@ from .kernels import runtime
 from .settings import Settings
 
 
-def require_recordable_settings(settings: Settings, stacks: Sequence[FactorStack], host_looks: bool) -> None:
+def require_recordable_settings(settings: Settings, stacks: Sequence[FactorStack], uses_kernels: bool) -> None:
     """Refuses settings with which the host makes decisions during a step.
 
     Args:
         settings: settings of the engine.
         stacks: its dense factors.
-        host_looks: whether the host reads what the device computes.
+        uses_kernels: whether Triton kernels update all of them, and the host reads nothing of what they compute.
 
     Raises:
         ValueError: if a setting changes between steps, or makes the host wait.
@@ -29,7 +28,7 @@ def require_recordable_settings(settings: Settings, stacks: Sequence[FactorStack
     methods = {resolve(settings.inverse, stack.sums.device) for stack in stacks}
     if not methods <= {"factored", "newton_schulz"}:
         raise ValueError(f"a CUDA graph records matrix products alone: inverse must be 'factored', but is {min(methods)!r}")
-    if host_looks or settings.backend == "torch" or any(s.sums.dtype != torch.float32 for s in stacks):
+    if not uses_kernels:
         raise ValueError("a CUDA graph records Triton kernels alone: a GPU, float32 factors and backend='auto' are needed")
 
 

@@ -16,7 +16,6 @@ from .capture.attention import attach_functional
 from .capture.fisher_pass import FisherPass
 from .capture.gate import Gate
 from .capture.hooks import attach
-from .capture.statistics import Statistics
 from .cuda_graphs import require_recordable_settings
 from .curvature.curvature import Curvature
 from .curvature.factor_update import FactorUpdate
@@ -65,17 +64,16 @@ class Engine:
         self.curvature = Curvature(self.partition, settings, self.host_looks)
         self.bank = self.curvature.bank
         self.gate = Gate(home, empirical=settings.fisher == "empirical")
-        self.gate.scaler = settings.scaler
-        kernels_serve = settings.backend != "torch" and all(s.sums.dtype == torch.float32 for s in self.bank.stacks)
+        are_single = all(stack.sums.dtype == torch.float32 for stack in self.bank.stacks)
+        self.uses_kernels = are_single and settings.backend != "torch" and not self.host_looks
         # A kernel adds deferred rows straight to the factors. This needs factors in the kernel's type, and EKFAC's moments need
         # the rows before that.
-        goes_straight = settings.factor_dtype == "float32" and not self.curvature.is_ekfac
-        can_defer = kernels_serve and not self.host_looks and goes_straight
+        can_defer = self.uses_kernels and settings.factor_dtype == "float32" and not self.curvature.is_ekfac
         self.collector = FactorUpdate(self.partition, self.bank, self.gate, settings.backend, can_defer, self.curvature.moments)
+        self.statistics = self.collector.statistics  # of each layer, since the last step
         self._fisher_pass: FisherPass | None = None
         if likelihood is not None and settings.fisher != "empirical":
             self._fisher_pass = FisherPass(likelihood, settings.fisher, settings.fisher_samples, self.gate)
-        self.progress = Progress(settings.damping_at(0), frozenset(range(len(self.layers))))
         self.kl_clip_scale = torch.ones((), device=self.bank.home)
         self.dropped_statistics = torch.zeros(len(self.layers), dtype=torch.long, device=self.bank.home)
         self.dropped_gradients = torch.zeros(len(self.partition.tiles), dtype=torch.long, device=self.bank.home)
@@ -84,18 +82,14 @@ class Engine:
         self.finite: dict[nn.Parameter, Tensor] | None = None
         self.mixed: set[nn.Parameter] = set()
         self._warned: set[int] = set()
-        self._open_gate()
+        self.progress = Progress(settings.damping_at(0), frozenset(range(len(self.layers))))
+        self.resume(self.progress)
 
         handles = attach(self.layers, self.statistics) + attach_functional(self.layers, self.statistics)
         # The hooks must not outlive an engine that is dropped without close(). A compiled graph keeps them, but finds the gate
         # closed.
         self._finalizer = weakref.finalize(self, _detach, handles, self.gate)
         self.closed = False  # whether the hooks are gone
-
-    @property
-    def statistics(self) -> list[Statistics]:
-        """The statistics of each layer since the last step."""
-        return self.collector.statistics
 
     def close(self) -> None:
         """Removes the hooks; safe to call twice."""
@@ -114,8 +108,7 @@ class Engine:
     def change(self, **settings: Any) -> None:
         """Changes settings between steps; they are checked as in the constructor."""
         self.settings = self.settings.changed(**settings)
-        self.gate.scaler = self.settings.scaler
-        self._open_gate()
+        self.resume(self.progress)
 
     @torch.compiler.disable(reason=EAGER)
     def accumulate_fisher(self, outputs: Tensor, targets: Tensor | None) -> None:
@@ -158,7 +151,7 @@ class Engine:
             self._update_factors()
         self.progress = self.progress.at_damping(settings.damping_at(steps))
         # A layer with its first statistics gets an inverse at once. Until then damping alone would scale its gradient up.
-        if settings.is_due("inverse_every", steps) or self.progress.has_new_layers:
+        if (settings.is_due("inverse_every", steps) or self.progress.has_new_layers) and self.progress.is_stale:
             self._refresh_inverses()
         updates = self._preconditioned_gradients(learning_rate)
         self.resume(self.progress.at_step(steps + 1))
@@ -166,8 +159,12 @@ class Engine:
 
     def resume(self, progress: Progress) -> None:
         """Continues from this progress: it determines schedules, intervals, and whether the next passes leave statistics."""
-        self.progress = progress
-        self._open_gate()
+        self.progress, settings = progress, self.settings
+        self.gate.open = settings.is_due("statistics_every", progress.steps)
+        self.gate.stride = math.ceil(1 / settings.stats_fraction - 1e-9)
+        self.gate.max_rows = settings.max_stats_tokens
+        self.gate.step = progress.steps
+        self.gate.scaler = settings.scaler
 
     def forget_statistics(self) -> None:
         """Drops all statistics since the last step."""
@@ -208,7 +205,7 @@ class Engine:
         """
         if not runtime.is_recording():
             return
-        require_recordable_settings(self.settings, self.bank.stacks, self.host_looks)
+        require_recordable_settings(self.settings, self.bank.stacks, self.uses_kernels)
         if self.gate.is_unrecorded:
             raise RuntimeError("a CUDA graph records this step, but not its backward pass: record forward, backward and step")
         missing = self.progress.without_statistics
@@ -216,13 +213,6 @@ class Engine:
         if new or self.progress.has_new_layers or self.has_unfrozen():
             what = f"layers {', '.join(new)} have no statistics yet" if new else "the host has to wait for new inverses"
             raise RuntimeError(f"a CUDA graph cannot record this step, because {what}: take a step outside of it first")
-
-    def _open_gate(self) -> None:
-        """Opens the gate if the next step takes statistics, and closes it otherwise."""
-        self.gate.open = self.settings.is_due("statistics_every", self.progress.steps)
-        self.gate.stride = math.ceil(1 / self.settings.stats_fraction - 1e-9)
-        self.gate.max_rows = self.settings.max_stats_tokens
-        self.gate.step = self.progress.steps
 
     def _update_factors(self) -> None:
         # Read before the statistics are forgotten. The host waits for the outcome only in a step that may bring a layer's
@@ -250,8 +240,6 @@ class Engine:
         warn_of_missing_statistics([self.layers[i].name for i in missing], self.settings.fisher, any(fresh))
 
     def _refresh_inverses(self) -> None:
-        if not self.progress.is_stale:
-            return
         self.progress = self.progress.rewritten()
         # With new layers, the current certificates belong to no factors, or to those that a checkpoint has replaced.
         self.curvature.refresh(self.progress.damping, restart=self.progress.has_new_layers)
