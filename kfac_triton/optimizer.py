@@ -146,15 +146,8 @@ class KFAC(KFACBase, Optimizer):
         capturable: bool = False,
         backend: str = Settings.backend,
     ) -> None:
-        settings = Settings(
-            damping=damping, kl_clip=kl_clip, ema_decay=ema_decay, statistics_every=statistics_every,
-            inverse_every=inverse_every, warmup=warmup, fisher=fisher, fisher_samples=fisher_samples, loss=loss,
-            curvature=curvature, exact_damping=exact_damping, weight_sharing=weight_sharing, inverse=inverse,
-            inverse_tolerance=inverse_tolerance, loss_reduction=loss_reduction, loss_terms=loss_terms, loss_scale=loss_scale,
-            stats_fraction=stats_fraction, max_stats_tokens=max_stats_tokens, max_factor_size=max_factor_size,
-            oversize=oversize, factor_dtype=factor_dtype, norms=norms, skip=skip, include=include, split=split,
-            capturable=capturable, backend=backend,
-        )  # fmt: skip
+        given = locals()  # before others are added: the settings are the arguments of the same names
+        settings = Settings(**{name: given[name] for name in Settings.__dataclass_fields__})
         is_auto = isinstance(lr, str)
         if is_auto:
             settings = auto_settings(lr, settings, maximize=maximize, capturable=capturable)
@@ -170,8 +163,9 @@ class KFAC(KFACBase, Optimizer):
         if tail == "sgd":  # if the defaults have betas, OneCycleLR and CyclicLR change these instead of momentum
             del self.defaults["betas"]
         self._model = model
-        engine = Engine(model, settings, self._parameters())
-        self._run = Run(engine, self._parameters(), torch.zeros((), dtype=torch.long, device=engine.bank.home))
+        parameters = param_groups.complete(self, betas)
+        engine = Engine(model, settings, parameters)
+        self._run = Run(engine, parameters, torch.zeros((), dtype=torch.long, device=engine.bank.home))
         if is_auto:
             self._run.auto = self._auto_from({"damping_every": damping_every, "damping_range": damping_range, "states": []})
         checkpoint.declare_keys(self, self.engine, is_auto)
@@ -184,19 +178,12 @@ class KFAC(KFACBase, Optimizer):
     def _parameters(self) -> list[nn.Parameter]:
         return param_groups.parameters_of(self)
 
-    def _decays(self) -> list[float]:
-        return [group["weight_decay"] for group in self.param_groups for _ in group["params"]]
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group. K-FAC covers the layers of its weights from then on; other layers keep their factors."""
         param_groups.validate_group({"betas": self._betas, **self.defaults, **param_group})
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        group.setdefault("betas", self._betas)
-        for parameter in group["params"]:
-            self.state[parameter].update(param_groups.initial_state(parameter, group))
         if hasattr(self, "_run"):  # not while the base class builds its first groups
-            self._run.known = self._parameters()
+            self._run.known = param_groups.complete(self, self._betas)
             self._cover_anew()
 
     def _keep_up(self) -> None:
@@ -254,8 +241,9 @@ class KFAC(KFACBase, Optimizer):
         """
         self._keep_up()
         if self._run.auto is not None:
+            decays = [group["weight_decay"] for group in self.param_groups for _ in group["params"]]
             with transaction(self.engine):
-                loss = self._run.auto.step(closure, self._decays())
+                loss = self._run.auto.step(closure, decays)
         else:
             loss = self._plain_step(closure)
         if self.engine.has_unfrozen():

@@ -153,9 +153,7 @@ class KFACPreconditioner(KFACBase):
         return [optimizer for reference, _ in self._attached if (optimizer := reference()) is not None]
 
     @torch.compiler.disable(reason=EAGER)
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # This hook runs before the step calls the closure, when there are no gradients yet. So it calls the closure itself.
         closure: Callable[[], Any] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
