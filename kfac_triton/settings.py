@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -12,13 +13,7 @@ from torch.amp import GradScaler
 from . import validation
 from .kernels.runtime import BACKENDS
 
-WEIGHT_SHARING = ("expand", "reduce")
-CURVATURES = ("kfac", "ekfac")
-FACTOR_DTYPES = ("float32", "bfloat16")
-NORMS = ("diagonal", "full", "skip")
-FISHERS = ("empirical", "mc", "ggn")
 LOSS_REDUCTIONS = ("mean", "sum")
-LOSS_TERMS = ("examples", "tokens")
 METHODS = ("auto", "newton_schulz", "factored", "cholesky", "eigh")
 OVERSIZE = ("diagonal", "block")
 
@@ -39,6 +34,30 @@ CHANGEABLE = (
 Schedule = float | Callable[[int], float]
 
 
+def _checked_by(check: Callable[..., Any], *, or_none: bool = False, **bounds: Any) -> dict[str, Any]:
+    """Metadata of a field whose values have to pass `check(name, value, **bounds)`, or may be None."""
+    return {"check": partial(check, **bounds), "or_none": or_none}
+
+
+def _choice(*options: str) -> Any:
+    """A setting with one of these strings; the first one is the default."""
+    return field(default=options[0], metadata=_checked_by(validation.choice, options=options))
+
+
+def _require_patterns(name: str, value: Any) -> None:
+    if callable(value) or isinstance(value, str):
+        return
+    if not isinstance(value, (list, tuple)) or not all(isinstance(pattern, str) for pattern in value):
+        raise TypeError(f"{name} must be a pattern, a list of patterns or a function of name and module, but is {value!r}")
+
+
+def _require_split(name: str, value: Any) -> None:
+    if not isinstance(value, dict) or not all(isinstance(pattern, str) for pattern in value):
+        raise TypeError(f"{name} must be a dict of patterns and numbers of blocks, but is {value!r}")
+    for pattern, count in value.items():
+        validation.whole(f"{name}[{pattern!r}]", count)
+
+
 @dataclass(frozen=True)
 class Settings:
     """Settings of the curvature; see `KFAC` for their meaning.
@@ -49,73 +68,50 @@ class Settings:
     """
 
     damping: Schedule = 3e-2
-    kl_clip: float | None = 1e-3
-    ema_decay: float = 0.95
+    kl_clip: float | None = field(default=1e-3, metadata=_checked_by(validation.real, or_none=True, open_low=True))
+    ema_decay: float = field(default=0.95, metadata=_checked_by(validation.real, high=1.0))
     statistics_every: int | Callable[[int], int] = 1
     inverse_every: int | Callable[[int], int] = 1
-    warmup: int = 0
-    fisher: str = "empirical"
-    fisher_samples: int = 1
+    warmup: int = field(default=0, metadata=_checked_by(validation.whole, low=0))
+    fisher: str = _choice("empirical", "mc", "ggn")
+    fisher_samples: int = field(default=1, metadata=_checked_by(validation.whole))
     loss: Any = None
-    curvature: str = "kfac"
-    exact_damping: bool = False
-    weight_sharing: str = "expand"
-    inverse: str = "auto"
-    inverse_tolerance: float = 0.05
-    loss_reduction: str = "mean"
-    loss_terms: str = "examples"
+    curvature: str = _choice("kfac", "ekfac")
+    exact_damping: bool = field(default=False, metadata=_checked_by(validation.flag))
+    weight_sharing: str = _choice("expand", "reduce")
+    inverse: str = _choice(*METHODS)
+    inverse_tolerance: float = field(default=0.05, metadata=_checked_by(validation.real, high=0.3, open_low=True))
+    loss_reduction: str = _choice(*LOSS_REDUCTIONS)
+    loss_terms: str = _choice("examples", "tokens")
     loss_scale: Any = 1.0
-    stats_fraction: float = 1.0
-    max_stats_tokens: int | None = None
-    max_factor_size: int | None = 8192
-    oversize: str = "diagonal"
-    factor_dtype: str = "float32"
-    norms: str = "diagonal"
-    skip: Any = ()
-    include: Any = "*"
-    split: dict[str, int] | None = None
-    capturable: bool = False
-    backend: str = "auto"
+    stats_fraction: float = field(default=1.0, metadata=_checked_by(validation.real, open_low=True))
+    max_stats_tokens: int | None = field(default=None, metadata=_checked_by(validation.whole, or_none=True))
+    max_factor_size: int | None = field(default=8192, metadata=_checked_by(validation.whole, or_none=True))
+    oversize: str = _choice(*OVERSIZE)
+    factor_dtype: str = _choice("float32", "bfloat16")
+    norms: str = _choice("diagonal", "full", "skip")
+    skip: Any = field(default=(), metadata=_checked_by(_require_patterns))
+    include: Any = field(default="*", metadata=_checked_by(_require_patterns))
+    split: dict[str, int] | None = field(default=None, metadata=_checked_by(_require_split, or_none=True))
+    capturable: bool = field(default=False, metadata=_checked_by(validation.flag))
+    backend: str = _choice(*BACKENDS)
 
     def __post_init__(self) -> None:
+        for setting in fields(self):
+            value, check = getattr(self, setting.name), setting.metadata.get("check")
+            if check is not None and not (value is None and setting.metadata["or_none"]):
+                check(setting.name, value)
         self.damping_at(0)
         self.interval_at("statistics_every", 0)
         self.interval_at("inverse_every", 0)
-        if self.kl_clip is not None:
-            validation.real("kl_clip", self.kl_clip, open_low=True)
-        validation.real("ema_decay", self.ema_decay, high=1.0)
-        validation.whole("warmup", self.warmup, low=0)
-        validation.choice("fisher", self.fisher, FISHERS)
-        validation.whole("fisher_samples", self.fisher_samples)
         if self.loss is None and self.fisher != "empirical":
             raise ValueError(
                 f"fisher is {self.fisher!r}, which needs the distribution that the model's outputs parametrize (logits): pass "
                 "loss=nn.CrossEntropyLoss() or the loss that you train with, and call accumulate_fisher(outputs, targets) "
                 "between forward and backward"
             )
-        validation.choice("curvature", self.curvature, CURVATURES)
-        if not isinstance(self.exact_damping, bool):
-            raise TypeError(f"exact_damping must be True or False, but is {self.exact_damping!r}")
-        validation.choice("weight_sharing", self.weight_sharing, WEIGHT_SHARING)
-        validation.choice("inverse", self.inverse, METHODS)
-        validation.real("inverse_tolerance", self.inverse_tolerance, high=0.3, open_low=True)
-        validation.choice("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
-        validation.choice("loss_terms", self.loss_terms, LOSS_TERMS)
-        if validation.real("stats_fraction", self.stats_fraction, open_low=True) > 1:
+        if self.stats_fraction > 1:
             raise ValueError(f"stats_fraction must be at most 1, but is {self.stats_fraction}")
-        for name in ("max_stats_tokens", "max_factor_size"):
-            if getattr(self, name) is not None:
-                validation.whole(name, getattr(self, name))
-        validation.choice("oversize", self.oversize, OVERSIZE)
-        validation.choice("factor_dtype", self.factor_dtype, FACTOR_DTYPES)
-        validation.choice("norms", self.norms, NORMS)
-        for name in ("skip", "include"):
-            _check_choice(name, getattr(self, name))
-        if self.split is not None:
-            _check_split(self.split)
-        validation.choice("backend", self.backend, BACKENDS)
-        if not isinstance(self.capturable, bool):
-            raise TypeError(f"capturable must be True or False, but is {self.capturable!r}")
         if self.capturable:
             self.require_constant()
         if not callable(self.loss_scale) and not isinstance(self.loss_scale, GradScaler):
@@ -189,17 +185,3 @@ class Settings:
         if isinstance(scale, Tensor):
             return scale
         return validation.real("loss_scale", scale, open_low=True)
-
-
-def _check_choice(name: str, value: Any) -> None:
-    if callable(value) or isinstance(value, str):
-        return
-    if not isinstance(value, (list, tuple)) or not all(isinstance(pattern, str) for pattern in value):
-        raise TypeError(f"{name} must be a pattern, a list of patterns or a function of name and module, but is {value!r}")
-
-
-def _check_split(value: Any) -> None:
-    if not isinstance(value, dict) or not all(isinstance(pattern, str) for pattern in value):
-        raise TypeError(f"split must be a dict of patterns and numbers of blocks, but is {value!r}")
-    for pattern, count in value.items():
-        validation.whole(f"split[{pattern!r}]", count)

@@ -70,3 +70,13 @@ def choice(name: str, value: Any, options: Sequence[str]) -> str:
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(options)}, but is {value!r}")
     return value
+
+
+def flag(name: str, value: Any) -> None:
+    """True or False.
+
+    Raises:
+        TypeError: if value is anything else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, but is {value!r}")
