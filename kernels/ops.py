@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .arguments import require, require_digits, require_like, require_stack, require_vector
 from .covariance import launch as covariance_launch
 from .covariance.reference import covariance_ema_reference
 from .covariance.window import ROWS, Window, flatten, window
@@ -41,45 +42,17 @@ __all__ = [
 ]
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _require_digits(name: str, tensor: Tensor) -> None:
-    _require(
-        tensor.dtype in (torch.float32, torch.float64),
-        f"{name} must be float32 or float64, but is {tensor.dtype}; convert it (16 bits have too few digits to keep a factor)",
-    )
-
-
-def _require_stack(name: str, stack: Tensor) -> None:
-    _require_digits(name, stack)
-    _require(
-        stack.dim() == 3 and stack.shape[1] == stack.shape[2],
-        f"{name} must be a stack of square matrices (B, n, n), but has shape {tuple(stack.shape)}",
-    )
-
-
-def _require_like(name: str, tensor: Tensor, shape: tuple[int, ...], other: Tensor) -> None:
-    _require(
-        tuple(tensor.shape) == shape and tensor.dtype == other.dtype and tensor.device == other.device,
-        f"{name} must have shape {shape}, dtype {other.dtype} and device {other.device}, but has "
-        f"{tuple(tensor.shape)}, {tensor.dtype} and {tensor.device}",
-    )
-
-
 def _columns(i: int, source: Tensor, window: Window) -> int:
     """Columns of X for the input of layer i, after a check that the input and its window fit."""
     shape = tuple(source.shape)
-    _require(
+    require(
         2 <= source.dim() <= 5,
         f"inputs[{i}] must be a matrix of rows or (N, C, *spatial) with 1 to 3 spatial dimensions, but has shape {shape}",
     )
     if source.dim() == 2:
         return source.shape[1]
     kernel, stride, padding, dilation = window
-    _require(
+    require(
         all(len(numbers) == source.dim() - 2 for numbers in window)
         and min(kernel) > 0
         and min(stride) > 0
@@ -88,7 +61,7 @@ def _columns(i: int, source: Tensor, window: Window) -> int:
         f"windows of inputs[{i}], of shape {shape}, must come from window(...), with a number per spatial dimension, but is "
         f"{window}",
     )
-    _require(
+    require(
         min(window.positions(shape[2:])) > 0,
         f"inputs[{i}] of shape {shape} must be at least as large as its kernel, but that is {list(kernel)} with dilation "
         f"{list(dilation)} and padding {list(padding)}",
@@ -131,28 +104,26 @@ def covariance_ema(
             window, devices differ, or backend is "triton" and no kernel can serve the call.
     """
     count = len(factors)
-    _require(
+    require(
         len(inputs) == count and len(ones_column) == count and len(windows) == count,
         f"factors, inputs, ones_column and windows must describe the same number of layers, but have {count}, "
         f"{len(inputs)}, {len(ones_column)} and {len(windows)}",
     )
-    for name, vector in (("alpha", alpha), ("beta", beta)) + ((("accept", accept),) if accept is not None else ()):
-        _require(
-            vector.shape == (count,) and all(vector.device == factor.device for factor in factors[:1]),
-            f"{name} must have shape ({count},) and be on the factors' device, but has shape {tuple(vector.shape)} and is on "
-            f"{vector.device}",
-        )
+    device = factors[0].device if factors else alpha.device
+    for name, vector in (("alpha", alpha), ("beta", beta), ("accept", accept)):
+        if vector is not None:
+            require_vector(name, vector, count, device)
     for i, (factor, source) in enumerate(zip(factors, inputs, strict=True)):
-        _require_digits(f"factors[{i}]", factor)
+        require_digits(f"factors[{i}]", factor)
         columns = _columns(i, source, windows[i]) + bool(ones_column[i])
-        _require(
+        require(
             factor.dim() == 2 and factor.shape[0] == factor.shape[1] and factor.shape[0] >= columns,
             f"factors[{i}] must be square and at least {columns} wide for inputs[{i}] of shape {tuple(source.shape)}, "
             f"but has shape {tuple(factor.shape)}",
         )
-        _require(
-            source.device == factor.device == factors[0].device,
-            f"inputs[{i}] must be on the device of all factors, {factors[0].device}, but is on {source.device} "
+        require(
+            source.device == factor.device == device,
+            f"inputs[{i}] must be on the device of all factors, {device}, but is on {source.device} "
             f"(factors[{i}] on {factor.device})",
         )
     torch.ops.kfac_triton.covariance_ema(factors, inputs, alpha, beta, ones_column, flatten(windows), accept, backend=backend)
@@ -188,10 +159,10 @@ def newton_schulz_inverse(
     Raises:
         ValueError: if shapes, dtypes or devices disagree, or backend is "triton" and no kernel can serve the call.
     """
-    _require_stack("factor", factor)
-    _require_like("inverse", inverse, tuple(factor.shape), factor)
-    _require_like("damping", damping, (factor.shape[0],), factor)
-    _require_like("residual", residual, (factor.shape[0],), factor)
+    require_stack("factor", factor)
+    require_like("inverse", inverse, tuple(factor.shape), factor)
+    require_like("damping", damping, (factor.shape[0],), factor)
+    require_like("residual", residual, (factor.shape[0],), factor)
     torch.ops.kfac_triton.newton_schulz_inverse(factor, damping, inverse, residual, tolerance, max_steps, backend=backend)
 
 
@@ -224,10 +195,10 @@ def factored_newton_refresh(
     Raises:
         ValueError: if shapes, dtypes or devices disagree, or backend is "triton" and no kernel can serve the call.
     """
-    _require_stack("factor", factor)
-    _require_like("root", root, tuple(factor.shape), factor)
-    _require_like("damping", damping, (factor.shape[0],), factor)
-    _require_like("residual", residual, (factor.shape[0],), factor)
+    require_stack("factor", factor)
+    require_like("root", root, tuple(factor.shape), factor)
+    require_like("damping", damping, (factor.shape[0],), factor)
+    require_like("residual", residual, (factor.shape[0],), factor)
     torch.ops.kfac_triton.factored_newton_refresh(factor, damping, root, residual, tolerance, max_steps, backend=backend)
 
 
@@ -262,13 +233,13 @@ def precondition(
     Raises:
         ValueError: if shapes, dtypes or devices disagree, or backend is "triton" and no kernel can serve the call.
     """
-    _require_digits("gradient", gradient)
-    _require(gradient.dim() == 3, f"gradient must have shape (B, m, n), but has {tuple(gradient.shape)}")
+    require_digits("gradient", gradient)
+    require(gradient.dim() == 3, f"gradient must have shape (B, m, n), but has {tuple(gradient.shape)}")
     batch, m, n = gradient.shape
-    _require_like("left", left, (batch, m, m), gradient)
-    _require_like("right", right, (batch, n, n), gradient)
-    _require_like("out", out, (batch, m, n), gradient)
-    _require_like("product", product, (batch,), gradient)
+    require_like("left", left, (batch, m, m), gradient)
+    require_like("right", right, (batch, n, n), gradient)
+    require_like("out", out, (batch, m, n), gradient)
+    require_like("product", product, (batch,), gradient)
     torch.ops.kfac_triton.precondition(gradient, left, right, out, product, factored, backend=backend)
 
 
@@ -289,10 +260,10 @@ def squares(inputs: list[Tensor], out: Tensor, backend: str = "auto") -> None:
     Raises:
         ValueError: if out does not fit, or backend is "triton" and no kernel can serve the call.
     """
-    _require_digits("out", out)
-    _require(tuple(out.shape) == (len(inputs),), f"out must have shape ({len(inputs)},), but has {tuple(out.shape)}")
+    require_digits("out", out)
+    require(tuple(out.shape) == (len(inputs),), f"out must have shape ({len(inputs)},), but has {tuple(out.shape)}")
     for i, source in enumerate(inputs):
-        _require(source.device == out.device, f"inputs[{i}] must be on {out.device} as out is, but is on {source.device}")
+        require(source.device == out.device, f"inputs[{i}] must be on {out.device} as out is, but is on {source.device}")
     if inputs:
         torch.ops.kfac_triton.squares(inputs, out, backend=backend)
 
@@ -315,8 +286,8 @@ def gather(weights: list[Tensor], biases: list[Tensor], out: Tensor, backend: st
     Raises:
         ValueError: if a gradient does not fit its block, or backend is "triton" and no kernel can serve the call.
     """
-    _require_digits("out", out)
-    _require(
+    require_digits("out", out)
+    require(
         out.dim() == 3 and len(weights) == len(biases) == len(out),
         f"weights, biases and out must have as many blocks, but have {len(weights)}, {len(biases)} and {tuple(out.shape)}",
     )
@@ -324,7 +295,7 @@ def gather(weights: list[Tensor], biases: list[Tensor], out: Tensor, backend: st
         if weight.numel() == 0:
             continue
         rows, columns = weight.shape[0], weight.numel() // weight.shape[0] + bool(bias.numel())
-        _require(
+        require(
             rows <= out.shape[1] and columns <= out.shape[2] and bias.numel() in (0, rows),
             f"weights[{i}] of shape {tuple(weight.shape)} with biases[{i}] of shape {tuple(bias.shape)} must fit a block of "
             f"shape {tuple(out.shape[1:])}",
@@ -352,14 +323,10 @@ def blend(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Ten
     Raises:
         ValueError: if shapes disagree, or backend is "triton" and no kernel can serve the call.
     """
-    _require_stack("factor", factor)
-    _require_like("total", total, tuple(factor.shape), factor)
+    require_stack("factor", factor)
+    require_like("total", total, tuple(factor.shape), factor)
     for name, vector in (("keep", keep), ("gain", gain), ("accept", accept)):
-        _require(
-            tuple(vector.shape) == (len(factor),) and vector.device == factor.device,
-            f"{name} must have shape ({len(factor)},) and be on {factor.device}, but has {tuple(vector.shape)} and is on "
-            f"{vector.device}",
-        )
+        require_vector(name, vector, len(factor), factor.device)
     torch.ops.kfac_triton.blend(factor, total, keep, gain, accept, backend=backend)
 
 
