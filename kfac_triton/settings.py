@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -36,7 +35,7 @@ Schedule = float | Callable[[int], float]
 
 def _checked_by(check: Callable[..., Any], *, or_none: bool = False, **bounds: Any) -> dict[str, Any]:
     """Metadata of a field whose values have to pass `check(name, value, **bounds)`, or may be None."""
-    return {"check": partial(check, **bounds), "or_none": or_none}
+    return {"check": check, "or_none": or_none, "bounds": bounds}  # torch.compile cannot trace a functools.partial
 
 
 def _choice(*options: str) -> Any:
@@ -100,7 +99,7 @@ class Settings:
         for setting in fields(self):
             value, check = getattr(self, setting.name), setting.metadata.get("check")
             if check is not None and not (value is None and setting.metadata["or_none"]):
-                check(setting.name, value)
+                check(setting.name, value, **setting.metadata["bounds"])
         self.damping_at(0)
         self.interval_at("statistics_every", 0)
         self.interval_at("inverse_every", 0)
@@ -156,7 +155,7 @@ class Settings:
         if self.curvature != "kfac" or self.exact_damping:
             raise ValueError("capturable is True, so curvature must be 'kfac' without exact_damping: the host waits for bases")
         if self.factor_dtype != "float32":
-            raise ValueError("capturable is True, so factor_dtype must be 'float32': stochastic rounding is not recorded")
+            raise ValueError(f"capturable is True, so factor_dtype must be 'float32', but is {self.factor_dtype!r}")
 
     def is_due(self, name: str, step: int) -> bool:
         """Whether statistics are taken, or inverses computed, in this step."""
