@@ -58,12 +58,12 @@ def _columns(i: int, source: Tensor, window: Window) -> int:
         and min(stride) > 0
         and min(dilation) > 0
         and min(padding) >= 0,
-        f"windows of inputs[{i}], of shape {shape}, must come from window(...), with a number per spatial dimension, but is "
-        f"{window}",
+        f"windows[{i}] must come from window(...), with a number for each spatial dimension of inputs[{i}] of shape {shape}, "
+        f"but is {window}",
     )
     require(
         min(window.positions(shape[2:])) > 0,
-        f"inputs[{i}] of shape {shape} must be at least as large as its kernel, but that is {list(kernel)} with dilation "
+        f"inputs[{i}] of shape {shape} must be at least as large as its kernel, but the kernel is {list(kernel)} with dilation "
         f"{list(dilation)} and padding {list(padding)}",
     )
     return source.shape[1] * math.prod(kernel)
@@ -263,7 +263,7 @@ def squares(inputs: list[Tensor], out: Tensor, backend: str = "auto") -> None:
     require_digits("out", out)
     require(tuple(out.shape) == (len(inputs),), f"out must have shape ({len(inputs)},), but has {tuple(out.shape)}")
     for i, source in enumerate(inputs):
-        require(source.device == out.device, f"inputs[{i}] must be on {out.device} as out is, but is on {source.device}")
+        require(source.device == out.device, f"inputs[{i}] must be on {out.device}, as out, but is on {source.device}")
     if inputs:
         torch.ops.kfac_triton.squares(inputs, out, backend=backend)
 
@@ -289,7 +289,8 @@ def gather(weights: list[Tensor], biases: list[Tensor], out: Tensor, backend: st
     require_digits("out", out)
     require(
         out.dim() == 3 and len(weights) == len(biases) == len(out),
-        f"weights, biases and out must have as many blocks, but have {len(weights)}, {len(biases)} and {tuple(out.shape)}",
+        f"weights, biases and out (layers, m, n) must have the same number of layers, but there are {len(weights)} weights, "
+        f"{len(biases)} biases, and out has shape {tuple(out.shape)}",
     )
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         if weight.numel() == 0:

@@ -52,10 +52,10 @@ def load(path: Path) -> dict[str, list[dict[str, Any]]]:
         for name, entries in table.items():
             sides = [float("inf") if entry["up_to"] is None else entry["up_to"] for entry in entries]
             if sides != sorted(sides) or not sides or sides[-1] != float("inf"):
-                raise ValueError(f"entries of {name!r} must rise in up_to and end with null")
+                raise ValueError(f"entries of {name!r} must be sorted by up_to, and end with null")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is not a table of kernel configurations ({error}); mend it, or delete it and tune again"
+            f"{path} is not a table of kernel configurations ({error}); correct it, or delete it and tune again"
         ) from error
     return table
 

@@ -27,9 +27,9 @@ def require_recordable_settings(settings: Settings, stacks: Sequence[FactorStack
     settings.require_constant()
     methods = {resolve(settings.inverse, stack.sums.device) for stack in stacks}
     if not methods <= {"factored", "newton_schulz"}:
-        raise ValueError(f"a CUDA graph records matrix products alone: inverse must be 'factored', but is {min(methods)!r}")
+        raise ValueError(f"in a CUDA graph inverse must be 'factored', but is {min(methods)!r}, for which the host waits")
     if not uses_kernels:
-        raise ValueError("a CUDA graph records Triton kernels alone: a GPU, float32 factors and backend='auto' are needed")
+        raise ValueError("a CUDA graph can record the Triton kernels only: use a GPU, float32 factors and backend='auto'")
 
 
 def require_recordable_groups(groups: list[dict[str, Any]], states: dict[Any, dict[str, Any]]) -> None:
@@ -42,12 +42,12 @@ def require_recordable_groups(groups: list[dict[str, Any]], states: dict[Any, di
         return
     for number, group in enumerate(groups):
         if not group["capturable"]:
-            raise RuntimeError(f"a CUDA graph records this step, but group {number} has capturable=False: make KFAC with True")
+            raise RuntimeError(f"a CUDA graph records this step, but group {number} has capturable=False: pass True to KFAC")
         devices = {p.device for p in group["params"]}
         values = [("lr", group["lr"]), *(("a step counter", states[p]["step"]) for p in group["params"])]
         for name, value in values:
             if devices and isinstance(value, Tensor) and value.device not in devices:
                 raise RuntimeError(
-                    f"a CUDA graph records this step, but {name} of group {number} is a tensor on {value.device}, whose number "
-                    "every replay would repeat: move it to the parameters' device"
+                    f"a CUDA graph records this step, but {name} of group {number} is a tensor on {value.device}, whose value "
+                    "would be the same in every replay: move it to the parameters' device"
                 )

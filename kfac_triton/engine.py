@@ -117,7 +117,7 @@ class Engine:
         loss = self.settings.loss
         if loss is None:
             raise RuntimeError(
-                "accumulate_fisher needs to know the loss: pass it to the constructor, for example loss=nn.CrossEntropyLoss()"
+                "accumulate_fisher needs the loss, but loss is None: pass it to the constructor, as loss=nn.CrossEntropyLoss()"
             )
         if not isinstance(outputs, Tensor):
             raise TypeError(
@@ -194,7 +194,7 @@ class Engine:
             RuntimeError: if the engine is closed.
         """
         if self.closed:
-            raise RuntimeError("this K-FAC optimizer is closed, and its hooks are gone: make a new one to go on training")
+            raise RuntimeError("this K-FAC optimizer is closed, and its hooks are removed: make a new one to continue training")
 
     def _require_recordable(self) -> None:
         """While a CUDA graph is being recorded, refuses steps in which the host decides something.
@@ -212,7 +212,7 @@ class Engine:
         new = [repr(self.layers[i].name) for i in sorted(missing) if self.layers[i].weight.grad is not None]
         if new or self.progress.has_new_layers or self.has_unfrozen():
             what = f"layers {', '.join(new)} have no statistics yet" if new else "the host has to wait for new inverses"
-            raise RuntimeError(f"a CUDA graph cannot record this step, because {what}: take a step outside of it first")
+            raise RuntimeError(f"a CUDA graph cannot record this step, because {what}: take a step outside of the graph first")
 
     def _update_factors(self) -> None:
         # Read before the statistics are forgotten. The host waits for the outcome only in a step that may bring a layer's

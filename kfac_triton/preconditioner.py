@@ -95,7 +95,7 @@ class KFACPreconditioner(KFACBase):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is {type(optimizer).__name__}")
         if isinstance(optimizer, torch.optim.LBFGS):
-            raise TypeError("optimizer must evaluate its closure once in a step; LBFGS evaluates it many times")
+            raise TypeError("optimizer must call its closure once in a step, but is LBFGS, which calls it many times")
         handle = optimizer.register_step_pre_hook(self._before_step)
         self._attached.append((weakref.ref(optimizer), handle))
         return handle

@@ -121,7 +121,7 @@ def _strict(value: Any, path: list[str | int], lost: dict[str, list[list[str | i
         return None
     name = "/".join(map(str, path))
     kind = f"a tensor of {value.numel()} numbers" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
-    raise TypeError(f"{name}: a value that is {kind} cannot be logged; give a number, a text, or lists and dicts of them")
+    raise TypeError(f"{name} is {kind}, which cannot be logged; give a number, a text, or lists and dicts of them")
 
 
 def _mend(file: Path) -> None:

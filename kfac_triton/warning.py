@@ -34,6 +34,6 @@ def warn_of_missing_statistics(names: list[str], fisher: str, any_came: bool) ->
     if fisher != "empirical" and not any_came:
         reason = f"fisher is {fisher!r}: call accumulate_fisher(outputs, targets) between the forward pass and backward()."
     warn(
-        f"no statistics came from layers {', '.join(map(repr, names))}, although their weights have gradients, which are used "
-        f"as they are. {reason}"
+        f"no statistics came from layers {', '.join(map(repr, names))}, although their weights have gradients, which are "
+        f"not preconditioned. {reason}"
     )

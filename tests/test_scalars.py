@@ -114,8 +114,8 @@ def test_a_log_comes_back_as_it_was(tmp_path: Path) -> None:
     [
         ({"steps": 3}, ValueError, "extra: 'steps' would replace a value of the diagnostics; choose another name"),
         ({"non_finite": 3}, ValueError, "extra: 'non_finite' would replace"),
-        ({"outputs": torch.ones(2)}, TypeError, "outputs: a value that is a tensor of 2 numbers cannot be logged; give"),
-        ({"model": {"inner": mlp}}, TypeError, "model/inner: a value that is of type function cannot be logged; give"),
+        ({"outputs": torch.ones(2)}, TypeError, "outputs is a tensor of 2 numbers, which cannot be logged; give"),
+        ({"model": {"inner": mlp}}, TypeError, "model/inner is of type function, which cannot be logged; give"),
     ],
 )
 def test_what_cannot_be_logged_leaves_the_log_alone(tmp_path: Path, extra: dict, error: type, message: str) -> None:

@@ -39,15 +39,15 @@ def can_use(
     """Why the kernel cannot serve these layers; None if it can."""
     for i, (factor, source, window) in enumerate(zip(factors, inputs, unflatten(windows, inputs), strict=True)):
         if factor.dtype != torch.float32:
-            return f"factors[{i}] is {factor.dtype}, and the kernel keeps float32"
+            return f"factors[{i}] is {factor.dtype}, and the kernel needs float32"
         if reason := runtime.unreadable(f"inputs[{i}]", source):
             return reason
         if factor.stride(1) != 1:
-            return f"factors[{i}] has columns {factor.stride(1)} apart, and the kernel wants them side by side"
+            return f"factors[{i}] has columns {factor.stride(1)} elements apart, and the kernel needs adjacent ones"
         if source.numel() // max(1, source.shape[1]) >= 2**31 or factor.shape[0] >= 2**31:
-            return f"inputs[{i}] has more rows than 32 bits count"
+            return f"inputs[{i}] has more rows than 32 bits can count"
         if source.dim() > 2 and _extent(source, window) >= 2**31:
-            return f"inputs[{i}] has images whose elements lie further apart than 32 bits count"
+            return f"inputs[{i}] has images whose elements are further apart than 32 bits can count"
     return None
 
 

@@ -25,18 +25,18 @@ def can_use(factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tol
     """Why the kernel cannot serve this stack; None if it can."""
     batch, n, _ = factor.shape
     if factor.dtype != torch.float32:
-        return f"factor is {factor.dtype}, and the kernel keeps float32"
+        return f"factor is {factor.dtype}, and the kernel needs float32"
     if n == 0:
         return "the matrices are empty"
     if batch > MOST_MATRICES:
         return f"factor has {batch} matrices, and a launch takes {MOST_MATRICES}"
     for name, stack in (("factor", factor), ("root", root)):
         if n > 1 and stack.stride(2) != 1:
-            return f"{name} has columns {stack.stride(2)} apart, and the kernel wants them side by side"
+            return f"{name} has columns {stack.stride(2)} elements apart, and the kernel needs adjacent ones"
         if n * max(stack.stride(1), n + ALIGNMENT) >= 2**31:
-            return f"{name} has matrices larger than 32 bits count"
+            return f"{name} has matrices with more elements than 32 bits can count"
     if not residual.is_contiguous():
-        return "residual has gaps, and the kernel wants it contiguous"
+        return "residual has gaps, and the kernel needs it contiguous"
     return None
 
 

@@ -78,7 +78,7 @@ def launch_gather(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> N
 def can_use_blend(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Tensor) -> str | None:
     """Why the kernel cannot serve this stack; None if it can."""
     if factor.dtype != torch.float32:
-        return f"factor is {factor.dtype}, and the kernel keeps float32"
+        return f"factor is {factor.dtype}, and the kernel needs float32"
     return None if factor.is_contiguous() and total.is_contiguous() else "factor or total is not contiguous"
 
 

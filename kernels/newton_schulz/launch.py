@@ -23,19 +23,19 @@ def can_use(factor: Tensor, damping: Tensor, inverse: Tensor, residual: Tensor, 
     """Why the kernel cannot serve this stack; None if it can."""
     batch, n, _ = factor.shape
     if factor.dtype != torch.float32:
-        return f"factor is {factor.dtype}, and the kernels keep float32"
+        return f"factor is {factor.dtype}, and the kernels need float32"
     if n == 0:
         return "the matrices are empty"
     for name, stack in (("factor", factor), ("inverse", inverse)):
         if stack.stride(2) != 1:
-            return f"{name} has columns {stack.stride(2)} apart, and the kernels want them side by side"
+            return f"{name} has columns {stack.stride(2)} elements apart, and the kernels need adjacent ones"
     if residual.stride(0) != 1:
-        return f"residual has numbers {residual.stride(0)} apart, and the kernels want them side by side"
+        return f"residual has numbers {residual.stride(0)} elements apart, and the kernels need adjacent ones"
     if factor.data_ptr() == inverse.data_ptr() != 0:
-        return "inverse is factor, and the kernels read one after writing the other"
+        return "inverse and factor are the same memory, and the kernels read factor after they write inverse"
     tiles = count(n, ALIGNMENT)  # more than any block makes
     if batch * tiles * (tiles + 1) >= _PROGRAMS:
-        return f"{batch} matrices of side {n} are more than one launch counts"
+        return f"{batch} matrices of side {n} are more than one launch can take"
     return None
 
 

@@ -22,9 +22,9 @@ def can_use(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product:
         return f"gradient has {batch} matrices, and a launch takes {MOST_MATRICES}"
     for name, stack in (("gradient", gradient), ("left", left), ("right", right), ("out", out)):
         if stack.shape[2] > 1 and stack.stride(2) != 1:
-            return f"{name} has columns {stack.stride(2)} apart, and the kernel wants them side by side"
+            return f"{name} has columns {stack.stride(2)} elements apart, and the kernel needs adjacent ones"
         if stack.shape[1] * max(stack.stride(1), m + ALIGNMENT, n + ALIGNMENT) >= 2**31:
-            return f"{name} has matrices larger than 32 bits count"
+            return f"{name} has matrices with more elements than 32 bits can count"
     return None
 
 

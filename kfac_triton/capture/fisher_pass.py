@@ -37,7 +37,7 @@ class FisherPass:
         """
         if not outputs.requires_grad:
             raise RuntimeError(
-                "outputs have no graph: run the forward pass with gradients enabled and pass its result as it is"
+                "outputs have no graph: run the forward pass with gradients enabled, and pass its result without detach()"
             )
         gate = self._gate
         terms = self._likelihood.terms(outputs, targets)

@@ -59,20 +59,20 @@ class Categorical(Exponential):
         shape, dim = tuple(outputs.shape), self.term_dims(outputs)[0]
         if self.weight is not None and len(self.weight) != shape[dim]:
             raise ValueError(
-                f"weight is for {len(self.weight)} classes, but outputs {shape} have {shape[dim]}; pass one for each"
+                f"weight must have a number for each of the {shape[dim]} classes of outputs {shape}, but has {len(self.weight)}"
             )
         if self.weight is not None and targets is None:
             raise ValueError("targets is None, but with class weights the weight of a term is that of its target: pass targets")
         if targets is None:
             return
         if targets.is_complex() or targets.dtype == torch.bool:
-            raise ValueError(f"targets must be class indices (int64) or probabilities, but are {targets.dtype}")
+            raise ValueError(f"targets must be class indices (int64) or probabilities, but are {targets.dtype}; convert them")
         if self.weight is not None and targets.is_floating_point():
-            raise ValueError(f"targets are probabilities ({targets.dtype}), but class weights need class indices (int64)")
+            raise ValueError(f"targets must be class indices (int64) with weight, but are {targets.dtype}; convert them")
         expected = shape if targets.is_floating_point() else shape[:dim] + shape[dim + 1 :]
         if tuple(targets.shape) != expected:
             raise ValueError(
-                f"targets of outputs {shape} must have their shape (probabilities) or be class indices of shape "
+                f"targets must be probabilities of shape {shape}, as the outputs, or class indices of shape "
                 f"{shape[:dim] + shape[dim + 1 :]}, but are {targets.dtype} of shape {tuple(targets.shape)}"
             )
 

@@ -68,16 +68,16 @@ class Likelihood(ABC):
             ValueError: if a shape, dtype or device does not fit, or targets are needed and None.
         """
         if not isinstance(outputs, Tensor):
-            raise TypeError(f"outputs must be a tensor, but is {outputs!r}; pass what the model returns to the loss")
+            raise TypeError(f"outputs must be a tensor, but is {outputs!r}; pass the tensor that the loss takes")
         if not outputs.is_floating_point() or outputs.ndim == 0:
             raise ValueError(
                 f"outputs must be floating point with at least one dimension, but are {outputs.dtype} of shape "
-                f"{tuple(outputs.shape)}; pass what the model returns to the loss, one term as outputs[None]"
+                f"{tuple(outputs.shape)}; pass the tensor that the loss takes, for a single term outputs[None]"
             )
         if not isinstance(targets, Tensor | None):
-            raise TypeError(f"targets must be a tensor or None, but is {targets!r}; pass what the loss gets")
+            raise TypeError(f"targets must be a tensor or None, but is {targets!r}; pass the targets that the loss takes")
         if targets is not None and targets.device != outputs.device:
-            raise ValueError(f"targets are on {targets.device}, outputs on {outputs.device}; move targets there")
+            raise ValueError(f"targets must be on the device of outputs, {outputs.device}, but are on {targets.device}")
 
     def terms(self, outputs: Tensor, targets: Tensor | None = None) -> int | Tensor:
         """Number of loss terms, or their total weight: what a mean loss divides by. A tensor () if it depends on targets."""

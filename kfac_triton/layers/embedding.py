@@ -28,7 +28,7 @@ class EmbeddingLayer(Layer):
         if embedding.sparse:
             return "its gradient is sparse"
         if embedding.scale_grad_by_freq:
-            return "its gradient is scaled by token frequencies (scale_grad_by_freq), so it is not the loss's"
+            return "its gradient is scaled by token frequencies (scale_grad_by_freq), so it is not that of the loss"
         if embedding.max_norm is not None:
             return "its forward renormalizes the weight (max_norm)"
         return super().why_not(module)

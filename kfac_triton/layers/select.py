@@ -75,6 +75,6 @@ def require_backend(backend: str, layers: list[Layer]) -> None:
     for layer in layers:
         reason = runtime.obstacle(layer.weight.device)
         if reason is None and factor_dtype(layer.weight) != torch.float32:
-            reason = f"layer {layer.name!r} has {layer.weight.dtype} factors, and the kernels keep float32"
+            reason = f"layer {layer.name!r} has {layer.weight.dtype} factors, and the kernels need float32"
         if reason is not None:
             raise ValueError(f"backend is 'triton', but {reason}; use backend='auto'")

@@ -114,7 +114,7 @@ class AutoStep:
                 "(a Likelihood of your own also needs __call__(outputs, targets))"
             )
         if callable(settings.damping):
-            raise ValueError("lr is 'auto', which adapts damping by itself: pass a number to begin with, not a function")
+            raise ValueError("lr is 'auto', which adapts damping by itself: damping must be a number, but is a function")
         if not isinstance(damping_range, (tuple, list)) or len(damping_range) != 2:
             raise TypeError(f"damping_range must be a pair of numbers, but is {damping_range!r}")
         self._engine = engine

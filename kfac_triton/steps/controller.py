@@ -56,8 +56,8 @@ class Controller:
     ) -> None:
         self._parameters = list(parameters)
         self.damping_every = validation.whole("damping_every", damping_every)
-        self.damping_floor = validation.real("damping_floor", damping_floor, open_low=True)
-        self.damping_ceiling = validation.real("damping_ceiling", damping_ceiling, low=self.damping_floor)
+        self.damping_floor = validation.real("damping_range[0]", damping_floor, open_low=True)
+        self.damping_ceiling = validation.real("damping_range[1]", damping_ceiling, low=self.damping_floor)
         self.damping = self._clamped(validation.real("damping", damping, open_low=True))
         self.steps = self.rejected = self.skipped = 0
         self.reduction_ratio = math.nan

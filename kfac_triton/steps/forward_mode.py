@@ -70,13 +70,13 @@ def outputs_and_targets(result: Any) -> tuple[Tensor, Any]:
         is_sequence = isinstance(result, (tuple, list))
         what = f"a {type(result).__name__} of {len(result)}" if is_sequence else f"a {type(result).__name__}"
         raise TypeError(
-            "closure must return (outputs, targets), what the loss function takes, with lr='auto', but returned "
+            "with lr='auto' closure must return (outputs, targets), the arguments of the loss, but it returned "
             f"{what}; end it with `return model(inputs), targets`, without loss and backward; {advice}"
         )
     outputs, targets = result
     if not isinstance(outputs, Tensor):
         raise TypeError(
-            "closure must return (outputs, targets) with a tensor of outputs, but outputs is a "
+            "closure must return (outputs, targets) with a tensor of outputs, but the type of outputs is "
             f"{type(outputs).__name__}; return the tensor that the loss function takes; {advice}"
         )
     return outputs, targets
@@ -156,9 +156,9 @@ def require_agreement(slope: Tensor, products: Sequence[Tensor], gradient: Direc
         forward, size, reverse = float(entries.sum()), float(entries.abs().sum()), float(inner(gradient, direction))
         if abs(forward - reverse) > AGREEMENT[0] * abs(reverse) + AGREEMENT[1] * size:
             raise ValueError(
-                f"closure has a derivative along the step of {forward:.4g} by forward mode but {reverse:.4g} by backward; "
-                f"{causes}. If it does, an operation in the model loses derivatives (checkpoint with use_reentrant=True does: "
-                "make it False)"
+                f"the derivative of the loss along the step is {forward:.4g} by forward mode, but {reverse:.4g} by backward; "
+                f"{causes}. If it does, an operation in the model has a wrong derivative by forward mode (checkpoint needs "
+                "use_reentrant=False)"
             )
 
 

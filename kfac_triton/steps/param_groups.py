@@ -41,7 +41,7 @@ def validate_group(group: dict[str, Any]) -> None:
     if group["foreach"] and group["tail"] == "adamw" and isinstance(group["lr"], Tensor) and not group["capturable"]:
         raise ValueError("foreach is True and lr a tensor: the adamw tail needs capturable=True for that, or leave foreach out")
     if group.get("fused"):
-        raise RuntimeError("KFAC has no fused tail: leave fused out, foreach takes many parameters at once")
+        raise RuntimeError("fused is not supported; leave it out (foreach updates many parameters at once)")
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas must be a pair of numbers, but is {betas!r}")
@@ -121,7 +121,7 @@ def check_tail(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
         raise ValueError(
-            f"state_dict must have groups of {[len(g['params']) for g in groups]} parameters, as the optimizer, but has "
+            f"state_dict must have groups of {[len(g['params']) for g in groups]} parameters, like the optimizer, but has "
             f"{[len(g['params']) for g in saved_groups]}"
         )
     numbers = [i for group in saved_groups for i in group["params"]]

@@ -71,7 +71,7 @@ class QuadraticModel:
             ValueError: if there is no direction.
         """
         if not directions:
-            raise ValueError("directions must hold at least one direction, but is empty; without a gradient there is no step")
+            raise ValueError("directions must have at least one direction, but is empty; without a gradient there is no step")
         entries = [  # of the lower triangle, row by row
             scale * inner([products[i]], [curved[j]]) + inner(directions[i], directions[j], ridge)
             for i in range(len(directions))

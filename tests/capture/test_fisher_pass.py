@@ -264,7 +264,7 @@ def test_outputs_that_cannot_be_read_are_refused_before_anything_changes() -> No
     with pytest.raises(RuntimeError, match="outputs have no graph"):
         ours.accumulate_fisher(outputs, y)
     assert all(s.counts.tolist() == [0, 0] for s in ours.engine.statistics)
-    with pytest.raises(RuntimeError, match="needs to know the loss"):
+    with pytest.raises(RuntimeError, match="needs the loss, but loss is None"):
         KFACPreconditioner(model).accumulate_fisher(model(x), y)
     ours.close()
     with pytest.raises(RuntimeError, match="is closed"):

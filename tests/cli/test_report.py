@@ -311,7 +311,7 @@ def test_nothing_to_draw_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
             r"argument LOG: '.*' cannot be read \(No such file or directory\); give a file that kfac_triton.scalars.append_log",
         ),
         ("", r"argument LOG: '.*' is empty; let the training log a step first"),
-        ('{"layers": {', r"argument LOG: '.*' has no whole line; let the training log"),
+        ('{"layers": {', r"argument LOG: '.*' has no complete line; let the training log"),
         ('{"layers": {}}\nepoch 3\n', r"argument LOG: '.*': line 2 is not JSON \(.*\); remove the line"),
         ('{"loss": 1}\n{"layers": 3}\n', r"argument LOG: '.*' has no layers; pass optimizer.diagnostics\(\) to append_log"),
     ],

@@ -56,7 +56,7 @@ def test_where_no_kernel_serves_the_host_reads_and_a_graph_is_refused(dtype: tor
     run = Run(Case(lambda: mlp(dtype), lambda: (torch.randn(12, 5, dtype=dtype), torch.randint(4, (12,)))), backend="torch")
     run.steps(WARM)
     run.backward()
-    with pytest.raises(ValueError, match="Triton kernels alone: a GPU, float32 factors"), recorded():
+    with pytest.raises(ValueError, match="Triton kernels only: use a GPU, float32 factors"), recorded():
         run.optimizer.step()
 
 

@@ -62,7 +62,7 @@ def _vector(model: nn.Module) -> Tensor:
 def test_a_compiled_step_is_the_step(tail: str, foreach: bool | None, tensor_lr: bool, whole: bool) -> None:
     """Bit for bit, with a rate that a scheduler changes, and intervals that do not fit each other."""
     if tensor_lr and tail == "adamw" and foreach:
-        with pytest.raises(ValueError, match=r"foreach is True and lr a tensor.*capturable=True"):
+        with pytest.raises(ValueError, match=r"foreach is True and lr is a tensor.*capturable=True"):
             KFAC(_net(), lr=torch.tensor(0.1), tail=tail, foreach=foreach)
         return
     results = []

@@ -24,7 +24,7 @@ def test_images_must_lie_within_32_bits(padding: tuple[int, int], largest: int) 
     assert covariance_launch.can_use([factor], [image(largest)], *ANY, window) is None
     reason = covariance_launch.can_use([factor], [image(largest + 1)], *ANY, window)
     assert reason is not None
-    assert reason.startswith("inputs[0] has images whose elements lie further apart")
+    assert reason.startswith("inputs[0] has images whose elements are further apart")
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_misaligned_rows_are_read_as_they_are(shift: int) -> None:
     [
         (torch.zeros(4, 4).double(), torch.zeros(2, 4), r"factors\[0\] is torch.float64"),
         (torch.zeros(4, 4), torch.zeros(2, 4).double(), r"inputs\[0\] is torch.float64"),
-        (torch.zeros(4, 8)[:, ::2], torch.zeros(2, 4), r"factors\[0\] has columns 2 apart"),
+        (torch.zeros(4, 8)[:, ::2], torch.zeros(2, 4), r"factors\[0\] has columns 2 elements apart"),
     ],
 )
 def test_what_the_kernel_cannot_do_is_said(factor: torch.Tensor, source: torch.Tensor, message: str) -> None:

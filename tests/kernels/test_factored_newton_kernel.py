@@ -341,8 +341,8 @@ def test_the_call_that_the_refusals_vary_is_fine() -> None:
     ("changes", "reason"),
     [
         ({name: value.double() for name, value in usable().items()}, "factor is torch.float64"),
-        ({"factor": torch.eye(12)[None, ::2, ::2]}, "factor has columns 2 apart"),
-        ({"root": torch.eye(6).as_strided((1, 6, 6), (36, 1, 6))}, "root has columns 6 apart"),
+        ({"factor": torch.eye(12)[None, ::2, ::2]}, "factor has columns 2 elements apart"),
+        ({"root": torch.eye(6).as_strided((1, 6, 6), (36, 1, 6))}, "root has columns 6 elements apart"),
         (
             {name: usable()[name].expand(2, *usable()[name].shape[1:]) for name in usable()} | {"residual": torch.ones(4)[::2]},
             "residual has gaps",
@@ -352,7 +352,7 @@ def test_the_call_that_the_refusals_vary_is_fine() -> None:
             "65536 matrices, and a launch takes 65535",
         ),
         ({name: usable()[name][:, :0, :0] for name in ("factor", "root")}, "the matrices are empty"),
-        ({"factor": torch.empty_strided((1, 6, 6), (0, 2**29, 1), device="meta")}, "factor has matrices larger"),
+        ({"factor": torch.empty_strided((1, 6, 6), (0, 2**29, 1), device="meta")}, "factor has matrices with more elements"),
     ],
 )
 def test_what_the_kernel_cannot_serve_is_said(changes: dict[str, Any], reason: str) -> None:

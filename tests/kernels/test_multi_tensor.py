@@ -100,8 +100,8 @@ def test_gather_is_a_copy(backend: str, stack: tuple[list[Tensor], list[Tensor],
     [
         ([torch.ones(3, 4)], [torch.ones(3)], torch.zeros(1, 3, 4), r"weights\[0\] .* must fit a block of shape \(3, 4\)"),
         ([torch.ones(3, 4)], [torch.ones(2)], torch.zeros(1, 8, 8), r"biases\[0\] of shape \(2,\)"),
-        ([torch.ones(3, 4)], [], torch.zeros(1, 8, 8), "as many blocks"),
-        ([torch.ones(3, 4)], [torch.ones(3)], torch.zeros(8, 8), "as many blocks"),
+        ([torch.ones(3, 4)], [], torch.zeros(1, 8, 8), "the same number of layers"),
+        ([torch.ones(3, 4)], [torch.ones(3)], torch.zeros(8, 8), "the same number of layers"),
         ([torch.ones(3, 4)], [torch.ones(3)], torch.zeros(1, 8, 8).half(), "out must be float32 or float64"),
     ],
 )

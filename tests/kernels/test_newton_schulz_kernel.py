@@ -313,7 +313,7 @@ def test_the_kernels_wait_for_nobody(path: str, monkeypatch: pytest.MonkeyPatch)
             lambda a: a | {"factor": a["factor"].new_empty(2, 6, 12)[:, :, ::2]}, "factor has columns 2", id="step in"
         ),
         pytest.param(lambda a: a | {"residual": a["residual"].new_empty(2, 2)[:, 0]}, "residual has numbers 2", id="residual"),
-        pytest.param(lambda a: a | {"inverse": a["factor"]}, "inverse is factor", id="in place"),
+        pytest.param(lambda a: a | {"inverse": a["factor"]}, "inverse and factor are the same memory", id="in place"),
         pytest.param(lambda a: a | {k: a[k][:, :0, :0] for k in ("factor", "inverse")}, "the matrices are empty", id="empty"),
     ],
 )

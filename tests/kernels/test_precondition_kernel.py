@@ -175,15 +175,15 @@ def test_the_call_that_the_refusals_vary_is_fine() -> None:
     ("arguments", "reason"),
     [
         ({k: v.double() if isinstance(v, Tensor) else v for k, v in usable().items()}, "gradient is torch.float64"),
-        (usable(gradient=torch.ones(2, 6, 4).mT), "gradient has columns 4 apart"),
-        (usable(left=torch.ones(2, 4, 8)[:, :, ::2]), "left has columns 2 apart"),
-        (usable(right=torch.ones(2, 6, 6).mT), "right has columns 6 apart"),
-        (usable(out=torch.ones(2, 6, 4).mT), "out has columns 4 apart"),
+        (usable(gradient=torch.ones(2, 6, 4).mT), "gradient has columns 4 elements apart"),
+        (usable(left=torch.ones(2, 4, 8)[:, :, ::2]), "left has columns 2 elements apart"),
+        (usable(right=torch.ones(2, 6, 6).mT), "right has columns 6 elements apart"),
+        (usable(out=torch.ones(2, 6, 4).mT), "out has columns 4 elements apart"),
         (usable(m=0), "the gradients are empty"),
         (usable(batch=65536, m=1, n=1), "65536 matrices, and a launch takes 65535"),
         (
             usable(gradient=torch.empty_strided((2, 4, 6), (0, 2**29, 1), device="meta")),
-            "gradient has matrices larger",
+            "gradient has matrices with more elements",
         ),
     ],
 )

@@ -121,7 +121,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_changes_nothing() -> None
         if "kfac_format" in values:
             values["kfac_format"] += 1
     before, step = optimizer.factors(), optimizer.engine.progress.steps
-    with pytest.raises(ValueError, match=r"is of format 2, and this version .* reads formats up to 1; install a newer"):
+    with pytest.raises(ValueError, match=r"has format 2, but this version .* reads formats up to 1; install a newer one"):
         optimizer.load_state_dict(saved)
     assert optimizer.engine.progress.steps == step
     for name, pair in optimizer.factors().items():
@@ -171,7 +171,7 @@ def test_one_weight_of_a_newer_format_is_enough_to_be_refused() -> None:
     _, optimizer = _stepped(1)
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][2]["kfac_format"] += 1
-    with pytest.raises(ValueError, match="is of format 2"):
+    with pytest.raises(ValueError, match="has format 2"):
         optimizer.load_state_dict(saved)
 
 
@@ -240,7 +240,7 @@ def test_an_empty_dict_stands_for_what_a_checkpoint_lacks(auto: bool) -> None:
 def test_a_preconditioners_step_goes_on_whatever_layers_are_saved() -> None:
     preconditioner = KFACPreconditioner(mlp())
     saved = preconditioner.state_dict()
-    with pytest.raises(ValueError, match="is of format 2"):
+    with pytest.raises(ValueError, match="has format 2"):
         preconditioner.load_state_dict({**saved, "kfac_format": 2, "kfac_steps": 9})
     assert preconditioner.engine.progress.steps == 0
     preconditioner.load_state_dict({**saved, "kfac_steps": 9, "layers": {}})

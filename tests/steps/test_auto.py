@@ -249,11 +249,11 @@ def test_a_likelihood_of_the_users_own_that_can_be_called() -> None:
     ("options", "error", "message"),
     [
         ({"lr": "fast"}, TypeError, "lr must be a number, a tensor or 'auto', but is 'fast'"),
-        ({"loss": None}, ValueError, r"lr is 'auto', which evaluates the loss itself: pass loss=nn.CrossEntropyLoss\(\)"),
-        ({"damping": lambda step: 0.1}, ValueError, "adapts damping by itself: pass a number"),
+        ({"loss": None}, ValueError, r"lr is 'auto', so loss must be a function of \(outputs, targets\), but is None; pass"),
+        ({"damping": lambda step: 0.1}, ValueError, "adapts damping by itself: damping must be a number"),
         ({"damping_every": 0}, ValueError, "damping_every must be at least 1"),
         ({"damping_range": 3.0}, TypeError, "damping_range must be a pair of numbers, but is 3.0"),
-        ({"damping_range": (1.0, 0.1)}, ValueError, "damping_ceiling must be"),
+        ({"damping_range": (1.0, 0.1)}, ValueError, r"damping_range\[1\] must be"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay must be"),
     ],
 )

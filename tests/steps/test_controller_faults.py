@@ -200,8 +200,8 @@ def test_bad_closures_are_told_what_to_return() -> None:
     [
         ({"damping": 0.0}, ValueError, "damping must be finite and greater than 0"),
         ({"damping_every": 0}, ValueError, "damping_every must be at least 1"),
-        ({"damping_floor": 0.0}, ValueError, "damping_floor"),
-        ({"damping_floor": 1.0, "damping_ceiling": 0.5}, ValueError, "damping_ceiling"),
+        ({"damping_floor": 0.0}, ValueError, r"damping_range\[0\]"),
+        ({"damping_floor": 1.0, "damping_ceiling": 0.5}, ValueError, r"damping_range\[1\]"),
         ({"damping": "high"}, TypeError, "damping must be a real number"),
     ],
 )

@@ -267,9 +267,9 @@ def test_foreach_and_a_rate_in_a_tensor() -> None:
     param_groups.validate_group(options)
     param_groups.validate_group({**options, "tail": "adamw", "capturable": True})
     param_groups.validate_group({**options, "tail": "adamw", "foreach": None})
-    with pytest.raises(ValueError, match="foreach is True and lr a tensor"):
+    with pytest.raises(ValueError, match="foreach is True and lr is a tensor"):
         param_groups.validate_group({**options, "tail": "adamw"})
-    with pytest.raises(RuntimeError, match="no fused tail"):
+    with pytest.raises(RuntimeError, match="fused is not supported"):
         param_groups.validate_group({**GROUP, "fused": True})
 
 

