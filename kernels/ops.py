@@ -349,11 +349,11 @@ def restore(tensors: list[Tensor], kept: list[Tensor], finite: Tensor, backend: 
     Raises:
         ValueError: if a copy does not fit its tensor, or backend is "triton" and no kernel can serve the call.
     """
-    _require(
+    require(
         finite.dtype == torch.bool and finite.dim() == 1 and len(finite) > 0 and len(tensors) == len(kept),
         f"finite must hold flags, and kept a copy of each of {len(tensors)} tensors, but these are {tuple(finite.shape)} of "
         f"{finite.dtype} and {len(kept)} copies",
     )
     for i, (tensor, copy) in enumerate(zip(tensors, kept, strict=True)):
-        _require_like(f"kept[{i}]", copy, tuple(tensor.shape), tensor)
+        require_like(f"kept[{i}]", copy, tuple(tensor.shape), tensor)
     torch.ops.kfac_triton.restore(tensors, kept, finite, backend=backend)

@@ -31,8 +31,7 @@ def require_readable(number: int) -> None:
     """
     if number > FORMAT:
         raise ValueError(
-            f"state_dict is of format {number}, and this version of kfac_triton reads formats up to {FORMAT}; "
-            "install a newer version"
+            f"state_dict has format {number}, but this version of kfac_triton reads formats up to {FORMAT}; install a newer one"
         )
 
 

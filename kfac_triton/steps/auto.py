@@ -110,8 +110,8 @@ class AutoStep:
         loss = settings.loss
         if loss is None or not callable(loss):
             raise ValueError(
-                f"lr is 'auto', which evaluates the loss itself: pass loss=nn.CrossEntropyLoss(), for example, not {loss!r} "
-                "(a Likelihood of your own also needs __call__(outputs, targets))"
+                f"lr is 'auto', so loss must be a function of (outputs, targets), but is {loss!r}; pass for example "
+                "loss=nn.CrossEntropyLoss() (a Likelihood of your own also needs __call__(outputs, targets))"
             )
         if callable(settings.damping):
             raise ValueError("lr is 'auto', which adapts damping by itself: damping must be a number, but is a function")

@@ -35,11 +35,13 @@ def validate_group(group: dict[str, Any]) -> None:
         if not isinstance(group[name], bool):
             raise TypeError(f"{name} must be True or False, but is {group[name]!r}")
     if group["nesterov"] and not group["momentum"]:
-        raise ValueError("nesterov needs a momentum greater than 0")
+        raise ValueError(f"nesterov is True, which needs a momentum greater than 0, but momentum is {group['momentum']!r}")
     if group["foreach"] not in (None, True, False):
         raise TypeError(f"foreach must be True, False or None, but is {group['foreach']!r}")
     if group["foreach"] and group["tail"] == "adamw" and isinstance(group["lr"], Tensor) and not group["capturable"]:
-        raise ValueError("foreach is True and lr a tensor: the adamw tail needs capturable=True for that, or leave foreach out")
+        raise ValueError(
+            "foreach is True and lr is a tensor, for which tail='adamw' needs capturable=True; set it, or leave foreach out"
+        )
     if group.get("fused"):
         raise RuntimeError("fused is not supported; leave it out (foreach updates many parameters at once)")
     betas = group["betas"]
