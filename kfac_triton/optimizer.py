@@ -146,8 +146,15 @@ class KFAC(KFACBase, Optimizer):
         capturable: bool = False,
         backend: str = Settings.backend,
     ) -> None:
-        given = locals()  # before others are added: the settings are the arguments of the same names
-        settings = Settings(**{name: given[name] for name in Settings.__dataclass_fields__})
+        settings = Settings(
+            damping=damping, kl_clip=kl_clip, ema_decay=ema_decay, statistics_every=statistics_every,
+            inverse_every=inverse_every, warmup=warmup, fisher=fisher, fisher_samples=fisher_samples, loss=loss,
+            curvature=curvature, exact_damping=exact_damping, weight_sharing=weight_sharing, inverse=inverse,
+            inverse_tolerance=inverse_tolerance, loss_reduction=loss_reduction, loss_terms=loss_terms, loss_scale=loss_scale,
+            stats_fraction=stats_fraction, max_stats_tokens=max_stats_tokens, max_factor_size=max_factor_size,
+            oversize=oversize, factor_dtype=factor_dtype, norms=norms, skip=skip, include=include, split=split,
+            capturable=capturable, backend=backend,
+        )  # fmt: skip
         is_auto = isinstance(lr, str)
         if is_auto:
             settings = auto_settings(lr, settings, maximize=maximize, capturable=capturable)
