@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from .covariance.window import Window
 
 
 def require(condition: bool, message: str) -> None:
@@ -44,3 +48,30 @@ def require_vector(name: str, vector: Tensor, count: int, device: torch.device) 
         tuple(vector.shape) == (count,) and vector.device == device,
         f"{name} must have shape ({count},) and be on {device}, but has shape {tuple(vector.shape)} and is on {vector.device}",
     )
+
+
+def columns_of(i: int, source: Tensor, window: Window) -> int:
+    """Columns of X for the input of layer i, after a check that the input and its window fit."""
+    shape = tuple(source.shape)
+    require(
+        2 <= source.dim() <= 5,
+        f"inputs[{i}] must be a matrix of rows or (N, C, *spatial) with 1 to 3 spatial dimensions, but has shape {shape}",
+    )
+    if source.dim() == 2:
+        return source.shape[1]
+    kernel, stride, padding, dilation = window
+    require(
+        all(len(numbers) == source.dim() - 2 for numbers in window)
+        and min(kernel) > 0
+        and min(stride) > 0
+        and min(dilation) > 0
+        and min(padding) >= 0,
+        f"windows[{i}] must come from window(...), with a number for each spatial dimension of inputs[{i}] of shape {shape}, "
+        f"but is {window}",
+    )
+    require(
+        min(window.positions(shape[2:])) > 0,
+        f"inputs[{i}] of shape {shape} must be at least as large as its kernel, but the kernel is {list(kernel)} with dilation "
+        f"{list(dilation)} and padding {list(padding)}",
+    )
+    return source.shape[1] * math.prod(kernel)

@@ -7,13 +7,12 @@ reference.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .arguments import require, require_digits, require_like, require_stack, require_vector
+from .arguments import columns_of, require, require_digits, require_like, require_stack, require_vector
 from .covariance import launch as covariance_launch
 from .covariance.reference import covariance_ema_reference
 from .covariance.window import ROWS, Window, flatten, window
@@ -40,33 +39,6 @@ __all__ = [
     "squares",
     "window",
 ]
-
-
-def _columns(i: int, source: Tensor, window: Window) -> int:
-    """Columns of X for the input of layer i, after a check that the input and its window fit."""
-    shape = tuple(source.shape)
-    require(
-        2 <= source.dim() <= 5,
-        f"inputs[{i}] must be a matrix of rows or (N, C, *spatial) with 1 to 3 spatial dimensions, but has shape {shape}",
-    )
-    if source.dim() == 2:
-        return source.shape[1]
-    kernel, stride, padding, dilation = window
-    require(
-        all(len(numbers) == source.dim() - 2 for numbers in window)
-        and min(kernel) > 0
-        and min(stride) > 0
-        and min(dilation) > 0
-        and min(padding) >= 0,
-        f"windows[{i}] must come from window(...), with a number for each spatial dimension of inputs[{i}] of shape {shape}, "
-        f"but is {window}",
-    )
-    require(
-        min(window.positions(shape[2:])) > 0,
-        f"inputs[{i}] of shape {shape} must be at least as large as its kernel, but the kernel is {list(kernel)} with dilation "
-        f"{list(dilation)} and padding {list(padding)}",
-    )
-    return source.shape[1] * math.prod(kernel)
 
 
 @operator(
@@ -115,7 +87,7 @@ def covariance_ema(
             require_vector(name, vector, count, device)
     for i, (factor, source) in enumerate(zip(factors, inputs, strict=True)):
         require_digits(f"factors[{i}]", factor)
-        columns = _columns(i, source, windows[i]) + bool(ones_column[i])
+        columns = columns_of(i, source, windows[i]) + bool(ones_column[i])
         require(
             factor.dim() == 2 and factor.shape[0] == factor.shape[1] and factor.shape[0] >= columns,
             f"factors[{i}] must be square and at least {columns} wide for inputs[{i}] of shape {tuple(source.shape)}, "

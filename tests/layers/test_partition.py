@@ -134,7 +134,7 @@ def test_a_wide_convolution_is_cut_between_channels(oversize: str) -> None:
 @pytest.mark.parametrize("largest", [5, 9])
 def test_parts_that_cannot_hold_a_channel_are_refused(largest: int) -> None:
     """Nine kernel elements, and in the last part the bias."""
-    with pytest.raises(ValueError, match=r"max_factor_size must be at least 10 to cut a side of 55 .*; raise it, or pass"):
+    with pytest.raises(ValueError, match=r"max_factor_size must be at least 10 to cut a side of size 55 .*; raise it, or pass"):
         KFAC(nn.Conv2d(6, 4, 3), max_factor_size=largest, oversize="block")
     KFAC(nn.Conv2d(6, 4, 3), max_factor_size=10, oversize="block").close()
 
