@@ -103,7 +103,7 @@ def find_layers(
             continue
         done.update(map(id, layer_type.inner(module)))
         if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values()):
-            raise ValueError("model holds a lazy module without weights yet; run one forward pass before making the optimizer")
+            raise ValueError("model has a lazy module without weights; run one forward pass before making the optimizer")
         sharers = max((users[weight] for weight in layer_type.weights(module) if weight is not None), key=len, default=[])
         tied = layer_type.tie(sharers) or TiedLayer.tie(sharers) if len(sharers) > 1 else None
         reason = layer_type.why_not(module)
