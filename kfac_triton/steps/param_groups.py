@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from .. import validation
 
-TAILS = ("sgd", "adamw")
+MOMENTS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}  # of each first-order rule
+TAILS = tuple(MOMENTS)
 
 
 def validate_group(group: dict[str, Any]) -> None:
@@ -32,8 +33,7 @@ def validate_group(group: dict[str, Any]) -> None:
     validation.real("eps", group["eps"])
     validation.choice("tail", group["tail"], TAILS)
     for name in ("nesterov", "maximize", "capturable"):
-        if not isinstance(group[name], bool):
-            raise TypeError(f"{name} must be True or False, but is {group[name]!r}")
+        validation.flag(name, group[name])
     if group["nesterov"] and not group["momentum"]:
         raise ValueError(f"nesterov is True, which needs a momentum greater than 0, but momentum is {group['momentum']!r}")
     if group["foreach"] not in (None, True, False):
@@ -59,7 +59,7 @@ def initial_state(parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, T
     """
     device = parameter.device if group["capturable"] else None
     state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
-    for key in ("momentum_buffer",) if group["tail"] == "sgd" else ("exp_avg", "exp_avg_sq"):
+    for key in MOMENTS[group["tail"]]:
         state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return state
 
@@ -70,7 +70,7 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def complete(optimizer: Optimizer, betas: tuple[float, float]) -> list[nn.Parameter]:
-    """Gives options and state to groups that were loaded or assigned instead of added.
+    """Gives groups the options and the state that they lack.
 
     Returns:
         All parameters.
@@ -82,7 +82,8 @@ def complete(optimizer: Optimizer, betas: tuple[float, float]) -> list[nn.Parame
         group.setdefault("betas", betas)
         for parameter in group["params"]:
             own = optimizer.state[parameter]
-            own.update({k: v for k, v in initial_state(parameter, group).items() if k not in own})
+            if not own.keys() >= {"step", *MOMENTS[group["tail"]]}:
+                own.update(initial_state(parameter, group) | own)
     return parameters_of(optimizer)
 
 
