@@ -25,6 +25,10 @@ demo: $(VENV)/.installed-demo  ## train the MNIST autoencoder with K-FAC, Adam a
 race: $(VENV)/.installed-demo  ## K-FAC against tuned AdamW on three problems: twenty minutes, goes on where it stopped; table and picture
 	$(BIN)/python -m benchmarks.convergence $(RACE)
 
+# Files of tests run side by side in processes, each with PyTorch in its memory. PROCESSES=0 is one process, which --pdb needs.
+PROCESSES ?= $(shell getconf _NPROCESSORS_ONLN)
+SIDE_BY_SIDE := --numprocesses $(PROCESSES) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 # The site clips code beyond some 80 characters.
 PAGES := README.md docs/*.md
 
@@ -35,7 +39,7 @@ check: $(VENV)/.installed-test $(VENV)/.installed-demo  ## lint, format, types
 	$(BIN)/mypy
 
 test: check  ## the checks, then every test that is not slow
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(PYTEST)
 
 # Trainers have an environment of their own: where torchvision is installed they import it, and the one that an oracle of the
 # other tests brings may be of another build than PyTorch.
@@ -48,7 +52,7 @@ TRAINERS := tests/integrations "tests/test_docs.py::test_blocks_run[docs/trainer
 
 test-all: check .venv-trainers/.installed  ## the checks, then every test, those of the trainers in an environment of their own
 	.venv-trainers/bin/python -m pytest -m slow $(TRAINERS) $(PYTEST)
-	$(BIN)/python -m pytest -m "slow or not slow" --ignore tests/integrations --deselect "tests/test_docs.py::test_blocks_run[docs/trainers.md]" $(PYTEST)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "slow or not slow" --ignore tests/integrations --deselect "tests/test_docs.py::test_blocks_run[docs/trainers.md]" $(PYTEST)
 
 # The variable keeps mkdocs-material from printing an advertisement.
 docs: $(VENV)/.installed-docs  ## pages and API reference into build/site; a warning is an error, and no network is needed

@@ -156,7 +156,7 @@ def test_unknown_names() -> None:
         ("loss_terms", "tokens"),
         ("statistics_every", 10**9),
     ],
-    ids=str,
+    ids=lambda value: "function" if callable(value) else str(value),
 )
 def test_edges_that_are_fine(name: str, value: Any) -> None:
     """And a step works with them."""

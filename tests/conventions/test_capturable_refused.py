@@ -71,7 +71,9 @@ def test_a_step_without_its_backward_pass_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"statistics_every": 2}, {"damping": lambda step: 0.1}, {"inverse_every": lambda step: 1}], ids=str
+    "change",
+    [{"statistics_every": 2}, {"damping": lambda step: 0.1}, {"inverse_every": lambda step: 1}],
+    ids=lambda x: next(iter(x)),
 )
 def test_change_is_checked_as_the_constructor_does(change: dict[str, Any]) -> None:
     run = Run(Case())

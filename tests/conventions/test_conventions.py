@@ -6,6 +6,7 @@ The tests are in test_convention_*.py, which run before this file.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ def _cell(outcomes: list[str]) -> str:
     return "; ".join(dict.fromkeys(outcomes)) or "-"
 
 
-def test_table(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> None:
-    """Prints what was observed in this session; every test before this one has to be in it, and none may have failed."""
+def test_table(request: pytest.FixtureRequest, show: Callable[..., None]) -> None:
+    """Shows what was observed in this session; every test before this one has to be in it, and none may have failed."""
     before = request.session.items[: request.session.items.index(request.node)]
     collected = {(item.function.convention, item.originalname) for item in before if hasattr(item.function, "convention")}
     assert {(number, f"test_{name}") for number, name in OUTCOMES} == collected
@@ -31,15 +32,14 @@ def test_table(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str
         (number, CONVENTIONS[number], name.replace("_", " "), *(_cell(row.get(contender, [])) for contender in ALL))
         for (number, name), row in sorted(OUTCOMES.items(), key=lambda item: item[0][0])
     ]
-    with capsys.disabled():
-        print("\nConventions of optimizers, as observed:")
-        head = ("#", "convention", "test", *ALL)
-        print(f"{head[0]:>2} {head[1]:46} {head[2]:48} {head[3]:14} {head[4]:29} {head[5]}")
-        last = 0
-        for number, words, name, *cells in rows:
-            label, words = ("", "") if number == last else (str(number), words)
-            print(f"{label:>2} {words:46} {name:48} {cells[0]:14} {cells[1]:29} {cells[2]}")
-            last = number
-        short = [str(row[0]) for row in rows if not row[3].startswith("pass")]
-        print(f"KFAC passes {len(rows) - len(short)} of {len(rows)} tests" + (f"; not {', '.join(short)}." if short else "."))
+    show("\nConventions of optimizers, as observed:")
+    head = ("#", "convention", "test", *ALL)
+    show(f"{head[0]:>2} {head[1]:46} {head[2]:48} {head[3]:14} {head[4]:29} {head[5]}")
+    last = 0
+    for number, words, name, *cells in rows:
+        label, words = ("", "") if number == last else (str(number), words)
+        show(f"{label:>2} {words:46} {name:48} {cells[0]:14} {cells[1]:29} {cells[2]}")
+        last = number
+    short = [str(row[0]) for row in rows if not row[3].startswith("pass")]
+    show(f"KFAC passes {len(rows) - len(short)} of {len(rows)} tests" + (f"; not {', '.join(short)}." if short else "."))
     assert [row[0] for row in rows if FAILURE in " ".join(row[3:])] == []

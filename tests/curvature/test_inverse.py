@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from support.helpers import energy_error
@@ -65,7 +67,7 @@ def _refreshed(method: str, factors: Tensor, damping: Tensor) -> InverseStack:
     return stack
 
 
-def test_energy_error_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_energy_error_table(show: Callable[..., None]) -> None:
     """Nothing non-finite or indefinite is certified, and no certificate is smaller than the error it stands for."""
     names, exact, damping = _stack()
     factors = exact.float()
@@ -85,12 +87,11 @@ def test_energy_error_table(capsys: pytest.CaptureFixture[str]) -> None:
             assert error <= max(certificate, 1e-6), f"{method}: {names[i]}: error {error} above certificate {certificate}"
             marks = ("*" if stack.fallbacks[i] else "") + (f" damping x{10 ** int(stack.raised[i])}" if stack.raised[i] else "")
             row.append(f"{error:.0e} ({certificate:.0e}){marks}")
-    with capsys.disabled():
-        print(f"\n\nEnergy error (certificate) in float32, n = {SIZE}; * fell back to Cholesky")
-        header = ["factor", *NAMED_METHODS]
-        widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
-        for row in [header, *rows]:
-            print("  " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+    show(f"\nEnergy error (certificate) in float32, n = {SIZE}; * fell back to Cholesky")
+    header = ["factor", *NAMED_METHODS]
+    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        show("  " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
 
 
 @pytest.mark.parametrize("method", NAMED_METHODS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -175,10 +176,9 @@ def test_hard_matrices(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_hard_matrices(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hundred_thousand_hard_matrices(show: Callable[..., None]) -> None:
     results = {name: fuzz(name, 100_000, seed=1) for name in STACKS}
-    with capsys.disabled():
-        print(f"\n\n{report(results)}")
+    show(f"\n{report(results)}")
     for name, result in results.items():
         assert result.error <= LARGEST
         assert result.margin <= MARGIN[name]

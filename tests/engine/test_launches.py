@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def _refresh_launches(depth: int, inverse: str) -> tuple[Counter[str], Counter[s
 
 
 @pytest.mark.parametrize("inverse", ["newton_schulz", "factored"])
-def test_launches_do_not_depend_on_the_depth(inverse: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_launches_do_not_depend_on_the_depth(inverse: str, show: Callable[..., None]) -> None:
     (few, beside_few), (many, beside_many) = (_refresh_launches(depth, inverse) for depth in (12, 48))
     torch_counts = {}
     for depth in (12, 48):
@@ -89,11 +90,12 @@ def test_launches_do_not_depend_on_the_depth(inverse: str, capsys: pytest.Captur
         with CountedOperators() as operators:
             optimizer.engine.precondition(lambda _: 0.1)
         torch_counts[depth] = sum(operators.counts.values())
-    with capsys.disabled():
-        print(f"\nOne curvature refresh, inverse={inverse!r}, transformers of 12 and 48 blocks (49 and 193 layers):")
-        print(f"  kernel launches {sum(few.values())} and {sum(many.values())}: {dict(many)}")
-        print(f"  torch operators beside them {sum(beside_few.values())} and {sum(beside_many.values())}")
-        print(f"  torch backend, operators {torch_counts[12]} and {torch_counts[48]}, statistics in backward not counted")
+    show(
+        f"\nOne curvature refresh, inverse={inverse!r}, transformers of 12 and 48 blocks (49 and 193 layers):",
+        f"  kernel launches {sum(few.values())} and {sum(many.values())}: {dict(many)}",
+        f"  torch operators beside them {sum(beside_few.values())} and {sum(beside_many.values())}",
+        f"  torch backend, operators {torch_counts[12]} and {torch_counts[48]}, statistics in backward not counted",
+    )
     assert few == many
     # The head's 10 outputs cannot be copied 16 bytes at a time, and go by themselves.
     assert few["covariance_kernel"] == 2

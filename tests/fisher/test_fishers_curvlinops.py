@@ -109,7 +109,7 @@ def _table() -> list[str]:
 @pytest.mark.parametrize("fisher", ["empirical", "ggn"])
 @pytest.mark.parametrize("loss_name", LOSSES)
 @pytest.mark.parametrize("name", MODELS)
-def test_exact_fishers(name: str, loss_name: str, fisher: str, weight_sharing: str, capsys: pytest.CaptureFixture) -> None:
+def test_exact_fishers(name: str, loss_name: str, fisher: str, weight_sharing: str, show: Callable[..., None]) -> None:
     """Factors, and the gradient preconditioned with split and with exact damping."""
     make_model, shape = MODELS[name]
     model, loss, data = make_model(), LOSSES[loss_name](), _data(shape, loss_name)
@@ -122,21 +122,18 @@ def test_exact_fishers(name: str, loss_name: str, fisher: str, weight_sharing: s
         with _precondition(model, loss, data, fisher=fisher, weight_sharing=weight_sharing, exact_damping=exact) as ours:
             a_error, g_error = _errors(ours, oracle)
         errors.append(_gradient_error(model, inverse @ gradient))
-    with capsys.disabled():
-        lines = _table()
-        if len(lines) == 1:
-            print("\nLargest relative errors against curvlinops, float64:\n" + lines[0])
-        lines.append(
-            f"{name:10} {loss_name:21} {fisher:9} {weight_sharing:7} {a_error:8.1e} {g_error:8.1e} "
-            f"{errors[0]:8.1e} {errors[1]:8.1e}"
-        )
-        print(lines[-1])
+    lines = _table()
+    if len(lines) == 1:
+        show("\nLargest relative errors against curvlinops, float64:", lines[0])
+    figures = " ".join(f"{error:8.1e}" for error in (a_error, g_error, *errors))
+    lines.append(f"{name:10} {loss_name:21} {fisher:9} {weight_sharing:7} {figures}")
+    show(lines[-1])
     assert max(a_error, g_error, *errors) <= TOLERANCE
 
 
 @pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("name", MODELS)
-def test_sampled_fisher(name: str, weight_sharing: str, capsys: pytest.CaptureFixture) -> None:
+def test_sampled_fisher(name: str, weight_sharing: str, show: Callable[..., None]) -> None:
     """20,000 draws: near the exact Fisher, which for these losses is the GGN, and that from curvlinops' own draws."""
     draws = 20_000
     make_model, shape = MODELS[name]
@@ -154,10 +151,7 @@ def test_sampled_fisher(name: str, weight_sharing: str, capsys: pytest.CaptureFi
         _, g_error = _errors(ours, exact)
     theirs = _oracle(model, loss, data, "mc", weight_sharing, draws=200)
     their_error = max(relative_error(theirs._gradient_covariances[n], g) for n, g in exact._gradient_covariances.items())
-    with capsys.disabled():
-        print(
-            f"\nmc, {draws} draws, {name}, {weight_sharing}: G off by {g_error:.1e} (curvlinops' 200 draws: {their_error:.1e})"
-        )
+    show(f"\nmc, {draws} draws, {name}, {weight_sharing}: G off by {g_error:.1e} (curvlinops' 200 draws: {their_error:.1e})")
     assert g_error <= 0.03
     assert 0.2 <= (g_error * draws**0.5) / (their_error * 200**0.5) <= 5
 
@@ -165,7 +159,7 @@ def test_sampled_fisher(name: str, weight_sharing: str, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("weight_sharing", ["expand"])
 @pytest.mark.parametrize("fisher", ["empirical", "ggn"])
 @pytest.mark.parametrize("name", MODELS)
-def test_ekfac(name: str, fisher: str, weight_sharing: str, capsys: pytest.CaptureFixture) -> None:
+def test_ekfac(name: str, fisher: str, weight_sharing: str, show: Callable[..., None]) -> None:
     """The corrected eigenvalues, as the preconditioned gradient shows them, and their sum as they are."""
     make_model, shape = MODELS[name]
     model, loss, data = make_model(), nn.CrossEntropyLoss(), _data(shape, "cross entropy")
@@ -197,7 +191,6 @@ def test_ekfac(name: str, fisher: str, weight_sharing: str, capsys: pytest.Captu
         ours_sum = sum(float(s.values.sum()) for s in ours.engine.curvature._ekfac_solves)
     error = _gradient_error(model, expected)
     total = sum(float(part.sum()) for v in corrected.values() for part in (v.values() if isinstance(v, dict) else [v]))
-    with capsys.disabled():
-        print(f"\nEKFAC {name}, {fisher}: V off by {error:.1e}, sum of eigenvalues {ours_sum:.6e} and {total:.6e}")
+    show(f"\nEKFAC {name}, {fisher}: V off by {error:.1e}, sum of eigenvalues {ours_sum:.6e} and {total:.6e}")
     assert error <= TOLERANCE
     assert ours_sum == pytest.approx(total, rel=1e-10)

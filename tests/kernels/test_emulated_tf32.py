@@ -7,7 +7,7 @@ does; sums stay in float32, which a tensor core cuts a little. What is printed i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -98,15 +98,14 @@ def errors(n: int, condition: float) -> dict[str, tuple[float, float]]:
 
 
 @pytest.mark.parametrize("n", [64, 256, pytest.param(1024, marks=pytest.mark.slow)])
-def test_table(n: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table(n: int, show: Callable[..., None]) -> None:
     """Warm refreshes are fit for use at every condition; whatever is certified is as good as its certificate."""
     table = {condition: errors(n, condition) for condition in CONDITIONS}
-    with capsys.disabled():
-        print(f"\nEnergy error (certificate), n = {n}, tensor cores emulated")
-        print("  condition | " + " | ".join(f"{name:20}" for name in table[1e2]))
-        for condition, row in table.items():
-            cells = (f"{error:.0e} ({bound:.0e})" + ("" if bound <= ACCEPT else "*") for error, bound in row.values())
-            print(f"  {condition:9.0e} | " + " | ".join(f"{cell:20}" for cell in cells))
+    show(f"\nEnergy error (certificate), n = {n}, tensor cores emulated")
+    show("  condition | " + " | ".join(f"{name:20}" for name in table[1e2]))
+    for condition, row in table.items():
+        cells = (f"{error:.0e} ({bound:.0e})" + ("" if bound <= ACCEPT else "*") for error, bound in row.values())
+        show(f"  {condition:9.0e} | " + " | ".join(f"{cell:20}" for cell in cells))
     for row in table.values():
         assert all(row[name][0] <= ACCEPT for name in row if name.startswith("warm"))
         for error, bound in row.values():
