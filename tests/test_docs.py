@@ -176,6 +176,14 @@ def test_the_site_has_every_page() -> None:
     assert set(pages) == own | {"benchmarks.md"}
 
 
+def test_the_site_has_what_the_benchmarks_link_to() -> None:
+    """Its hook brings benchmarks/README.md and benchmarks/results/ into the site, and changes links to the pages in docs/."""
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    links = [link.partition("#")[0] for link in re.findall(r"\]\((?!http)([^)]+)\)", page) if not link.startswith("#")]
+    assert [link for link in links if not link.startswith(("../docs/", "results/")) and link != "../README.md"] == []
+    assert [link for link in links if not (ROOT / "benchmarks" / link).exists()] == []
+
+
 def test_troubleshooting_names_what_there_is() -> None:
     """Each word in code is a key of the diagnostics, an option, an attribute or a method."""
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
