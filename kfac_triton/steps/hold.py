@@ -88,11 +88,12 @@ class Hold:
         torch._foreach_sub_([state["step"] for state in states], [self._uncounted[p] for p in params])
 
     def _copies(self, tensors: list[Tensor]) -> list[Tensor]:
-        room, first, kept = self._room[tensors[0].device], 0, []
-        for x in tensors:
-            copy = room[first : first + x.nbytes].view(x.dtype)
-            kept.append(copy.as_strided(x.shape, x.stride()) if is_dense(x) else copy.view(x.shape))
-            first += _bytes(x)
+        sizes = [_bytes(x) for x in tensors]
+        pieces = self._room[tensors[0].device][: sum(sizes)].split(sizes)
+        kept = []
+        for x, piece in zip(tensors, pieces, strict=True):
+            elements = piece.view(x.dtype)  # in the order of the tensor's own, where these fill one stretch of memory
+            kept.append(elements.as_strided(x.shape, x.stride()) if is_dense(x) else elements[: x.numel()].view(x.shape))
         torch._foreach_copy_(kept, tensors)
         return kept
 
