@@ -154,8 +154,8 @@ def _bounds(size: int, unit: int, bias: bool, largest: int) -> list[int]:
     """Where parts of equal size begin and end, as few as fit; the last one has the bias, too."""
     if unit + bias > largest:
         raise ValueError(
-            f"max_factor_size must be at least {unit + bias} to cut a side of {size} into parts of whole channels, but is "
-            f"{largest}; raise it, or pass oversize='diagonal'"
+            f"max_factor_size must be at least {unit + bias} to cut a side of size {size} into parts of whole channels, but "
+            f"is {largest}; raise it, or pass oversize='diagonal'"
         )
     units = (size - bias) // unit
     count = -(-units * unit // ((largest - bias) // unit * unit))
