@@ -315,17 +315,24 @@ def restore(tensors: list[Tensor], kept: list[Tensor], finite: Tensor, backend: 
     Args:
         tensors: of any shapes and types, changed in place.
         kept: a copy of each, of the same shape and type.
-        finite: (flags,) bool; tensor i obeys flag i modulo their number.
+        finite: (flags,) bool, on the tensors' device; their number divides that of the tensors, and tensor i obeys flag
+            i modulo it.
         backend: "auto", "triton" or "torch".
 
     Raises:
         ValueError: if a copy does not fit its tensor, or backend is "triton" and no kernel can serve the call.
     """
     require(
-        finite.dtype == torch.bool and finite.dim() == 1 and len(finite) > 0 and len(tensors) == len(kept),
+        finite.dtype == torch.bool and finite.dim() == 1 and len(tensors) == len(kept),
         f"finite must hold flags, and kept a copy of each of {len(tensors)} tensors, but these are {tuple(finite.shape)} of "
         f"{finite.dtype} and {len(kept)} copies",
     )
+    if not tensors:
+        return
+    require(len(finite) > 0 and len(tensors) % len(finite) == 0, f"{len(finite)} flags must divide {len(tensors)} tensors")
     for i, (tensor, copy) in enumerate(zip(tensors, kept, strict=True)):
+        require(
+            tensor.device == finite.device, f"tensors[{i}] must be on {finite.device} as finite is, but is on {tensor.device}"
+        )
         require_like(f"kept[{i}]", copy, tuple(tensor.shape), tensor)
     torch.ops.kfac_triton.restore(tensors, kept, finite, backend=backend)

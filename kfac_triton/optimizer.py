@@ -170,9 +170,8 @@ class KFAC(KFACBase, Optimizer):
         if tail == "sgd":  # if the defaults have betas, OneCycleLR and CyclicLR change these instead of momentum
             del self.defaults["betas"]
         self._model = model
-        parameters = param_groups.complete(self, betas)
-        engine = Engine(model, settings, parameters)
-        self._run = Run(engine, parameters, torch.zeros((), dtype=torch.long, device=engine.bank.home))
+        engine = Engine(model, settings, self._parameters())
+        self._run = Run(engine, self._parameters(), torch.zeros((), dtype=torch.long, device=engine.bank.home))
         if is_auto:
             self._run.auto = self._auto_from({"damping_every": damping_every, "damping_range": damping_range, "states": []})
         checkpoint.declare_keys(self, self.engine, is_auto)
@@ -189,8 +188,12 @@ class KFAC(KFACBase, Optimizer):
         """Adds a group. K-FAC covers the layers of its weights from then on; other layers keep their factors."""
         param_groups.validate_group({"betas": self._betas, **self.defaults, **param_group})
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group.setdefault("betas", self._betas)
+        for parameter in group["params"]:
+            self.state[parameter].update(param_groups.initial_state(parameter, group))
         if hasattr(self, "_run"):  # not while the base class builds its first groups
-            self._run.known = param_groups.complete(self, self._betas)
+            self._run.known = self._parameters()
             self._cover_anew()
 
     def _keep_up(self) -> None:

@@ -296,3 +296,19 @@ def test_every_argument_reaches_the_engine_or_the_groups() -> None:
     optimizer = KFAC(nn.Linear(2, 2), capturable=True)
     assert optimizer.engine.settings.capturable
     assert optimizer.param_groups[0]["capturable"]
+
+
+def test_a_group_that_is_added_again_starts_anew() -> None:
+    """Its parameters get new momentum and counters."""
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    optimizer = KFAC(net)
+    optimizer.add_param_group({"params": [extra := nn.Parameter(torch.ones(3))]})
+    for _ in range(2):
+        optimizer.zero_grad()
+        (net(torch.randn(6, 4)).square().mean() + extra.square().sum()).backward()
+        optimizer.step()
+    assert optimizer.state[extra]["step"] == 2
+    group = optimizer.param_groups.pop()
+    optimizer.add_param_group({"params": group["params"]})
+    assert optimizer.state[extra]["step"] == 0
+    assert not optimizer.state[extra]["momentum_buffer"].any()

@@ -183,5 +183,6 @@ def updates_of_layers(
                 result[parameter] = whole
     if not host_looks:
         return result, finite
-    result.update((parameter, None) for parameter, is_finite in finite.items() if not bool(is_finite))
+    flags = torch.stack([is_finite.cpu() for is_finite in finite.values()]).tolist() if finite else []
+    result.update((parameter, None) for parameter, is_finite in zip(finite, flags, strict=True) if not is_finite)
     return result, None

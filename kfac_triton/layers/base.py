@@ -38,6 +38,11 @@ class Rows:
     examples: int = 0
     share: float = 1.0
 
+    @property
+    def windows(self) -> list[ops.Window]:
+        """Windows of inputs, then of gradients, as `kernels.ops.covariance_ema` takes them."""
+        return [self.input_window] * len(self.inputs) + [self.gradient_window] * len(self.gradients)
+
     def sample(self, every: int, offset: int) -> Rows:
         """Every `every`-th row (of a matrix) or example (of a convolution), starting with number `offset`, as views."""
         first = min(offset, max(0, len(self.gradients[0]) - 1))
@@ -78,11 +83,15 @@ class Layer(ABC):
     applies_weight_itself: ClassVar[bool] = False
     output_parts: int = 1
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "output_blocks" in vars(cls):  # which would be ignored
+            raise TypeError(f"{cls.__name__}.output_blocks is called output_parts now; rename it")
+
     def __init__(self, name: str, module: nn.Module, weight_sharing: str, loss_terms: str) -> None:
         self.name = name
         self.module = module
         self.modules = [module]
-        self.groups = int(getattr(module, "groups", 1))
         self.reduce = weight_sharing == "reduce"
         self.tokens = loss_terms == "tokens"
         # Decided once, because the size of a factor cannot change. If the bias is frozen later, its column is not used.
@@ -146,6 +155,11 @@ class Layer(ABC):
     def bias(self) -> nn.Parameter | None:
         """The bias if K-FAC covers it."""
         return self.module.bias if self.has_bias else None  # type: ignore[return-value]
+
+    @property
+    def groups(self) -> int:
+        """Independent blocks of the layer, each with its own factor pair."""
+        return int(getattr(self.module, "groups", 1))
 
     @property
     def input_size(self) -> int:

@@ -56,6 +56,11 @@ class NormLayer(Layer):
         return super().why_not(module)
 
     @property
+    def groups(self) -> int:
+        """One block: the groups of a GroupNorm share no parameter, but they are not independent either."""
+        return 1
+
+    @property
     def input_size(self) -> int:
         """A single column, for the constant input 1."""
         return 1

@@ -105,10 +105,10 @@ def find_layers(
         if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values()):
             raise ValueError("model has a lazy module without weights; run one forward pass before making the optimizer")
         sharers = max((users[weight] for weight in layer_type.weights(module) if weight is not None), key=len, default=[])
-        tied = layer_type.tie(sharers) or TiedLayer.tie(sharers) if len(sharers) > 1 else None
-        reason = layer_type.why_not(module)
-        if reason is None and len(sharers) > 1 and tied is None:
-            reason = "its weight is shared with another module"
+        reason, tied = layer_type.why_not(module), None
+        if reason is None and len(sharers) > 1:
+            tied = layer_type.tie(sharers) or TiedLayer.tie(sharers)
+            reason = None if tied is not None else "its weight is shared with another module"
         if reason is None and (is_chosen(skip, name, module) or not is_chosen(include, name, module)):
             reason = "it is left out by skip or include"
         if reason is not None:

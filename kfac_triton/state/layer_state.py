@@ -166,7 +166,7 @@ def _flat_factors(engine: Engine, groups: list[list[int]]) -> Tensor:
 
 def _export_inverses(engine: Engine, number: int) -> LayerState:
     curvature, sides = engine.curvature, _inverses(engine, number)
-    kept = [[[x.kept(i) for x, i in group] for group in side] for side in sides]
+    kept = ([[x.kept(i) for x, i in group] for group in side] for side in sides)  # one side after another, which saves memory
     state = dict(zip(INVERSES[curvature.kind], map(_flat, kept), strict=True))
     certificates = [[torch.stack([x.residual[i], x.damping[i]]) for x, i in a + g] for a, g in zip(*sides, strict=True)]
     state[CERTIFICATES] = torch.stack([torch.stack(group) for group in certificates]).double()
@@ -185,11 +185,12 @@ def _has_inverses(engine: Engine, number: int, state: LayerState) -> bool:
 
 def _restore_inverses(engine: Engine, number: int, state: LayerState) -> None:
     curvature = engine.curvature
-    for group, (a, g) in enumerate(zip(*_inverses(engine, number), strict=True)):
-        numbers = torch.cat([state[key][group] for key in INVERSES[curvature.kind]])
-        pieces = numbers.split([x.kept(i).numel() for x, i in a + g])
-        for (x, i), piece, (residual, damping) in zip(a + g, pieces, state[CERTIFICATES][group], strict=True):
-            x.restore(i, piece.view_as(x.kept(i)), residual, damping)
+    for group, sides in enumerate(zip(*_inverses(engine, number), strict=True)):
+        certificates = iter(state[CERTIFICATES][group])
+        for key, side in zip(INVERSES[curvature.kind], sides, strict=True):
+            pieces = state[key][group].split([x.kept(i).numel() for x, i in side])
+            for (x, i), piece in zip(side, pieces, strict=True):
+                x.restore(i, piece.view_as(x.kept(i)), *next(certificates))
     if curvature.is_ekfac:
         for group, tiles in enumerate(curvature.moments_of(number)):
             pieces = state[MOMENTS][group].split([x.numel() for x in tiles])

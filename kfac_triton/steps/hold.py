@@ -12,6 +12,7 @@ from torch import Tensor
 from ..kernels import ops
 from ..kernels.multi_tensor.launch import is_dense
 from ..layers.dtensor import local
+from ..warning import warn
 
 _FEW = 1 << 22  # elements: smaller portions would save little memory, and each costs some launches
 _ALIGNMENT = 64  # bytes between which copies begin
@@ -83,8 +84,9 @@ class Hold:
         yield
         try:
             ops.restore(changing, kept, self._flags[params[0]], backend=self._backend)
-        except torch.OutOfMemoryError:  # the kernel's table of addresses found no room; the reference needs none
+        except Exception as error:  # no room for the kernel's table, or no kernel; parameters have moved, so this must succeed
             ops.restore(changing, kept, self._flags[params[0]], backend="torch")
+            warn(f"parameters with a bad gradient were restored without a kernel, because it failed: {error}")
         torch._foreach_sub_([state["step"] for state in states], [self._uncounted[p] for p in params])
 
     def _copies(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -100,7 +102,13 @@ class Hold:
 
 def _changing(params: Sequence[Tensor], states: Sequence[State], names: Sequence[str]) -> list[Tensor]:
     """All parameters, then all tensors of the first name, and so on."""
-    return [local(x) for x in (*params, *(state[name] for name in names for state in states))]
+    return [_stored(local(x)) for x in (*params, *(state[name] for name in names for state in states))]
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """The numbers as they are in memory: operators cannot change conjugated and negated views."""
+    tensor = tensor.conj() if tensor.is_conj() else tensor
+    return tensor._neg_view() if tensor.is_neg() else tensor
 
 
 def _bytes(tensor: Tensor) -> int:

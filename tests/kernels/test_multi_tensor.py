@@ -183,8 +183,11 @@ def test_restore_leaves_to_the_reference_what_the_kernel_cannot_copy(
         ([torch.ones(2)], [torch.ones(2)], torch.tensor([1.0])),
         ([torch.ones(2)], [torch.ones(3)], torch.tensor([True])),
         ([torch.ones(2)], [torch.ones(2).double()], torch.tensor([True])),
+        ([torch.ones(2)], [torch.ones(2)], torch.zeros(0, dtype=torch.bool)),
+        ([torch.ones(2)] * 3, [torch.ones(2)] * 3, torch.tensor([True, False])),
+        ([torch.ones(2, device="meta")], [torch.ones(2, device="meta")], torch.tensor([True])),
     ],
 )
 def test_restore_refuses_what_does_not_fit(tensors: list[Tensor], kept: list[Tensor], finite: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"finite must hold flags|kept\[0\] must have shape"):
+    with pytest.raises(ValueError, match=r"finite must hold flags|kept\[0\] must have shape|flags must divide|must be on cpu"):
         ops.restore(tensors, kept, finite)

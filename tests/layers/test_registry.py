@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from support.adapters import assert_checkpoint_keeps_the_run, assert_close, kronecker_solve, preconditioned
 from torch import Tensor, nn
 
+from kfac_triton import KFAC
 from kfac_triton.kernels import ops
 from kfac_triton.layers import LAYER_TYPES, Layer, Rows, find_layers, register
 from kfac_triton.layers.linear import LinearLayer
@@ -156,3 +158,33 @@ def test_an_adapter_without_rows_cannot_be_made() -> None:
     register(Incomplete)
     with pytest.raises(TypeError, match=r"abstract method '?rows"):
         find_layers(ScaledLinear(2, 2))
+
+
+def test_an_attribute_of_the_module_is_not_taken_for_channel_groups() -> None:
+    """A norm is one block, whatever its module's `groups` are: a number, a list of processes, or None."""
+
+    class Groups(nn.GroupNorm):
+        def __init__(self, groups: Any) -> None:
+            super().__init__(2, 8)
+            self.groups = groups
+
+    for groups in (2, None, [0, 1]):
+        model = nn.Sequential(nn.Linear(4, 8), Groups(groups))
+        with KFAC(model) as optimizer:
+            model(torch.randn(5, 4)).square().mean().backward()
+            optimizer.step()
+            assert [len(g) for _, g in optimizer.factors().values()] == [8, 16]
+
+
+def test_an_adapter_may_say_how_many_groups_it_has() -> None:
+    class Layer(LinearLayer):
+        @property
+        def groups(self) -> int:
+            return 1
+
+    assert Layer("", nn.Linear(2, 3), "expand", "examples").groups == 1
+
+
+def test_the_old_name_of_output_parts_is_refused() -> None:
+    with pytest.raises(TypeError, match="output_blocks is called output_parts now; rename it"):
+        type("Layer", (LinearLayer,), {"output_blocks": 2})
