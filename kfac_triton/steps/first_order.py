@@ -50,6 +50,7 @@ def drop_bad_gradients(
     if not others:
         return 0
     gradients = [local(p.grad) for p in others if p.grad is not None]
+    gradients = [x if x.numel() else x.new_zeros(1) for x in gradients]  # without elements there is no maximum
     # The maximum norm does not overflow, and it is NaN if an element is.
     are_finite = [torch.isfinite(x) for x in torch._foreach_norm(gradients, torch.inf)]
     if finite is None:

@@ -295,6 +295,21 @@ def test_a_kernel_without_room_is_replaced(monkeypatch: pytest.MonkeyPatch) -> N
     assert p.tolist() == [1, 1] and state["step"] == 0
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", TAILS)
+def test_parameters_without_elements_are_no_trouble(name: str, way: str) -> None:
+    model, optimizer = _run(name, way)
+    empty = nn.Parameter(torch.ones(0, 3))
+    optimizer.add_param_group({"params": [empty], **({"capturable": True} if "capturable" in WAYS[way][1] else {})})
+    for step in range(2):
+        _backward(model, optimizer, step)
+        empty.grad = torch.ones(0, 3)
+        before = _state(model, optimizer, ("scale",))
+        optimizer.step()
+        assert not _equal(before, _state(model, optimizer, ("scale",)))
+    assert optimizer.state[empty]["step"] == 2
+
+
 def test_views_that_are_conjugated_or_negated_stay_too() -> None:
     """Operators that write to lists refuse them, when others have moved already."""
     group = {**GROUP, "capturable": False, "weight_decay": 0.0}
