@@ -53,7 +53,7 @@ class KFACBase:
 
         A is E[a a^T], where a ends with a 1 for the bias; G is E[g g^T], where g is the gradient of one loss term (see
         `fisher`). A layer with channel groups has stacks of shape (groups, n, n). A factor that is stored as a diagonal is
-        returned as the vector (n,), and one that is stored in blocks is zero outside of them.
+        returned as the vector (n,), and one that is stored in parts is zero outside of them.
         """
         return self.engine.factors()
 
