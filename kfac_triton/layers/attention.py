@@ -48,7 +48,6 @@ class AttentionLayer(LinearLayer):
 
     module: nn.MultiheadAttention
     module_type = nn.MultiheadAttention
-    can_be_tied = False
     applies_weight_itself: ClassVar[bool] = True
 
     def __init__(self, name: str, module: nn.Module, weight_sharing: str, loss_terms: str, place: _Place) -> None:

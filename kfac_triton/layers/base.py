@@ -66,7 +66,7 @@ class Layer(ABC):
         constant_input: whether a is 1, and G (the Fisher matrix itself) takes all of the damping.
         autocasts: whether the module's forward is one operation that autocast runs in low precision.
         weight_is_transposed: whether the module stores W^T: a weight (in, out).
-        can_be_tied: whether modules of this type that share a weight are one module that is called several times.
+        can_be_tied: whether modules of this type that share a weight are one that is called several times; not inherited.
         applies_weight_itself: whether the module's forward applies the weight by `F.linear`, so that no module's hook sees it.
         modules: those that share the weight, usually one.
         groups: number of channel groups; each is a block with its own factor pair.
@@ -138,7 +138,8 @@ class Layer(ABC):
     @classmethod
     def tie(cls, modules: list[nn.Module]) -> type[Layer] | None:
         """The adapter for modules that share one weight; None if there is none."""
-        same = cls.can_be_tied and all(type(module) is cls.module_type and cls.why_not(module) is None for module in modules)
+        own = vars(cls).get("can_be_tied", False)  # what holds for the base class's modules need not hold for another type
+        same = own and all(type(module) is cls.module_type and cls.why_not(module) is None for module in modules)
         return cls if same else None
 
     def share(self, modules: list[nn.Module]) -> None:

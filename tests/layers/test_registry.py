@@ -185,6 +185,22 @@ def test_an_adapter_may_say_how_many_groups_it_has() -> None:
     assert Layer("", nn.Linear(2, 3), "expand", "examples").groups == 1
 
 
+def test_an_adapter_does_not_inherit_that_its_modules_can_be_tied() -> None:
+    """Two modules with one weight and different scales are not one module that is called twice."""
+
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    class ScaledLayer(LinearLayer):
+        module_type = Scaled
+
+    modules = [Scaled(3, 3), Scaled(3, 3)]
+    assert LinearLayer.tie([nn.Linear(3, 3)]) is LinearLayer
+    assert ScaledLayer.tie(modules) is None
+    assert type("Tied", (ScaledLayer,), {"can_be_tied": True}).tie(modules) is not None
+
+
 def test_the_old_name_of_output_parts_is_refused() -> None:
     with pytest.raises(TypeError, match="output_blocks is called output_parts now; rename it"):
         type("Layer", (LinearLayer,), {"output_blocks": 2})
