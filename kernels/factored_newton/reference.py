@@ -78,7 +78,9 @@ def factored_newton_refresh_reference(
             scale = torch.where(far, 2 / (lower + upper), scale)
             gap = identity - scale[:, None, None] * energy
             distance = torch.linalg.matrix_norm(gap)
-        rounding = rounding * scale  # of the scaled root
+        # What T B loses below the normal numbers is not relative to the result.
+        lost = current.shape[-1] * torch.finfo(current.dtype).smallest_normal * torch.finfo(current.dtype).eps
+        rounding = (rounding + lost * current.abs().sum((-2, -1))) * scale  # of the scaled root
         phi = gap.tril(-1) + torch.diag_embed(0.5 * gap.diagonal(dim1=-2, dim2=-1))
         step = (scale.sqrt()[:, None, None] * (current + phi @ current)).tril()
         after = (1.5 * distance**2 + 0.5 * distance**3 + rounding).nan_to_num(nan=math.inf, posinf=math.inf)
