@@ -67,6 +67,8 @@ def factored_newton_refresh_reference(
     current = root.clone()
     bound = torch.full_like(residual, math.inf)
     running = torch.ones_like(bound, dtype=torch.bool)
+    # What T B loses below the normal numbers is not relative to the result.
+    lost = current.shape[-1] * torch.finfo(current.dtype).smallest_normal * torch.finfo(current.dtype).eps
     for _ in range(max_steps):
         energy, rounding = root_energy(target, current)
         scale = _nearest_scale(energy)
@@ -78,8 +80,6 @@ def factored_newton_refresh_reference(
             scale = torch.where(far, 2 / (lower + upper), scale)
             gap = identity - scale[:, None, None] * energy
             distance = torch.linalg.matrix_norm(gap)
-        # What T B loses below the normal numbers is not relative to the result.
-        lost = current.shape[-1] * torch.finfo(current.dtype).smallest_normal * torch.finfo(current.dtype).eps
         rounding = (rounding + lost * current.abs().sum((-2, -1))) * scale  # of the scaled root
         phi = gap.tril(-1) + torch.diag_embed(0.5 * gap.diagonal(dim1=-2, dim2=-1))
         step = (scale.sqrt()[:, None, None] * (current + phi @ current)).tril()
