@@ -40,15 +40,29 @@ def resolve(purpose: str, target: Target) -> str:
 
 
 @contextmanager
-def library_tf32() -> Iterator[None]:
-    """Lets the library's products of float32 matrices use TF32 on NVIDIA GPUs; restores the user's choice afterwards.
+def _library(precision: str) -> Iterator[None]:
+    """How the library multiplies float32 matrices on NVIDIA GPUs; the user's choice is back afterwards.
 
     The setting concerns the whole process: inside, do not wait for anything and run no code of the user.
     """
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
+    matmul.fp32_precision = precision
     try:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+@contextmanager
+def library_tf32() -> Iterator[None]:
+    """Lets the library's products of float32 matrices use TF32 on NVIDIA GPUs; see `_library`."""
+    with _library("tf32"):
+        yield
+
+
+@contextmanager
+def library_float32() -> Iterator[None]:
+    """Keeps the library's products of float32 matrices from TF32, which the user may have allowed; see `_library`."""
+    with _library("ieee"):
+        yield

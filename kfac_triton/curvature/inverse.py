@@ -17,15 +17,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..kernels import ops, runtime
+from ..kernels import ops, precision, runtime
 from ..kernels.certificate import FACTORED, damped, inverse_residual, mirror, probe_error, root_residual, rounding_error
+from ..kernels.device_tables import device_vector
 from .async_flags import AsyncFlags
 from .groups import SideGroup
-from .triangular import symmetric_product, triangular_inverse
+from .triangular import prefers_batches, symmetric_product, triangular_inverse
 
 # Training with errors up to 0.3 is as good as with exact inverses. With an error below 1 the inverse is positive definite.
 ACCEPT = 0.3
-_PIECE = 2**23  # bytes of a stack that are inverted at a time
+# Bytes of a stack that are inverted at a time, because the work space is some five times as large. On a GPU, where each call is
+# a few launches, seven matrices of 3,072 rows.
+_PIECE, _PIECE_IN_BATCHES = 2**23, 2**28
 _DOUBLINGS = 20  # largest number of Newton-Schulz steps; a matrix that needs more than 16 is too ill-conditioned for float32
 # Newton steps of a warm refresh. Where the host does not read the residuals, all steps are launched, needed or not. Four are
 # enough there: the host factors a matrix that needs more by Cholesky in the next step. A replayed CUDA graph cannot do that, so
@@ -40,13 +43,21 @@ def resolve(method: str, device: torch.device) -> str:
     return "factored" if device.type == "cuda" else "cholesky"
 
 
+def _pieces(count: int, factors: Tensor, dtype: torch.dtype) -> list[slice]:
+    """The parts of a stack of this many matrices that are inverted in dtype one after the other."""
+    limit = _PIECE_IN_BATCHES if prefers_batches(factors.device) else _PIECE
+    most = max(1, limit // max(1, factors.shape[-1] ** 2 * dtype.itemsize))
+    return [slice(start, start + most) for start in range(0, count, most)]
+
+
+@precision.library_float32()  # certificates of products in TF32 would refuse what is right
 def cholesky(factor: Tensor, damping: Tensor, as_root: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cholesky in the factor's precision: (inverse, or its root T, rounded to dtype; residual of the rounded result)."""
     target = damped(factor, damping)
     lower, info = torch.linalg.cholesky_ex(target)
     failed = (info != 0) | ~torch.isfinite(lower.diagonal(dim1=-2, dim2=-1).sum(-1))
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    if lower.is_cuda or bool(failed.any()):  # on a GPU the host must not wait to find out
+    if prefers_batches(lower.device) or bool(failed.any()):  # on a GPU the host must not wait to find out
         lower = torch.where(failed[:, None, None], identity, lower)
     result = triangular_inverse(lower)
     if as_root:
@@ -208,8 +219,9 @@ class InverseStack(Inverse):
         self.fallbacks += ~certified
         refused.copy_to_host(~certified)
         if overdue:
-            self.damping[overdue] = damping[overdue]
-            self._fall_back(factors, torch.tensor(overdue, device=factors.device))
+            places = device_vector(overdue, factors.device)
+            self.damping.index_copy_(0, places, damping[places])
+            self._fall_back(factors, places)
 
     def _invert(self, factors: Tensor, damping: Tensor, values: Tensor, residual: Tensor) -> None:
         """Inverts by the chosen method and writes the results and their certificates to values and residual."""
@@ -222,30 +234,36 @@ class InverseStack(Inverse):
             ops.factored_newton_refresh(factors, damping, values, residual, self.tolerance, steps, backend=self._backend)
         else:
             invert = eigh if self.method == "eigh" else partial(cholesky, as_root=False, dtype=factors.dtype)
-            # In pieces where the host waits for the result anyway, because the work space is some five times the input.
-            most = max(1, _PIECE // factors[0].nbytes) if self._refused is None else len(factors)
-            for piece in (slice(i, i + most) for i in range(0, len(factors), most)):
+            for piece in _pieces(len(factors), factors, factors.dtype):
                 values[piece], residual[piece] = invert(factors[piece], damping[piece])
 
     def _fall_back(self, factors: Tensor, remaining: Tensor) -> None:
-        """Inverts the matrices in remaining by Cholesky: in their own precision, in float64, then with growing damping."""
-        self.values[remaining] = 0.0
-        self.residual[remaining] = torch.inf
-        remaining = remaining[_finite(factors[remaining])]  # no damping makes the others invertible
+        """Inverts the matrices in remaining by Cholesky: in their own precision, in float64, then with growing damping.
+
+        The host waits once for each attempt, of which most matrices need one.
+        """
         # In the dtype of the factors, so that `damping` is exactly the damping in the inverses.
-        damping, least = self.damping.clone(), torch.finfo(self.damping.dtype).tiny
+        damping, least = self.damping[remaining], torch.finfo(self.damping.dtype).tiny
         attempts = [torch.float64] if self.method == "cholesky" else [factors.dtype, torch.float64]
         for attempt in itertools.count():
             if attempt >= len(attempts):
-                damping[remaining] = (10 * damping[remaining]).clamp_min(least)
-                remaining = remaining[torch.isfinite(damping[remaining])]
-                self.raised[remaining] += 1
-            if not len(remaining):
-                return
+                damping = (10 * damping).clamp_min(least)
+                self.raised.index_add_(0, remaining, torch.isfinite(damping).long())
             dtype = attempts[min(attempt, len(attempts) - 1)]
-            targets = factors[remaining].to(dtype), damping[remaining].to(dtype)
-            values, residual = cholesky(*targets, self.factored, factors.dtype)
-            certified = residual <= ACCEPT
-            done, remaining = remaining[certified], remaining[~certified]
-            self.values[done], self.residual[done] = values[certified], residual[certified]
-            self.damping[done] = damping[done]
+            # No damping makes a matrix invertible that is not finite, or a damping that has become infinite.
+            hopeless = ~_finite(damping[:, None])
+            certified = torch.zeros_like(hopeless)
+            for piece in _pieces(len(remaining), factors, dtype):
+                places = remaining[piece]
+                targets = factors[places]
+                hopeless[piece] |= ~_finite(targets)
+                values, residual = cholesky(targets.to(dtype), damping[piece].to(dtype), self.factored, factors.dtype)
+                certified[piece] = residual <= ACCEPT
+                self.values.index_copy_(0, places, values.masked_fill_(~certified[piece, None, None], 0.0))
+                self.residual.index_copy_(0, places, residual.masked_fill_(~certified[piece], torch.inf))
+            self.damping.index_copy_(0, remaining, torch.where(certified, damping, self.damping[remaining]))
+            again = [i for i, is_done in enumerate((certified | hopeless).tolist()) if not is_done]
+            if not again:
+                return
+            chosen = device_vector(again, factors.device)
+            remaining, damping = remaining[chosen], damping[chosen]

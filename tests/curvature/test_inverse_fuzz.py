@@ -12,11 +12,14 @@ import torch
 from support.hard_matrices import KINDS, HardStack, drifted, hard_stack, uniform
 from torch import Generator, Tensor
 
+from kfac_triton.curvature import inverse as inverse_module
+from kfac_triton.curvature import triangular
 from kfac_triton.curvature.eigenbasis import EigenStack
 from kfac_triton.curvature.inverse import ACCEPT, InverseStack
 from kfac_triton.settings import METHODS
 
-STACKS = [m for m in METHODS if m != "auto"] + ["eigenbasis"]
+NAMED_METHODS = [method for method in METHODS if method != "auto"]
+STACKS = [*NAMED_METHODS, "eigenbasis"]
 FLOOR = 2e-6  # below it a certificate says no more than that float32 was used
 LARGEST = 1.2 * ACCEPT  # error of anything certified; from 1 on it would be wrong
 # Error over certificate: the rounding that a certificate is itself subject to is estimated, not bounded.
@@ -175,6 +178,19 @@ def test_hard_matrices(name: str) -> None:
     assert all(totals[outcome] > 0 for outcome in ("converged", "fell back", "raised", "kept", "refused"))
 
 
+@pytest.mark.parametrize("name", NAMED_METHODS)
+def test_hard_matrices_in_batches_as_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Solved against the identity by the library, in pieces that are smaller than the stacks."""
+    for module in (triangular, inverse_module):
+        monkeypatch.setattr(module, "prefers_batches", lambda device: True)
+    monkeypatch.setattr(inverse_module, "_PIECE_IN_BATCHES", 2**14)
+    results = fuzz(name, 800, seed=2)
+    totals = sum(results.counts.values(), Counter())
+    assert results.error <= LARGEST
+    assert results.margin <= MARGIN[name]
+    assert all(totals[outcome] > 0 for outcome in ("converged", "fell back", "raised", "kept", "refused"))
+
+
 @pytest.mark.slow
 def test_a_hundred_thousand_hard_matrices(show: Callable[..., None]) -> None:
     results = {name: fuzz(name, 100_000, seed=1) for name in STACKS}
@@ -206,8 +222,6 @@ def test_bad_neighbours_change_nothing(name: str, waits: bool) -> None:
 
 
 # What the fuzz found, one by one
-
-NAMED_METHODS = [method for method in METHODS if method != "auto"]
 
 
 def _inverted(name: str, factors: Tensor, damping: Tensor) -> tuple[Subject, list[str]]:
