@@ -9,7 +9,7 @@ tf32x3   three passes, almost exact          not there
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -66,3 +66,13 @@ def library_float32() -> Iterator[None]:
     """Keeps the library's products of float32 matrices from TF32, which the user may have allowed; see `_library`."""
     with _library("ieee"):
         yield
+
+
+def has_library_tf32(device: torch.device) -> bool:
+    """Whether the library multiplies float32 matrices in TF32 there: on NVIDIA GPUs."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def library_for_gradients(device: torch.device, backend: str) -> AbstractContextManager[None]:
+    """How the library multiplies gradients with inverses: in TF32 where `ops.precondition` prefers the library, too."""
+    return library_tf32() if backend == "auto" and has_library_tf32(device) else nullcontext()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -84,6 +86,24 @@ def test_every_kernel_has_a_case(results: Results, arch: str) -> None:
     assert {outcome.kernel for outcome in results[arch]} == kernels
     names = {kernel.partition(".")[2] for kernel in kernels}
     assert set().union(*(launched(path) for path in KERNELS.rglob("*.py"))) == names
+
+
+def test_numbers_of_matrices_and_tiles_cost_no_compilations() -> None:
+    """In the stages of the cold inverse Triton looks at sides and strides alone: 1, 2 and 16 matrices are one compilation."""
+    program = (
+        "from kfac_triton.kernels.newton_schulz import kernel\n"
+        "for name, value in vars(kernel).items():\n"
+        "    for p in getattr(value, 'params', []) if name.endswith('_kernel') else []:\n"
+        "        print(p.name, p.do_not_specialize)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    plain, looked_at = (
+        {name for name, flag in map(str.split, run.stdout.splitlines()) if flag == x} for x in ("True", "False")
+    )
+    assert plain == {"batch", "count", "max_steps"}
+    assert not plain & looked_at
+    assert {"n", "side", "factor_batch", "factor_stride"} <= looked_at
 
 
 @pytest.fixture(scope="module")

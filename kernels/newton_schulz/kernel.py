@@ -15,6 +15,8 @@ from ..runtime import tl, triton
 from ..tiles import store_mirrored
 
 ROW = 4  # numbers in a row of the schedule
+# Triton compiles anew for integers that are 1 or that 16 divides. Sides and strides need it, because it makes copies wide; of
+# batch, count and max_steps it would only cost compilations.
 
 
 @triton.jit
@@ -82,7 +84,7 @@ def _symmetric_product(left, right, PRECISION: tl.constexpr, SIDE: tl.constexpr)
     return tl.where(at[:, None] >= at[None, :], product, tl.trans(product))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_steps"])
 def fused_kernel(
     factor, factor_batch, factor_stride,  # float32 (B, n, n), elements between matrices and between rows; columns side by side
     dampings,  # float32 (B,)
@@ -120,7 +122,7 @@ def fused_kernel(
     tl.store(residual + matrix, _certificate(tl.sum(error * tl.trans(error)), rounding))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def norm_kernel(
     factor, factor_batch, factor_stride,  # float32 (B, n, n), elements between matrices and between rows; columns side by side
     dampings,  # float32 (B,)
@@ -139,7 +141,7 @@ def norm_kernel(
     tl.store(squares + matrix * count + tile, tl.where(i == j, 1, 2) * _square_sum(values))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "count", "max_steps"])
 def schedule_kernel(
     squares,  # float64 (B, count)
     dampings, uppers,  # float32 (B,)
@@ -175,7 +177,7 @@ def schedule_kernel(
     tl.store(start + 3, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "count"])
 def prepare_kernel(
     factor, factor_batch, factor_stride,  # float32 (B, n, n), elements between matrices and between rows; columns side by side
     dampings,  # float32 (B,)
@@ -204,7 +206,7 @@ def prepare_kernel(
     store_mirrored(work + (then * 2 * batch + matrix) * area, side, rows, columns, x, side)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "count"])
 def step_kernel(
     work,  # float32 (2 buffers, X and M, B, side, side)
     schedule,  # float32 (B, ROW): the row of this step
@@ -237,7 +239,7 @@ def step_kernel(
     store_mirrored(work + ((then * 2 + product) * batch + matrix) * area, side, rows, columns, values, side)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "count"])
 def residual_kernel(
     factor, factor_batch, factor_stride,  # float32 (B, n, n), elements between matrices and between rows; columns side by side
     dampings,  # float32 (B,)
@@ -275,7 +277,7 @@ def residual_kernel(
     tl.store(partials + (batch + matrix) * count + tile, tl.sum(tl.where(diagonal, target * tl.abs(values), 0.0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "count"])
 def certificate_kernel(
     partials,  # float32 (2, B, count), as `residual_kernel` leaves them
     residual,  # float32 (B,)

@@ -1,10 +1,13 @@
 """The Triton kernel of preconditioning: one batched product, of which V = G^-1 W A^-1 takes two and V through roots four.
 
-Hopper multiplies float32 operands that lie along the summed index. Any other operand must be transposed on its way to shared
-memory, in small copies. The chains below transpose none of the inverses, which are symmetric, and each root once:
+Hopper multiplies float32 operands that lie along the summed index. The chains below transpose none of the inverses, which are
+symmetric, and each root once, as T^T T needs it both ways:
 
     inverses   P^T = A^-1 W^T,    V = G^-1 P
     roots      P = W T_A^T,       Q^T = T_A^T P^T,       S^T = Q^T T_G^T,       V = T_G^T S
+
+A root that lies across the summed index is the right operand of `tl.dot`, which computes the transposed tile. As the left one,
+or if nothing happened to it in registers, Triton would transpose it between global and shared memory, four bytes at a time.
 """
 
 from __future__ import annotations
@@ -47,15 +50,20 @@ def product_kernel(
             first = i * BLOCK_M // BLOCK_K * BLOCK_K  # loads stay aligned
         else:
             last = tl.minimum((j + 1) * BLOCK_N, inner)
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sums = tl.zeros((BLOCK_N, BLOCK_M) if LEFT_TRANSPOSED else (BLOCK_M, BLOCK_N), tl.float32)
     for k in range(first, last, BLOCK_K):
         at = k + tl.arange(0, BLOCK_K)
+        b = _load_tile(right, right_stride, columns, at, n, inner)
         if LEFT_TRANSPOSED:
-            a = tl.trans(_load_tile(left, left_stride, at, rows, inner, m))
+            a = _load_tile(left, left_stride, at, rows, inner, m)
+            if PRECISION == "tf32":
+                a += 0.0  # in registers, so that 16 bytes are copied at a time
+            sums = tl.dot(b, a, sums, input_precision=PRECISION)
         else:
             a = _load_tile(left, left_stride, rows, at, m, inner)
-        b = _load_tile(right, right_stride, columns, at, n, inner)
-        sums = tl.dot(a, tl.trans(b), sums, input_precision=PRECISION)
+            sums = tl.dot(a, tl.trans(b), sums, input_precision=PRECISION)
+    if LEFT_TRANSPOSED:
+        sums = tl.trans(sums)
     inside = (rows < m)[:, None] & (columns < n)[None, :]
     tl.store(out + batch * out_batch + rows[:, None] * out_stride + columns[None, :], sums, mask=inside)
     if REDUCE:

@@ -34,7 +34,7 @@ def prefers_library(device: torch.device) -> bool:
     Measured on an H200, GPT-2 small's layers: this file's kernel took 3.7 times as long as TF32 products with inverses, which
     have half as many products as roots. On other GPUs the library has no TF32.
     """
-    return device.type == "cuda" and torch.version.hip is None
+    return precision.has_library_tf32(device)
 
 
 def multiply_by_library(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor, factored: bool) -> None:

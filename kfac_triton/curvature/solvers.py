@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..capture.ekfac_moments import MomentTile
-from ..kernels import ops
+from ..kernels import ops, precision
 from .diagonal import DiagonalBasis
 from .eigenbasis import EigenStack
 from .groups import TileGroup
@@ -33,7 +33,9 @@ class InverseSolve:
             values = g.select(left.values), a.select(right.values)
             ops.precondition(gradient, *values, update, product, factored=left.factored, backend=self._backend)
         else:
-            _finish(gradient, right.right(a, left.left(g, gradient)), update, product)
+            with precision.library_for_gradients(gradient.device, self._backend):
+                result = right.right(a, left.left(g, gradient))
+            _finish(gradient, result, update, product)
 
 
 class EigenSolve:

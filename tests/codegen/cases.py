@@ -193,7 +193,7 @@ def _precondition(arch: str) -> Iterator[Case]:
             }  # fmt: skip
             yield Case(
                 f"{name}/product_kernel/{step}", precondition_kernel.product_kernel, types, tile | constants, config,
-                rows=tile["BLOCK_M"], wide=not turned,  # what is turned on its way is copied in small pieces
+                rows=tile["BLOCK_M"], wide=True,
             )  # fmt: skip
 
 

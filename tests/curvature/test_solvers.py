@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_triton.curvature.diagonal import DiagonalBasis, DiagonalFactors, DiagonalInverse
 from kfac_triton.curvature.eigenbasis import EigenStack
 from kfac_triton.curvature.groups import SideGroup, TileGroup
 from kfac_triton.curvature.inverse import Inverse, InverseStack
 from kfac_triton.curvature.solvers import EigenSolve, InverseSolve
+from kfac_triton.kernels import precision
 
 N, DAMPING = 16, 0.1
 PLACES = {"neighbours": (1, 2), "shared": (2, 0), "one twice": (1, 1)}
@@ -58,3 +61,29 @@ def test_a_solve_is_that_of_the_dense_system(kind: str, g_side: str, a_side: str
     system = g @ update @ a + DAMPING * update if kind == "basis" else (g + DAMPING * eye) @ update @ (a + DAMPING * eye)
     torch.testing.assert_close(system, gradient)
     torch.testing.assert_close(product, (update * gradient).sum((1, 2)))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("has_tf32", [True, False])
+@pytest.mark.parametrize(("g_side", "a_side"), [("dense", "diagonal"), ("diagonal", "dense")])
+def test_beside_a_diagonal_inverses_are_multiplied_as_elsewhere(
+    g_side: str, a_side: str, has_tf32: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In TF32 where the library has it and nobody has asked for another backend; the user's precision is back afterwards."""
+    (left, _), (right, _) = SIDES[g_side]("factored"), SIDES[a_side]("factored")
+    seen: set[str] = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func._schema.name in ("aten::bmm", "aten::mm"):
+                seen.add(torch.backends.cuda.matmul.fp32_precision)
+            return func(*args, **(kwargs or {}))
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    monkeypatch.setattr(precision, "has_library_tf32", lambda device: has_tf32)
+    gradient = torch.randn(2, N, N, dtype=torch.float64)
+    solve = InverseSolve(TileGroup((0, 1), SideGroup(1, (0, 1)), SideGroup(0, (0, 1))), left, right, backend)
+    with Products():
+        solve(gradient, torch.zeros_like(gradient), gradient.new_zeros(2))
+    assert seen == {"tf32" if has_tf32 and backend == "auto" else before}
+    assert torch.backends.cuda.matmul.fp32_precision == before
