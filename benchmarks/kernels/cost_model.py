@@ -1,9 +1,12 @@
-"""What the four operations must move and multiply for the layers of a model: a model of the cost, not a measurement.
+"""What the parts of a step must move and multiply for the layers of a model: a model of the cost, not a measurement.
 
 Bytes are those of every operand read once and every result written once; of a symmetric or triangular matrix half is read,
-and a symmetric one is written whole. Operations are those of the algorithm that the kernels run (a multiply-add counts as
-two), products of symmetric results counted as triangles. So a kernel of this algorithm can be slower than its floor and never
-faster, and another algorithm may need less.
+and a symmetric one is written whole. What passes between the kernels of one operation is counted apart, because a cache may
+hold it. Operations are those of the algorithm that the kernels run (a multiply-add counts as two), products of symmetric
+results counted as triangles, and those of the warm refresh by whole tiles. So a kernel of this algorithm can be slower than its
+floor and never faster, and another algorithm may need less.
+
+The four operations of `OPERATIONS` have kernels and can be timed alone; those of `REST` move data, mostly by PyTorch.
 
     python -m benchmarks.kernels.cost_model --device H100
 """
@@ -15,30 +18,22 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kfac_triton.kernels import tuning
+
+from .cost import FLOAT, Cost
+from .data_movement import REST
 from .shapes import FULL, Images, Model
 
-FLOAT = 4  # bytes of a float32 number, which factors, inverses and gradients are kept in
 TENSOR_CORES_BY_ITEMSIZE = {4: "tf32", 2: "bf16"}
 # The state that the inverses are counted for.
 CONDITION = 1e3  # Frobenius norm of a damped factor over its damping
 COLD_TOLERANCE = 1e-3
-# Launches are made for this many steps; a matrix that is done leaves the later ones at once.
-COLD_MOST_STEPS, WARM_MOST_STEPS = 40, 8
+# Launches are made for this many steps; a matrix that is done leaves the later ones at once. A warm refresh outside of a CUDA
+# graph launches BLIND_STEPS, and GRAPH_STEPS in one.
+COLD_MOST_STEPS, BLIND_STEPS, GRAPH_STEPS = 40, 4, 8
 COLD_FUSED_UP_TO = 64  # padded side that one program inverts in one launch
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Bytes moved, operations by how they are done (see `Rates`), and launches of the kernels."""
-
-    bytes: float
-    operations: dict[str, float]
-    launches: int
-
-    @property
-    def total(self) -> float:
-        """Operations of every unit together."""
-        return sum(self.operations.values())
+SPREAD_ABOVE = 1024  # side from which the power iteration of a refresh is spread over the grid: nine launches more a step
+POWER_PRODUCTS, POWER_VECTORS = 8, 16
 
 
 @dataclass(frozen=True)
@@ -157,15 +152,65 @@ def cold_inverses(model: Model) -> Cost:
     return Cost(moved, {"tf32x3": operations}, launches)
 
 
-def warm_inverses(model: Model) -> Cost:
-    """One step of factored Newton: T A and T A T^T in two TF32 passes, Phi T in one."""
-    moved, launches, twice, once = 0.0, 0, 0.0, 0.0
+def refresh_tiles(side: int, arch: str = "sm_90") -> tuple[int, int]:
+    """BLOCK and BLOCK_K of the warm refresh for matrices of this side, as shipped for an architecture."""
+    entries = tuning.load(tuning.SHIPPED / f"{arch}.json")["factored_newton"]
+    entry = next(entry for entry in entries if entry["up_to"] is None or side <= entry["up_to"])
+    return entry["BLOCK"], entry["BLOCK_K"]
+
+
+def refresh_products(side: int, arch: str = "sm_90") -> tuple[float, float, float]:
+    """Operations of one Newton step for one matrix, by whole tiles: T A and (T A) T^T, of which each has two passes, and Phi T.
+
+    Of T A the lower tiles alone are needed. T ends at its diagonal, and Phi T begins at the column's tile.
+    """
+    block, chunk = refresh_tiles(side, arch)
+    tiles = -(-side // block)
+
+    def chunks(length: int) -> int:
+        return -(-length // chunk) * chunk
+
+    ends = [min((i + 1) * block, side) for i in range(tiles)]
+    factor = sum((i + 1) * chunks(ends[i]) for i in range(tiles))
+    energy = sum((tiles - j) * chunks(ends[j]) for j in range(tiles))
+    update = sum(chunks(ends[i] - j * block) for i in range(tiles) for j in range(i + 1))
+    area = 2.0 * block * block
+    return area * factor, area * energy, area * update
+
+
+def warm_inverses(
+    model: Model, steps: float = 1.0, launched: int = BLIND_STEPS, grouped: bool = False, spread_above: int = SPREAD_ABOVE
+) -> Cost:
+    """Factored Newton: T A and T A T^T in two TF32 passes, Phi T in one; see `power_iteration` for the rest.
+
+    Args:
+        model: whose factors.
+        steps: that a matrix takes, on average.
+        launched: steps that are launched.
+        grouped: whether one launch serves the stacks of all sides.
+        spread_above: side above which the power iteration has launches of its own.
+    """
+    moved, scratch, twice, once = 0.0, 0.0, 0.0, 0.0
     for side, count in model.stacks.items():
-        launches += 1 + 4 * WARM_MOST_STEPS
         moved += count * FLOAT * 3 * triangle(side)
-        twice += count * (triangular_times_full(side, side) + triangular_times_triangular(side))
-        once += count * triangular_times_triangular(side)
-    return Cost(moved, {"tf32x2": twice, "tf32": once}, launches)
+        # Before the steps T rounded and T^T are written, and zeros above the root. In a step Y is written and read; M is
+        # written whole, and its lower half is read; T rounded is read three times (for T A, M and the sum) and T^T once, and
+        # both are written anew.
+        scratch += count * FLOAT * (3 * triangle(side) + steps * (9 * triangle(side) + side**2))
+        # Only the first step's A and the last step's root are in the operands above.
+        scratch += count * FLOAT * max(0.0, steps - 1) * 2 * triangle(side)
+        factor, energy, update = refresh_products(side)
+        twice += count * steps * (factor + energy)
+        once += count * steps * update
+    per_step = [4 + (1 + POWER_PRODUCTS) * (side > spread_above) for side in model.stacks]
+    launches = 1 + launched * max(per_step) if grouped else sum(1 + launched * kernels for kernels in per_step)
+    return Cost(moved, {"tf32x2": twice, "tf32": once}, launches, scratch)
+
+
+def power_iteration(side: int) -> Cost:
+    """What finds the spectrum of one matrix M where a refresh needs it: eight products with sixteen vectors, each reads M."""
+    moved = POWER_PRODUCTS * FLOAT * (side**2 + 2 * POWER_VECTORS * side)
+    return Cost(moved, {"tf32": 2.0 * POWER_PRODUCTS * POWER_VECTORS * side**2}, 0)
 
 
 def preconditioning(model: Model) -> Cost:
@@ -192,17 +237,19 @@ def table(rates: Rates, models: tuple[Model, ...] = FULL) -> str:
     lines = [
         f"**A model, not a measurement.** Floors at the rates of {rates.name} ({rates.source}): {rates.bandwidth / 1e12:.2f} "
         f"TB/s, {per_second}.",
-        f"Cold inverses: condition {CONDITION:.0f}, {cold_steps()} doublings. Warm ones: a single step.",
+        f"Cold inverses: condition {CONDITION:.0f}, {cold_steps()} doublings. Warm ones: one step, {BLIND_STEPS} launched.",
         "",
-        "| model | operation | MB | GFLOP | launches | floor, ms | limited by |",
-        "|---|---|--:|--:|--:|--:|---|",
+        "| model | operation | MB | … between its kernels | GFLOP | launches | floor, ms | limited by |",
+        "|---|---|--:|--:|--:|--:|--:|---|",
     ]
     for model in models:
-        for operation, count in OPERATIONS.items():
+        for operation, count in (OPERATIONS | REST).items():
             cost = count(model)
+            if not cost.launches:
+                continue
             lines.append(
-                f"| {model.name} | {operation} | {cost.bytes / 1e6:,.1f} | {cost.total / 1e9:,.1f} | {cost.launches} "
-                f"| {1e3 * rates.seconds(cost):.3f} | {rates.limit(cost)} |"
+                f"| {model.name} | {operation} | {cost.bytes / 1e6:,.1f} | {cost.scratch / 1e6:,.1f} | {cost.total / 1e9:,.1f} "
+                f"| {cost.launches} | {1e3 * rates.seconds(cost):.3f} | {rates.limit(cost)} |"
             )
     return "\n".join(lines)
 

@@ -63,13 +63,36 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """`count` equal norms, each of `positions` times `width` numbers, with a scale and a shift (or without one) of `width`.
+
+    Attributes:
+        positions: examples times tokens or pixels.
+        width: entries of the scale.
+        shift: whether there is a shift.
+        count: how many such norms the model has.
+        terms_are_positions: whether each position is a loss term, as in a language model; else each example is one.
+    """
+
+    positions: int
+    width: int
+    shift: bool = True
+    count: int = 1
+    terms_are_positions: bool = False
+
+
+@dataclass(frozen=True)
 class Model:
-    """A name, a sentence, layers, and the bytes of a number in their inputs and gradients: 4 for float32, 2 for bfloat16."""
+    """A name, a sentence, layers, and the bytes of a number in their inputs and gradients: 4 for float32, 2 for bfloat16.
+
+    The norms are the layers' neighbours, which have curvature of their own: no matrix, but a diagonal.
+    """
 
     name: str
     description: str
     layers: tuple[Layer, ...]
     itemsize: int = 2
+    norms: tuple[Norm, ...] = ()
 
     @property
     def stacks(self) -> dict[int, int]:
@@ -117,8 +140,9 @@ def resnet50(batch: int = 32) -> Model:
             convolution(Images(batch, width, small, 3, 1, 1), width, count=blocks - 1),
         ]
         channels, side = wide, small
+    norms = tuple(Norm(layer.rows, layer.outputs, count=layer.count) for layer in layers)  # behind every convolution
     layers.append(Layer(batch, 2048, 1000))
-    return Model("resnet50", f"224 x 224, batch {batch}, bfloat16", tuple(layers))
+    return Model("resnet50", f"224 x 224, batch {batch}, bfloat16", tuple(layers), norms=norms)
 
 
 def _transformer(rows: int, width: int, blocks: int) -> tuple[Layer, ...]:
@@ -134,12 +158,13 @@ def vit_b(batch: int = 32) -> Model:
     """Dosovitskiy et al. (2021), patches of 16 x 16."""
     patches = convolution(Images(batch, 3, 224, 16, 16), 768, bias=True)
     layers = (patches, *_transformer(batch * 197, 768, 12), Layer(batch, 768, 1000))
-    return Model("vit_b", f"ViT-B/16, 224 x 224, batch {batch}, bfloat16", layers)
+    return Model("vit_b", f"ViT-B/16, 224 x 224, batch {batch}, bfloat16", layers, norms=(Norm(batch * 197, 768, count=25),))
 
 
 def gpt2(tokens: int = 16384) -> Model:
     """GPT-2 small (Radford et al. 2019) without its embedding, which is the head too."""
-    return Model("gpt2", f"GPT-2 small, {tokens} tokens, bfloat16", _transformer(tokens, 768, 12))
+    norms = (Norm(tokens, 768, count=25, terms_are_positions=True),)
+    return Model("gpt2", f"GPT-2 small, {tokens} tokens, bfloat16", _transformer(tokens, 768, 12), norms=norms)
 
 
 def wide_block(tokens: int = 32768) -> Model:
@@ -149,7 +174,8 @@ def wide_block(tokens: int = 32768) -> Model:
         Layer(tokens, 4096, 11008, bias=False, count=2),
         Layer(tokens, 11008, 4096, bias=False),
     )
-    return Model("wide_block", f"one block 4096 wide, {tokens} tokens, bfloat16", layers)
+    norms = (Norm(tokens, 4096, shift=False, count=2, terms_are_positions=True),)
+    return Model("wide_block", f"one block 4096 wide, {tokens} tokens, bfloat16", layers, norms=norms)
 
 
 def equal_layers(side: int, factors: int, rows: int = 1024) -> Model:

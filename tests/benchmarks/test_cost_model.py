@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.kernels import cost_model
 from benchmarks.kernels.contestants import make_problem
-from benchmarks.kernels.shapes import FULL, QUICK, Layer, Model
-from kfac_triton.kernels import runtime
+from benchmarks.kernels.shapes import BY_NAME, FULL, QUICK, Layer, Model
+from kfac_triton.curvature import inverse
+from kfac_triton.kernels import ops, runtime
+from kfac_triton.kernels.factored_newton import launch
+from kfac_triton.kernels.factored_newton import plan_kernel as planning
 
 TINY = Model("tiny", "", (Layer(rows=4, inputs=3, outputs=2, count=2),), itemsize=4)
 
@@ -60,8 +65,10 @@ def test_inverses_and_preconditioning_by_hand() -> None:
     model = Model("one", "", (Layer(8, 16, 32, bias=False),))  # factors of 16 and 32, one gradient 32 x 16
     warm = cost_model.warm_inverses(model)
     assert warm.bytes == 4 * 3 * (136 + 528)
-    # T A: 136 * 16 * 2 and 528 * 32 * 2; a triangle of triangles: 16 * 17 * 18 / 3 = 1632 and 32 * 33 * 34 / 3 = 11968.
-    assert warm.operations == {"tf32x2": 4352 + 33792 + 13600, "tf32": 13600}
+    # Before the step three triangles; in it Y twice, T rounded four times, T^T twice, M once in halves and once whole.
+    assert warm.scratch == 4 * ((3 + 2 + 4 + 2 + 1) * (136 + 528) + 16**2 + 32**2)
+    # A second step reads A and writes the root once more.
+    assert cost_model.warm_inverses(model, steps=2).scratch == 4 * ((3 + 2 * 9 + 2) * (136 + 528) + 2 * (16**2 + 32**2))
     cost = cost_model.preconditioning(model)
     assert cost.bytes == 4 * (2 * 512 + 136 + 528)
     assert cost.operations == {"tf32": 2 * (2 * 528 * 16 + 2 * 136 * 32)}
@@ -70,6 +77,76 @@ def test_inverses_and_preconditioning_by_hand() -> None:
     # 8 doublings: 7 of two products, 7 times 2 and the certificate's; a product's triangle is 2 * n * n (n + 1) / 2.
     assert cost_model.cold_steps() == 8
     assert cold.operations == {"tf32x3": 15 * (16 * 16 * 17 + 32 * 32 * 33)}
+
+
+@pytest.mark.parametrize("side", [16, 32, 48, 64, 80, 200, 256])
+def test_products_of_the_refresh_are_counted_as_loops_over_tiles_count_them(side: int) -> None:
+    block, chunk = cost_model.refresh_tiles(side)
+    factor = energy = update = 0
+    for i in range(0, side, block):
+        for j in range(0, i + 1, block):
+            factor += len(range(0, min(i + block, side), chunk))
+            energy += len(range(0, min(j + block, side), chunk))
+            update += len(range(j, min(i + block, side), chunk))
+    tile = 2 * block * block * chunk
+    assert cost_model.refresh_products(side) == (factor * tile, energy * tile, update * tile)
+
+
+@pytest.mark.parametrize("side", [16, 80, 144])
+def test_products_of_the_refresh_are_those_that_the_kernels_make(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every dot of one step counted in the interpreter, which does not split operands: one pass of each product."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    operations = 0
+    create_dot = InterpreterBuilder.create_dot
+
+    def counted(self: object, a: Any, b: Any, *rest: Any) -> Any:
+        nonlocal operations
+        operations += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
+        return create_dot(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counted)
+    identity, damping, residual = torch.eye(side).repeat(2, 1, 1), torch.ones(2), torch.empty(2)
+    ops.factored_newton_refresh(0 * identity, damping, identity.clone(), residual, 0.05, 1, backend="triton")
+    assert operations == 2 * sum(cost_model.refresh_products(side, "interpreter"))
+
+
+def test_two_passes_where_operands_are_split() -> None:
+    model = Model("one", "", (Layer(8, 192, 192, bias=False),))
+    factor, energy, update = cost_model.refresh_products(192)
+    assert cost_model.warm_inverses(model).operations == {"tf32x2": 2 * (factor + energy), "tf32": 2 * update}
+    assert cost_model.warm_inverses(model, steps=1.5).operations["tf32"] == 1.5 * 2 * update
+
+
+def test_the_refresh_of_gpt2_is_less_than_with_the_whole_of_t_a() -> None:
+    found = cost_model.warm_inverses(BY_NAME["gpt2"]).total
+    exact = sum(
+        count * (side * (side + 1) * (2 * side + 1) / 3 + 2 * cost_model.triangular_times_triangular(side))
+        for side, count in BY_NAME["gpt2"].stacks.items()
+    )
+    whole = sum(
+        count * (cost_model.triangular_times_full(side, side) + 2 * cost_model.triangular_times_triangular(side))
+        for side, count in BY_NAME["gpt2"].stacks.items()
+    )
+    assert exact < found < whole
+
+
+def test_launches_of_large_matrices_and_of_all_sides_together() -> None:
+    sides = Model("three", "", (Layer(8, 1040, 1024, bias=False), Layer(8, 16, 16, bias=False)))
+    assert cost_model.SPREAD_ABOVE == launch._SPREAD_ABOVE
+    assert cost_model.POWER_PRODUCTS == planning.PRODUCTS
+    assert (cost_model.GRAPH_STEPS, cost_model.BLIND_STEPS) == (inverse._REFINEMENTS, inverse._BLIND_REFINEMENTS)
+    small, large = 1 + 4 * 4, 1 + 4 * 13
+    assert cost_model.warm_inverses(sides).launches == large + 2 * small
+    assert cost_model.warm_inverses(sides, grouped=True).launches == large
+    assert cost_model.warm_inverses(sides, launched=8, spread_above=0).launches == 3 * (1 + 8 * 13)
+
+
+def test_the_power_iteration_reads_the_matrix_eight_times() -> None:
+    cost = cost_model.power_iteration(32)
+    multiply_adds = sum(1 for _ in range(8) for _ in range(32) for _ in range(32) for _ in range(16))
+    assert cost.operations == {"tf32": 2 * multiply_adds}
+    assert cost.bytes == 4 * 8 * (32 * 32 + 2 * 16 * 32)
 
 
 def test_the_number_of_doublings_is_that_of_the_schedule() -> None:
@@ -116,7 +193,8 @@ def test_a_spec_sheet_is_for_its_module_alone(device: str, expected: str | None)
 def test_the_table_says_what_it_is_and_has_every_row() -> None:
     table = cost_model.table(cost_model.DEVICES["H100"])
     assert "A model, not a measurement" in table
-    assert table.count("\n| ") == 1 + len(FULL) * 4
+    without_norms = sum(not model.norms for model in FULL)
+    assert table.count("\n| ") == 1 + len(FULL) * (4 + 4) - without_norms
     assert "3.35 TB/s" in table and "bf16 989 TFLOP/s" in table
 
 
@@ -128,9 +206,13 @@ def test_launches_are_those_that_happen(operation: str, monkeypatch: pytest.Monk
     model = Model("m", "", (Layer(rows=1024, inputs=16, outputs=80, bias=False),))
     problem = make_problem(operation, model, torch.device("cpu"))
     launches = []
-    launch = GridExecutor.__call__
-    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *a, **k: launches.append(1) or launch(self, *a, **k))
+    run = GridExecutor.__call__
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *a, **k: launches.append(1) or run(self, *a, **k))
     problem.run("triton")
     torch_launches = 1 if operation == "precondition" else 0  # of the sum of partial products
     assert runtime.INTERPRETED
-    assert len(launches) + torch_launches == cost_model.OPERATIONS[operation](model).launches
+    counted = cost_model.OPERATIONS[operation](model).launches
+    if operation == "factored_newton_refresh":  # which an optimizer calls with fewer steps than the problem does
+        steps = inspect.signature(ops.factored_newton_refresh).parameters["max_steps"].default
+        counted = cost_model.warm_inverses(model, launched=steps).launches
+    assert len(launches) + torch_launches == counted
