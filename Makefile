@@ -58,8 +58,9 @@ test-all: check .venv-trainers/.installed  ## the checks, then every test, those
 docs: $(VENV)/.installed-docs  ## pages and API reference into build/site; a warning is an error, and no network is needed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f .mkdocs.yml
 
-bench: $(VENV)/.installed-bench  ## the cost model, the time of the host, then kernel benchmarks on this machine
+bench: $(VENV)/.installed-bench  ## models of costs and steps, the time of the host, then kernel benchmarks on this machine
 	$(BIN)/python -m benchmarks.kernels.cost_model
+	$(BIN)/python -m benchmarks.steps.step_model
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.steps.host_time
 	$(BIN)/python -m pytest benchmarks --benchmark-enable -m "slow or not slow" $(PYTEST)
 

@@ -1,0 +1,262 @@
+"""The parts of a modelled step: seconds of the device for each, and what the host launches. See `step_model`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise, product
+
+from benchmarks.kernels import cost_model, data_movement
+from benchmarks.kernels.cost import FLOAT
+from benchmarks.kernels.shapes import Layer, Model, padded
+
+from .step_constants import AFTER, BEFORE, OPERATORS, Machine, Refreshes
+
+DENSE_UP_TO = 8192  # the default of max_factor_size: of larger factors the diagonal alone is kept
+PRODUCT_KERNEL_UP_TO = 512  # sides that the Triton kernel preconditioned, before the library did it in TF32
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is switched on.
+
+    Attributes:
+        free_scale: the scale of a Newton step from sums; the power iteration beyond it, spread over the grid above side 1,024.
+        tf32: preconditioning by the library's TF32 products.
+        dense: updates without gaps, which multi-tensor kernels take.
+        stats_fraction: of the rows.
+        fused_norms: the statistics of all norms in one kernel.
+        kept_in_kernels: old roots and factors are kept by the kernels that overwrite them, and not by copies.
+        grouped: one launch of each kernel of the refresh for all sides, and of the covariance for all layers of a pass.
+        gemm_convolutions: G of convolutions, and A of those with 1 x 1 kernels, are read as rows.
+        largest: side of a dense factor; larger ones are divided into blocks. None: see `DENSE_UP_TO`.
+    """
+
+    free_scale: bool = False
+    tf32: bool = False
+    dense: bool = False
+    stats_fraction: float = 1.0
+    fused_norms: bool = False
+    kept_in_kernels: bool = False
+    grouped: bool = False
+    gemm_convolutions: bool = False
+    largest: int | None = None
+
+
+def parts(side: int, bias: bool, unit: int, options: Options) -> list[int]:
+    """Sides of the dense factors that one side of a weight is divided into, as `layers.partition` does; none if diagonal."""
+    largest = options.largest
+    if largest is None or side <= largest:
+        return [side] if side <= DENSE_UP_TO else []
+    units = (side - bias) // unit
+    count = -(-units * unit // ((largest - bias) // unit * unit))
+    ends = [units * i // count * unit for i in range(count)] + [side]
+    return [end - start for start, end in pairwise(ends)]
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A layer with the sides of its dense factors."""
+
+    layer: Layer
+    a: list[int]
+    g: list[int]
+
+    def is_deferred(self, itemsize: int, fraction: float) -> bool:
+        """As `data_movement.is_deferred`, of blocks; no side may be diagonal."""
+        layer = replace(self.layer, rows=math.ceil(self.layer.rows * fraction))
+        if images := layer.images:
+            layer = replace(layer, images=replace(images, batch=math.ceil(images.batch * fraction)))
+        sums = FLOAT * sum(padded(side) ** 2 for side in self.a + self.g)
+        inputs = (
+            layer.images.batch * layer.images.channels * layer.images.side**2 if layer.images else layer.rows * layer.inputs
+        )
+        return bool(self.a and self.g) and itemsize * (inputs + layer.rows * layer.outputs) <= sums
+
+    def tiles(self) -> Iterator[tuple[int, int]]:
+        """Shapes (m, n) of the parts of the gradient, with the sides of their factors; zero for a diagonal."""
+        return product(self.g or [0], self.a or [0])
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model's step with some options.
+
+    Attributes:
+        model: what is trained.
+        options: what is switched on.
+        in_graph: whether a CUDA graph of the step is replayed, which has more steps of a refresh.
+    """
+
+    model: Model
+    options: Options
+    in_graph: bool = False
+
+    @cached_property
+    def layers(self) -> list[Divided]:
+        """All layers with their factors."""
+        result = []
+        for layer in self.model.layers:
+            unit = layer.images.kernel**2 if layer.images else 1
+            a, g = parts(layer.a_side, layer.bias, unit, self.options), parts(layer.g_side, False, 1, self.options)
+            result.append(Divided(layer, a, g))
+        return result
+
+    @cached_property
+    def stacks(self) -> dict[int, int]:
+        """Padded side -> number of factors."""
+        sides: Counter[int] = Counter()
+        for x in self.layers:
+            for side in x.a + x.g:
+                sides[padded(side)] += x.layer.count
+        return dict(sides)
+
+    @cached_property
+    def waiting(self) -> list[Divided]:
+        """Layers whose rows wait for the step."""
+        return [x for x in self.layers if x.is_deferred(self.model.itemsize, self.options.stats_fraction)]
+
+    @property
+    def summed(self) -> list[Divided]:
+        """Layers whose rows are summed in the backward pass."""
+        return [x for x in self.layers if x not in self.waiting]
+
+    @property
+    def shapes(self) -> set[tuple[int, int]]:
+        """Padded shapes of gradients."""
+        return {(padded(m), padded(n)) for x in self.layers for m, n in x.tiles()}
+
+    @property
+    def norms(self) -> Model:
+        """The model with as many positions in its norms as statistics are taken of."""
+        fraction = self.options.stats_fraction
+        return replace(
+            self.model, norms=tuple(replace(n, positions=math.ceil(n.positions * fraction)) for n in self.model.norms)
+        )
+
+    @property
+    def norm_count(self) -> int:
+        """How many norms there are."""
+        return sum(norm.count for norm in self.model.norms)
+
+    @property
+    def refreshes(self) -> Refreshes:
+        """What a refresh takes."""
+        return AFTER if self.options.free_scale else BEFORE
+
+    @property
+    def spread_above(self) -> int:
+        """Side above which the power iteration is spread over the grid; grouped, one launch serves all sides."""
+        if not self.options.free_scale:
+            return DENSE_UP_TO
+        return 0 if self.options.grouped else cost_model.SPREAD_ABOVE
+
+
+def statistics(work: Workload, machine: Machine) -> float:
+    """Lower triangles of X^T X, by rows or by patches."""
+    seconds, options = 0.0, work.options
+    for x in work.layers:
+        layer, images = x.layer, x.layer.images
+        for sides, is_rows in ((x.a, images is None or images.kernel == 1), (x.g, True)):
+            as_rows = images is None or (options.gemm_convolutions and is_rows)
+            rate = machine.covariance if as_rows else machine.patches
+            operations = layer.count * sum(cost_model.symmetric_rank_update(layer.rows, side) for side in sides)
+            seconds += operations * options.stats_fraction / rate
+            # The sum, or the factor, is read and written once whatever the rows.
+            seconds += layer.count * FLOAT * sum(1.5 * side**2 for side in sides) / machine.bandwidth
+    return seconds
+
+
+def newton_steps(work: Workload, machine: Machine) -> float:
+    """Products at a share of the peak, and what the kernels read and write."""
+    seconds = 0.0
+    for side, count in work.stacks.items():
+        one = Model("", "", (Layer(1, side, side, bias=False),))  # two factors of this side
+        cost = cost_model.warm_inverses(one, work.refreshes.steps)
+        multiplying = (2 * cost.operations["tf32x2"] + cost.operations["tf32"]) / (machine.newton * machine.tf32)
+        seconds += count / 2 * (multiplying + (cost.bytes + cost.scratch) / machine.bandwidth)
+    return seconds
+
+
+def power_iteration(work: Workload, machine: Machine) -> float:
+    """In one program a matrix, a stack takes as long as one matrix if any needs it; over the grid, those that need it share."""
+    seconds, share = 0.0, work.refreshes.iterated
+    for side, count in work.stacks.items():
+        moved = cost_model.power_iteration(side).bytes
+        if side > work.spread_above:
+            seconds += share * count * moved / machine.bandwidth
+        else:
+            seconds += (1 - (1 - share) ** count) * moved / machine.one_program
+    return seconds
+
+
+def preconditioning(work: Workload, machine: Machine) -> float:
+    """Four products with whole roots, two for each dense side; a diagonal side multiplies elements."""
+    operations, moved = 0.0, 0.0
+    for x in work.layers:
+        for m, n in x.tiles():
+            rows, columns = m or x.layer.g_side, n or x.layer.a_side
+            operations += x.layer.count * 4 * rows * columns * (m + n)
+            moved += x.layer.count * FLOAT * 10 * rows * columns
+    rate = machine.tf32_products if work.options.tf32 else machine.fp32_products
+    return operations / rate + moved / machine.bandwidth
+
+
+def copies(work: Workload, machine: Machine) -> float:
+    """See `data_movement.copies`."""
+    moved = 0.0
+    for x in work.layers:
+        numbers = x.layer.count * sum(padded(side) ** 2 for side in x.a + x.g)
+        moved += numbers * FLOAT * (2 if work.options.kept_in_kernels else 7 + (3 if x in work.waiting else 7))
+    return moved / machine.bandwidth
+
+
+def norms(work: Workload, machine: Machine) -> float:
+    """See `data_movement.norms`."""
+    cost = data_movement.norms(work.norms, work.options.fused_norms)
+    return (cost.bytes + cost.scratch) / machine.bandwidth
+
+
+def gradients(work: Workload, machine: Machine) -> float:
+    """Stacks of gradients, and copies of parameters and momentum; the rest of the update is AdamW's, too."""
+    numbers = data_movement.parameters(work.model)[1]
+    return (data_movement.gradients(work.model).bytes + 4 * FLOAT * numbers) / machine.bandwidth
+
+
+def launches(work: Workload) -> tuple[int, int]:
+    """Triton launches of a step, and PyTorch operators of the engine; those of norms' statistics are not among them."""
+    options, shapes, count = work.options, work.shapes, OPERATORS
+    of_sides = Model("", "", tuple(Layer(1, side, side, bias=False) for side in work.stacks))
+    launched = cost_model.GRAPH_STEPS if work.in_graph else cost_model.BLIND_STEPS
+    triton = cost_model.warm_inverses(of_sides, 1.0, launched, options.grouped, work.spread_above).launches
+    # The covariance and the reduction of its shares: for each way to read rows, or for each layer in the backward pass.
+    kinds = {(x.layer.images is not None, side % 8 == 0) for x in work.waiting for side in (x.layer.inputs, x.layer.outputs)}
+    in_backward = sum(x.layer.count for x in work.summed)
+    triton += 2 * len(kinds) + 2 * (min(2, in_backward) if options.grouped else in_backward)
+    if work.summed or work.norm_count:  # sums blended into the factors
+        triton += 1 if options.grouped else len(work.stacks)
+    # Gradients of one shape in a stack, those of norms, too; squares of rows, and what restores parameters.
+    triton += len(shapes) + bool(work.norm_count) + 2
+    if not options.tf32:
+        triton += 4 * sum(max(shape) <= PRODUCT_KERNEL_UP_TO for shape in shapes)
+    if options.fused_norms and work.norm_count:
+        triton += 1
+    operators = count.fixed + count.shape * len(shapes) + count.norm * work.norm_count
+    of_stack = count.stack - count.copies * options.kept_in_kernels
+    operators += of_stack * (1 if options.grouped else len(work.stacks))
+    tensors = data_movement.parameters(work.model)[0]
+    operators += data_movement.parameter_updates(work.model).launches if options.dense else count.tensor * tensors
+    return triton, operators
+
+
+def host(work: Workload, machine: Machine) -> float:
+    """Seconds of the host for launches, operators and hooks, those of norms with their operators."""
+    triton, operators = launches(work)
+    slow = 0 if work.options.grouped else sum(x.layer.count for x in work.summed)
+    fast = sum(x.layer.count for x in work.layers) - slow
+    hooks = slow * machine.layer_sum + fast * machine.hook
+    hooks += work.norm_count * (machine.hook if work.options.fused_norms else machine.norm)
+    return triton * machine.triton_launch + operators * machine.operator + hooks
