@@ -48,10 +48,10 @@ def kernel_table(rows: list[Row]) -> str:
         if "best_seconds" not in row:
             lines.append(f"| {row['contestant']} | {error} | {row['allowed']:.1e} | not timed: {row['not_timed']} | | | |")
             continue
-        graph = f"{1e3 * row['graph_seconds']:.3f}" if "graph_seconds" in row else "-"
+        graph = f"{1e3 * row['graph_seconds']:.3f}" if "graph_seconds" in row else row.get("no_graph", "-")
         ratio = f"{row['over_ours']:.2f}" if "over_ours" in row else "-"
         share = f"{row['share_of_floor']:.1%}" if "share_of_floor" in row else "-"
-        eager = f"{1e3 * row['eager_seconds']:.3f}"
+        eager = f"{1e3 * row['eager_seconds']:.3f}" if "eager_seconds" in row else row["not_timed"]
         lines.append(f"| {row['contestant']} | {error} | {row['allowed']:.1e} | {eager} | {graph} | {ratio} | {share} |")
     return "\n".join(lines)
 
@@ -116,10 +116,10 @@ def draw(report: dict[str, Any], path: Path) -> bool:
     return True
 
 
-def write(folder: Path, report: dict[str, Any], rates: Rates) -> list[Path]:
+def write(folder: Path, report: dict[str, Any], rates: Rates, picture: bool = True) -> list[Path]:
     """Writes what can be written and says where."""
     folder.mkdir(parents=True, exist_ok=True)
-    table, data, picture = folder / "results.md", folder / "results.json", folder / "kernels.png"
+    table, data, drawn = folder / "results.md", folder / "results.json", folder / "kernels.png"
     data.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     table.write_text(markdown(report, rates), encoding="utf-8")
-    return [table, data, *([picture] if draw(report, picture) else [])]
+    return [table, data, *([drawn] if picture and draw(report, drawn) else [])]

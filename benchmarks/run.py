@@ -1,6 +1,7 @@
 """Checks the kernels on a device, then times them and the optimizer's step there, beside kfac-pytorch's.
 
-Needs PyTorch and Triton alone. Ends in time: what no longer fits into `--budget` is left out, and the report says so.
+Needs PyTorch and Triton alone. Ends in time: what no longer fits into `--budget` is left out, and the report says so. Results
+are written as they come, and what raises an error is left out, too.
 
     python3 -m benchmarks.run --device cuda
     python3 -m benchmarks.run --device cpu --quick
@@ -10,10 +11,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import re
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs everything, writes the results; exit status 1 if a kernel is wrong."""
+    """Runs everything, writes the results; exit status 1 if a kernel is wrong, or a measurement raised an error."""
     options = parse(arguments)
     started = time.perf_counter()
     device, seconds = options.device, _QUICK_SECONDS if options.quick else _SECONDS
@@ -73,7 +77,16 @@ def main(arguments: list[str] | None = None) -> int:
     }
     print(f"{machine['device']} ({machine['kind']}), torch {machine['torch']}, Triton {machine['triton']}", flush=True)
 
+    # The folder's name says what was measured.
+    name = re.sub(r"[^A-Za-z0-9]+", "-", machine["device"]).strip("-").lower()
+    folder = options.output or RESULTS / f"{name}-{report['date']}-kernels"
+
+    def save(picture: bool = False) -> list[Path]:
+        return reports.write(folder, json.loads(json.dumps(report)), rates, picture)
+
     wrong = _check(device, report)
+    failed = False
+    save()
     models = [BY_NAME[name] for name in options.models] if options.models else list(QUICK if options.quick else FULL)
     small = options.quick or device.type == "cpu"
     tasks = [task(device, small) for task in (step_timing.autoencoder, step_timing.gpt2)]
@@ -86,30 +99,39 @@ def main(arguments: list[str] | None = None) -> int:
             return True
         return False
 
+    def raced(what: str, race: Callable[[], list[reports.Row]]) -> list[reports.Row] | None:
+        """The rows of a race; None if there is no time for it, or it raised an error, which ends no other race."""
+        nonlocal failed
+        if late(what):
+            return None
+        try:
+            return race()
+        except Exception as error:
+            report["left_out"].append(f"{what}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            failed = True
+            return None
+
     for task in tasks:  # first, for a step is what a user waits for
-        if not late(f"training step of {task.name}"):
-            rows = step_timing.race(task, seconds["steps"])
+        rows = raced(f"training step of {task.name}", partial(step_timing.race, task, seconds["steps"]))
+        if rows is not None:
             report["steps"].append({"task": task.name, "description": task.description, "rows": rows})
             print(f"\n**{task.description}**\n\n{reports.step_table(rows)}", flush=True)
+        save()
     tasks.clear()
-    for model in models:
-        for operation in options.operations:
-            if late(f"{operation} on {model.name}"):
-                continue
-            rows = kernel_timing.race(operation, model, device, rates, seconds["race"])
-            report["kernels"].append(
-                {"operation": operation, "model": model.name, "description": model.description, "rows": rows}
-            )
+    for model, operation in itertools.product(models, options.operations):
+        race = partial(kernel_timing.race, operation, model, device, rates, seconds["race"])
+        rows = raced(f"{operation} on {model.name}", race)
+        if rows is not None:
+            about = {"operation": operation, "model": model.name, "description": model.description}
+            report["kernels"].append({**about, "rows": rows})
             print(f"\n**{operation}, {model.name}** ({model.description})\n\n{reports.kernel_table(rows)}", flush=True)
+        save()
 
-    # The folder's name says what was measured.
-    name = re.sub(r"[^A-Za-z0-9]+", "-", machine["device"]).strip("-").lower()
-    folder = options.output or RESULTS / f"{name}-{report['date']}-kernels"
-    for path in reports.write(folder, json.loads(json.dumps(report)), rates):
+    for path in save(picture=True):
         print(f"Written: {path}")
     for line in report["left_out"]:
         print(f"Left out: {line}")
-    return 1 if wrong else 0
+    return 1 if wrong or failed else 0
 
 
 def _check(device: torch.device, report: dict[str, Any]) -> bool:

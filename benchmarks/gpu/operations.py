@@ -42,9 +42,14 @@ def run(bench: Bench, names: Sequence[str]) -> None:
             if "best_seconds" not in row:
                 bench.say(what, not_timed=row.get("not_timed"))
                 continue
-            milliseconds = {key: 1e3 * row[f"{way}_seconds"] for key, way in (("ms", "best"), ("eager_ms", "eager"))}
-            ratio = {"of_ours": row["over_ours"]} if "over_ours" in row else {}
-            bench.say(what, **milliseconds, floor_ms=1e3 * row["floor_seconds"], error=row["error"], **ratio)
+            milliseconds = {
+                key: 1e3 * row[f"{way}_seconds"]
+                for key, way in (("ms", "best"), ("eager_ms", "eager"))
+                if f"{way}_seconds" in row
+            }
+            more = {"of_ours": row["over_ours"]} if "over_ours" in row else {}
+            more |= {key: row[key] for key in ("no_graph", "not_timed") if key in row}  # errors that left a time
+            bench.say(what, **milliseconds, floor_ms=1e3 * row["floor_seconds"], error=row["error"], **more)
 
     for operation, sets in RACED.items():
         for name in QUICK if bench.quick else names:

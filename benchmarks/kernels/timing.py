@@ -92,22 +92,37 @@ def _admit(contestant: Contestant, problem: Problem, row: Row, device: torch.dev
             row["not_timed"] = f"the result is wrong: error {row['error']:.1e}, allowed {problem.allowed:.1e}"
             return None
         ways: dict[str, Callable[[], object]] = {"eager": contestant.run}
-        if contestant.graph:
-            with tf32(contestant.tf32):
-                replay = captured(contestant.run, device)
-            if replay is not None:
-                ways["graph"] = replay
+        if contestant.graph and (replay := _graph(contestant, row, device)) is not None:
+            ways["graph"] = replay
         return ways
     except Exception as error:  # out of memory, or a library's: the others race on
-        row["not_timed"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        row["not_timed"] = _reason(error)
         return None
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
+def _graph(contestant: Contestant, row: Row, device: torch.device) -> Callable[[], object] | None:
+    """The replay of a CUDA graph, or None; an error is noted in the row, and leaves the eager run to be timed."""
+    try:
+        with tf32(contestant.tf32):
+            return captured(contestant.run, device)
+    except Exception as error:
+        row["no_graph"] = _reason(error)
+        return None
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def _time(running: list[tuple[Contestant, Row, dict[str, Callable[[], object]]]], stopwatch: Stopwatch, seconds: float) -> None:
-    """Medians over rounds in which every contestant has its turn, the order rotating."""
+    """Medians over rounds in which every contestant has its turn, the order rotating.
+
+    One that fails is not run again, and keeps the times that it has.
+    """
     times: dict[tuple[int, str], list[float]] = {}
     started = time.perf_counter()
     for number in range(_MOST_ROUNDS):
@@ -119,11 +134,17 @@ def _time(running: list[tuple[Contestant, Row, dict[str, Callable[[], object]]]]
             spent = sum(map(sum, (times.get((i, way), []) for way in ways)))
             if number and spent > seconds:  # a slow one keeps what it has
                 continue
-            for way, run in ways.items():
-                if contestant.resets and contestant.prepare is not None:
-                    contestant.prepare()
-                with tf32(contestant.tf32):
-                    times.setdefault((i, way), []).append(stopwatch(run))
+            for way, run in list(ways.items()):
+                try:
+                    if contestant.resets and contestant.prepare is not None:
+                        contestant.prepare()
+                    with tf32(contestant.tf32):
+                        taken = stopwatch(run)
+                except Exception as error:
+                    del ways[way]
+                    row["no_graph" if way == "graph" else "not_timed"] = _reason(error)
+                    continue
+                times.setdefault((i, way), []).append(taken)
     for (i, way), values in times.items():
         row = running[i][1]
         row[f"{way}_seconds"] = statistics.median(values)

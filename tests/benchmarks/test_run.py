@@ -134,6 +134,64 @@ def test_the_others_race_on_when_one_cannot_run(monkeypatch: pytest.MonkeyPatch)
     assert rows["matmul loop"]["best_seconds"] > 0
 
 
+def test_an_error_while_a_graph_is_recorded_leaves_the_eager_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(run: object, device: torch.device) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nwith details")
+
+    monkeypatch.setattr(kernel_timing, "captured", refuse)
+    rows = race_of(monkeypatch)
+    assert rows["bmm"]["no_graph"] == "RuntimeError: operation not permitted when stream is capturing"
+    assert rows["bmm"]["best_seconds"] == rows["bmm"]["eager_seconds"] > 0
+    line = next(line for line in report.kernel_table(list(rows.values())).splitlines() if line.startswith("| bmm"))
+    assert "operation not permitted" in line and f"{1e3 * rows['bmm']['eager_seconds']:.3f}" in line
+
+
+def test_a_replay_that_fails_leaves_the_eager_time_and_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_timing, "captured", lambda run, device: fail)
+    rows = race_of(monkeypatch)
+    assert rows["bmm"]["no_graph"] == "RuntimeError: no such solver"
+    assert "graph_seconds" not in rows["bmm"] and rows["bmm"]["rounds"] >= 3 and rows["matmul loop"]["eager_seconds"] > 0
+
+
+def test_one_that_fails_later_keeps_the_times_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def fail_in_the_fourth() -> None:
+        calls.append(1)
+        if len(calls) == 4:  # the check, two rounds, and this
+            fail()
+
+    rows = race_of(monkeypatch, Contestant("tiring", fail_in_the_fourth, lambda: 0.0))
+    assert len(calls) == 4
+    assert rows["tiring"]["rounds"] == 2 and rows["tiring"]["eager_seconds"] > 0
+    assert rows["tiring"]["not_timed"] == "RuntimeError: no such solver"
+    assert rows["bmm"]["rounds"] >= 3
+
+
+def test_results_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in one race ends no other, and one that ends the process leaves what was measured before."""
+    monkeypatch.setattr(run, "_check", lambda device, report: False)
+    monkeypatch.setattr(run.step_timing, "race", lambda task, seconds: fail())
+    seen: list[list[str]] = []
+
+    def race(operation: str, *rest: object) -> list[kernel_timing.Row]:
+        found = json.loads((tmp_path / "results.json").read_text())
+        seen.append([group["operation"] for group in found["kernels"]])
+        if operation == "precondition":
+            raise KeyboardInterrupt
+        return [{"contestant": "kernel", "allowed": 1.0, "not_timed": "not here"}]
+
+    monkeypatch.setattr(run.kernel_timing, "race", race)
+    arguments = ["--device", "cpu", "--quick", "--models", QUICK[0].name, "--output", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        run.main(arguments)
+    operations = list(OPERATIONS)
+    assert seen == [operations[:i] for i in range(len(operations))]
+    left_out = json.loads((tmp_path / "results.json").read_text())["left_out"]
+    assert left_out[-2:] == [f"training step of {name}: RuntimeError: no such solver" for name in ("autoencoder", "gpt")]
+    assert run.main([*arguments, "--operations", "covariance_ema"]) == 1, "an error must be an exit status"
+
+
 def test_a_start_is_set_back_before_every_run_that_changes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     contestant = Contestant("c", lambda: events.append("run"), lambda: 0.0, lambda: events.append("prepare"), resets=True)
