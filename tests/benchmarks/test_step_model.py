@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,3 +161,9 @@ def test_tables_say_that_they_are_a_model(capsys: pytest.CaptureFixture[str]) ->
     for block in printed.split("\n\n"):
         if block.startswith("|"):  # a table has as many cells in each row
             assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+def test_the_page_has_the_figures_of_the_table() -> None:
+    page = (Path(step_model.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for line in step_model.table(H100).splitlines()[2:]:
+        assert line.partition(" | ")[2] in page, "benchmarks/README.md has other figures: copy those of the program"
