@@ -69,7 +69,9 @@ class Engine:
         # A kernel adds deferred rows straight to the factors. This needs factors in the kernel's type, and EKFAC's moments need
         # the rows before that.
         can_defer = self.uses_kernels and settings.factor_dtype == "float32" and not self.curvature.is_ekfac
-        self.collector = FactorUpdate(self.partition, self.bank, self.gate, settings.backend, can_defer, self.curvature.moments)
+        self.collector = FactorUpdate(
+            self.partition, self.bank, self.gate, settings.backend, self.uses_kernels, can_defer, self.curvature.moments
+        )
         self.statistics = self.collector.statistics  # of each layer, since the last step
         self._fisher_pass: FisherPass | None = None
         if likelihood is not None and settings.fisher != "empirical":
@@ -163,6 +165,7 @@ class Engine:
         self.gate.open = settings.is_due("statistics_every", progress.steps)
         self.gate.stride = math.ceil(1 / settings.stats_fraction - 1e-9)
         self.gate.max_rows = settings.max_stats_tokens
+        self.gate.max_kept_bytes = settings.max_kept_bytes
         self.gate.step = progress.steps
         self.gate.scaler = settings.scaler
 

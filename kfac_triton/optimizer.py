@@ -71,6 +71,8 @@ class KFAC(KFACBase, Optimizer):
         loss_scale: factor on the loss in the backward pass: a number, a `torch.amp.GradScaler`, or a function that returns it.
         stats_fraction: largest part of the rows (tokens, images) to take statistics of, in (0, 1]: every 2nd, 3rd, ... row.
         max_stats_tokens: largest number of rows of a layer to take statistics of in a pass; None for all.
+        max_kept_bytes: on a GPU, bytes of rows (of large batches) that a backward pass keeps, so that one launch sums those of
+            many layers; 0 sums each layer at once. Rows that need less memory than the factors of their layer do not count.
         max_factor_size: largest size of a dense factor, see `oversize`; None for no limit.
         oversize: how to store larger factors: "diagonal", or "block" for blocks along the diagonal.
         factor_dtype: "float32" (for float64 weights float64), or "bfloat16": factors are stored in 16 bits, with stochastic
@@ -132,6 +134,7 @@ class KFAC(KFACBase, Optimizer):
         loss_scale: float | Callable[[], float] | GradScaler = Settings.loss_scale,
         stats_fraction: float = Settings.stats_fraction,
         max_stats_tokens: int | None = Settings.max_stats_tokens,
+        max_kept_bytes: int = Settings.max_kept_bytes,
         max_factor_size: int | None = Settings.max_factor_size,
         oversize: str = Settings.oversize,
         factor_dtype: str = Settings.factor_dtype,
@@ -151,9 +154,9 @@ class KFAC(KFACBase, Optimizer):
             inverse_every=inverse_every, warmup=warmup, fisher=fisher, fisher_samples=fisher_samples, loss=loss,
             curvature=curvature, exact_damping=exact_damping, weight_sharing=weight_sharing, inverse=inverse,
             inverse_tolerance=inverse_tolerance, loss_reduction=loss_reduction, loss_terms=loss_terms, loss_scale=loss_scale,
-            stats_fraction=stats_fraction, max_stats_tokens=max_stats_tokens, max_factor_size=max_factor_size,
-            oversize=oversize, factor_dtype=factor_dtype, norms=norms, skip=skip, include=include, split=split,
-            capturable=capturable, backend=backend,
+            stats_fraction=stats_fraction, max_stats_tokens=max_stats_tokens, max_kept_bytes=max_kept_bytes,
+            max_factor_size=max_factor_size, oversize=oversize, factor_dtype=factor_dtype, norms=norms, skip=skip,
+            include=include, split=split, capturable=capturable, backend=backend,
         )  # fmt: skip
         is_auto = isinstance(lr, str)
         if is_auto:

@@ -28,6 +28,7 @@ CHANGEABLE = (
     "loss_scale",
     "stats_fraction",
     "max_stats_tokens",
+    "max_kept_bytes",
 )
 
 Schedule = float | Callable[[int], float]
@@ -85,6 +86,7 @@ class Settings:
     loss_scale: Any = 1.0
     stats_fraction: float = field(default=1.0, metadata=_checked_by(validation.real, open_low=True))
     max_stats_tokens: int | None = field(default=None, metadata=_checked_by(validation.whole, or_none=True))
+    max_kept_bytes: int = field(default=1 << 28, metadata=_checked_by(validation.whole, low=0))
     max_factor_size: int | None = field(default=8192, metadata=_checked_by(validation.whole, or_none=True))
     oversize: str = _choice(*OVERSIZE)
     factor_dtype: str = _choice("float32", "bfloat16")

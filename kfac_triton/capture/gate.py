@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..kernels import runtime
 
+_NONE = -2  # the number of no backward pass
+
 
 class Gate:
     """State that all hooks of an engine share; torch.compile keeps a graph for each value of `open`.
@@ -24,6 +26,7 @@ class Gate:
             computing gradients of weights.
         stride: at most one row in `stride` is kept. (torch.compile could not trace a fraction as dynamic.)
         max_rows: the largest number of rows that a pass keeps for a layer.
+        max_kept_bytes: bytes of rows that wait to be summed with those of other layers (see `RowQueue`).
         step: number of the step, which shifts the rows that are kept.
         scaler: the `torch.amp.GradScaler` that scales the loss, if one does.
         scale: its scale as it was when the first statistics of the step were taken.
@@ -42,13 +45,18 @@ class Gate:
         self.probe = torch.zeros((), device=device, requires_grad=True)
         self.stride = 1
         self.max_rows: int | None = None
+        self.max_kept_bytes = 0
         self.step = 0
         self.scaler: Any = None
         self.scale: Tensor | None = None
         self.saw_loss = self.is_unrecorded = False
+        self._noticed = _NONE
 
-    def notice(self) -> None:
-        """Records that an eager backward pass runs."""
+    def notice(self, task: int) -> None:
+        """Records that the eager backward pass with this number runs (-1 outside of one); all its layers call this."""
+        if task == self._noticed:
+            return
+        self._noticed = task if task >= 0 else _NONE
         self.is_unrecorded |= not runtime.is_recording()
         self.saw_loss |= self.empirical or not self.records
         if self.scaler is not None and self.scale is None:
@@ -58,6 +66,7 @@ class Gate:
     def forget(self) -> None:
         """Resets this after a step, or when its gradients are discarded."""
         self.scale, self.saw_loss, self.is_unrecorded = None, False, False
+        self._noticed = _NONE  # a step may be taken inside of a backward pass
 
     def stride_for(self, rows: int) -> int:
         """The n of which one row in n is kept."""

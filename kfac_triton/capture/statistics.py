@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+import itertools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels import ops
-from ..kernels.device_tables import device_table
 from ..layers import Layer, Rows
 from ..layers.partition import Part
-from .diagonal_sums import squared_rows
 from .ekfac_moments import Moments
 from .gate import Gate
+from .row_queue import Pass, RowQueue
+from .sums import Item, Kind, kind_of
 
 
 @dataclass
@@ -34,6 +33,10 @@ class Counts:
     taken: Any = 0
     passes: Any = 0
 
+    def values(self) -> tuple[float, float, float, float]:
+        """Those on the host, as a row of a table."""
+        return float(self.rows), float(self.terms), float(self.taken), float(self.passes)
+
 
 class SharedCounts(NamedTuple):
     """One layer's views of tensors that all layers share, so that one operation clears them for all layers.
@@ -41,10 +44,14 @@ class SharedCounts(NamedTuple):
     Attributes:
         counts: `Counts` on the device, (4,), because a compiled pass cannot change Python numbers.
         beta: for each sum, the weight of its contents when a pass is added. Zero overwrites them, so sums are never cleared.
+        first: the place of the first beta in the vector that layers share.
+        queue: passes that are not summed yet, of the layers that share the vector.
     """
 
     counts: Tensor
     beta: Tensor
+    first: int
+    queue: RowQueue
 
 
 class FactorSum(NamedTuple):
@@ -58,8 +65,9 @@ class FactorSum(NamedTuple):
 class Statistics:
     """Sums and counts of one layer since the last step.
 
-    A pass is summed at once, in buffers of the size of the factors. If the kernels process many layers in one launch, a pass
-    whose rows need no more memory than those buffers is deferred until the step, and then added directly to the factors.
+    A pass is summed at the end of the backward pass, together with those of other layers, in buffers of the size of the factors
+    (see `RowQueue`). If the kernels process many layers in one launch, passes whose rows need no more memory than those buffers
+    are deferred until the step, and then added directly to the factors.
 
     Attributes:
         dense: factors that are stored as matrices, those of A first.
@@ -92,14 +100,19 @@ class Statistics:
         self.on_device = shared.counts
         self._backend = backend
         self._may_wait = can_defer and not self.diagonal
+        self._most_deferred = sum(e.total.nbytes for e in self.dense)
+        self._deferred_bytes = 0
         self._alpha = torch.ones_like(shared.beta)
         self._beta = shared.beta
+        self._queue = shared.queue
+        self._first = shared.first
+        self._runs = _runs(layer, [*self.dense, *self.diagonal])
         self._last_backward = -1
 
     @property
     def counts(self) -> Tensor:
         """Rows of A and loss terms of all passes, (2,)."""
-        return merged([self], self.on_device.device)[0, :2]
+        return (self.on_device + torch.tensor(self.on_host.values(), dtype=torch.float64, device=self.on_device.device))[:2]
 
     def add(self, x: Tensor, gradient: Tensor, owned_by_autograd: bool = False) -> None:
         """Adds one backward pass through the layer.
@@ -107,95 +120,104 @@ class Statistics:
         Args:
             x: input of the module.
             gradient: with respect to its output.
-            owned_by_autograd: whether x is a result of the model. An input that the user may overwrite before the step must be
-                summed at once.
+            owned_by_autograd: whether x is a result of the model. An input that the user may overwrite before the step is not
+                deferred until then.
         """
-        gate, is_compiling = self.gate, torch.compiler.is_compiling()
-        if not is_compiling:
-            gate.notice()
-            if not gate.records:
-                return
+        if torch.compiler.is_compiling():
+            self._add_compiled(x, gradient)
+            return
+        gate, task = self.gate, torch._C._current_graph_task_id()
+        gate.notice(task)
+        if not gate.records:
+            return
         rows = self.layer.rows(x, gradient)
-        if self.moments is not None and not is_compiling:
+        if self.moments is not None:
             self.moments.add(rows)
         every = gate.stride_for(rows.input_count)
         if every > 1:
-            rows = rows.sample(every, 0 if is_compiling else gate.step % every)
-        if is_compiling:  # a second call in one backward pass cannot be recognized, so every call is counted
-            self._sum(rows, gate.counts_terms, gate.weight)
-            terms = rows.terms if gate.empirical else gate.compiled_terms
-            self._count_on_device(rows.input_count * gate.weight, terms, rows.share, gate.weight)
+            rows = rows.sample(every, gate.step % every)
+        if gate.counts_terms:
+            self._count(rows, task)
+        self._last_backward = task
+        if owned_by_autograd and gate.counts_terms and self._defer(rows):
             return
-        if owned_by_autograd and self._may_wait and gate.counts_terms and not self.on_host.passes and self._is_small(rows):
-            self.deferred.append(rows)
-        else:
-            # Either all passes are deferred or none: a step that fails needs the old factor, which the buffers then hold.
-            for deferred in self.deferred:
-                self._sum(deferred, with_inputs=True)
-            self.deferred = []
-            self._sum(rows, with_inputs=gate.counts_terms)
-            self.on_host.passes += 1
-        last, self._last_backward = self._last_backward, torch._C._current_graph_task_id()
-        if not gate.counts_terms:
+        # Either all passes are deferred or none: a step that fails needs the old factor, which the buffers then hold.
+        passes = [Pass(deferred, True) for deferred in self.deferred]
+        passes.append(Pass(rows, gate.counts_terms))
+        self._undefer()
+        self.on_host.passes += 1
+        self._queue.put(self, passes)
+
+    def clear(self) -> None:
+        """Clears everything except what layers share."""
+        self.on_host = Counts()
+        self._undefer()
+        if self.moments is not None:
+            self.moments.fresh = False
+
+    def targets(self, one: Pass) -> list[tuple[Kind, Item, int]]:
+        """See `row_queue.Summed`."""
+        layer, rows, with_inputs = self.layer, one.rows, one.with_inputs
+        return [
+            (kind, Item(layer, entry.part, rows, entry.total), place)
+            for kind, entries, places in self._runs
+            for place, entry in enumerate(entries, self._first + places.start)
+            if with_inputs or not entry.part.is_input
+        ]
+
+    def _defer(self, rows: Rows) -> bool:
+        """Keeps rows until the step, unless something is summed already, or they take too much memory."""
+        if not self._may_wait or self.on_host.passes:
+            return False
+        size = self._deferred_bytes + sum([x.nbytes for x in rows.inputs]) + sum([x.nbytes for x in rows.gradients])
+        if size > self._most_deferred:
+            return False
+        self.deferred.append(rows)
+        self._deferred_bytes = size
+        return True
+
+    def _undefer(self) -> None:
+        self.deferred, self._deferred_bytes = [], 0
+
+    def _count(self, rows: Rows, task: int) -> None:
+        """Counts rows and loss terms of a pass of the backward pass with this number."""
+        counts = self.on_host
+        counts.rows += rows.input_count
+        if task == self._last_backward:  # a second call of the module in one backward pass has the same loss terms
             return
-        self.on_host.rows += rows.input_count
-        if self._last_backward == last:  # a second call of the module in one backward pass has the same loss terms
-            return
-        terms = rows.terms if gate.terms is None else gate.terms
+        terms = rows.terms if self.gate.terms is None else self.gate.terms
         if isinstance(terms, Tensor):
             self._count_on_device(0, terms, rows.share, 0)
         else:
-            self.on_host.terms += terms
-            self.on_host.taken += terms * rows.share
+            counts.terms += terms
+            counts.taken += terms * rows.share
 
-    def clear(self) -> None:
-        """Clears everything except the shared tensors."""
-        self.on_host = Counts()
-        self.deferred = []
-        if self.moments is not None:
-            self.moments.fresh = False
+    def _add_compiled(self, x: Tensor, gradient: Tensor) -> None:
+        """Adds a pass inside a graph of torch.compile, where a second call in one backward pass cannot be recognized."""
+        gate = self.gate
+        rows = self.layer.rows(x, gradient)
+        every = gate.stride_for(rows.input_count)
+        if every > 1:
+            rows = rows.sample(every, 0)
+        alpha, beta = self._alpha * gate.weight, self._beta
+        # No number that differs between equal layers (a place, a slot) may be read here: they would not share a graph.
+        for kind, entries, places in self._runs:
+            items = [Item(self.layer, entry.part, rows, entry.total) for entry in entries]
+            kind(items, alpha[places], beta[places], self._backend)
+        beta.fill_(1.0)
+        terms = rows.terms if gate.empirical else gate.compiled_terms
+        self._count_on_device(rows.input_count * gate.weight, terms, rows.share, gate.weight)
 
     def _count_on_device(self, rows: Tensor | float, terms: Tensor | float, share: float, passes: Tensor | float) -> None:
         for place, added in enumerate((rows, terms, terms * share, passes)):
             self.on_device[place].add_(added)  # without unbind, whose views a compiled forward pass would save
 
-    def _is_small(self, rows: Rows) -> bool:
-        return sum(x.nbytes for x in rows.inputs + rows.gradients) <= sum(e.total.nbytes for e in self.dense)
 
-    def read(self, entries: list[FactorSum], rows: Rows) -> tuple[list[Tensor], list[ops.Window], list[bool]]:
-        """(sources, windows, ones column) of some dense factors, as `kernels.ops.covariance_ema` takes them."""
-        found = [e.part.sources(rows) for e in entries]
-        return [x for x, _ in found], [window for _, window in found], [e.part.has_bias_column for e in entries]
-
-    def _sum(self, rows: Rows, with_inputs: bool, weight: Tensor | None = None) -> None:
-        """Adds one pass to the sums: to all of them, or only to those of G."""
-        first = 0 if with_inputs else sum(e.part.is_input for e in self.dense)
-        entries = self.dense[first:]
-        alpha = self._alpha if weight is None else self._alpha * weight
-        if entries:
-            sources, windows, ones = self.read(entries, rows)
-            places = slice(first, len(self.dense))
-            totals = [e.total for e in entries]
-            ops.covariance_ema(totals, sources, alpha[places], self._beta[places], ones, windows, backend=self._backend)
-            self._beta[places].fill_(1.0)
-        for number, entry in enumerate(self.diagonal, len(self.dense)):
-            if with_inputs or not entry.part.is_input:
-                added = self._squares(entry.part, rows, entry.total) * alpha[number]
-                # An old sum that does not count may contain a NaN, so it is not multiplied by zero.
-                entry.total.copy_(torch.where(self._beta[number] > 0, entry.total + added, added))
-                self._beta[number].fill_(1.0)
-
-    def _squares(self, part: Part, rows: Rows, total: Tensor) -> Tensor:
-        if part.is_input and self.layer.constant_input:
-            return torch.full_like(total, rows.input_count)
-        source, window = part.sources(rows)
-        squares = squared_rows(source, window, part.size - part.has_bias_column, total.dtype)
-        if not part.has_bias_column:
-            return squares
-        return torch.cat([squares, squares.new_full((1,), rows.input_count)])
-
-
-def merged(statistics: Sequence[Statistics], device: torch.device) -> Tensor:
-    """The counts of host and device for each layer, (layers, 4), in the order of `Counts`; the host does not wait."""
-    on_host = device_table(tuple(tuple(map(float, astuple(s.on_host))) for s in statistics), device, torch.float64)
-    return torch.stack([s.on_device.to(device) for s in statistics]) + on_host
+def _runs(layer: Layer, entries: list[FactorSum]) -> list[tuple[Kind, list[FactorSum], slice]]:
+    """Neighbours that are summed in the same way, and where they are among the sums of the layer."""
+    runs, first = [], 0
+    for kind, members in itertools.groupby(entries, key=lambda entry: kind_of(layer, entry.part)):
+        neighbours = list(members)
+        runs.append((kind, neighbours, slice(first, first + len(neighbours))))
+        first += len(neighbours)
+    return runs

@@ -12,6 +12,17 @@ from .gate import Gate
 from .statistics import Counts, FactorSum, SharedCounts, Statistics
 
 
+def mirrored(entries: list[FactorSum]) -> list[FactorSum]:
+    """The sums of the second use: the embedding's A is added to the layer's G, and its G to the layer's A, without the bias."""
+    result = []
+    for entry in entries:
+        part = entry.part
+        stop = part.stop - part.has_bias_column
+        other = replace(part, block=0, is_input=not part.is_input, stop=stop, has_bias_column=False)
+        result.append(FactorSum(other, -1, entry.total.new_zeros((other.size,) * entry.total.dim())))
+    return result
+
+
 class TiedStatistics:
     """Sums for the embedding of one `TiedLayer`, of the sizes of the layer's own sums.
 
@@ -19,26 +30,25 @@ class TiedStatistics:
         layer: the tied layer.
         gate: the state that the hooks share.
         entries: the layer's factors.
+        own: those of the second use (see `mirrored`).
+        shared: its counts.
         backend: backend of the kernels.
 
     Attributes:
         statistics: filled by the hooks of the embeddings.
-        shared: the tensors of the statistics that have to be cleared after a step.
     """
 
-    def __init__(self, layer: TiedLayer, gate: Gate, entries: list[FactorSum], backend: str) -> None:
-        # The embedding's A is added to the layer's G, and its G to the layer's A, without the column of the bias.
-        self._pairs = []
-        for entry in entries:
-            part = entry.part
-            stop = part.stop - part.has_bias_column
-            mirrored = replace(part, block=0, is_input=not part.is_input, stop=stop, has_bias_column=False)
-            shape = (mirrored.size,) * entry.total.dim()
-            self._pairs.append((entry, FactorSum(mirrored, -1, entry.total.new_zeros(shape))))
-        own = [second for _, second in self._pairs]
-        total = own[0].total
-        self.shared = SharedCounts(torch.zeros(4, device=total.device), total.new_zeros(len(own)))
-        self.statistics = Statistics(layer.second(), gate, own, self.shared, backend, False)
+    def __init__(
+        self,
+        layer: TiedLayer,
+        gate: Gate,
+        entries: list[FactorSum],
+        own: list[FactorSum],
+        shared: SharedCounts,
+        backend: str,
+    ) -> None:
+        self._pairs = list(zip(entries, own, strict=True))
+        self.statistics = Statistics(layer.second(), gate, own, shared, backend, False)
 
     def join(self, first_counts: Tensor, second_counts: Tensor) -> Tensor:
         """Adds the second use to the sums of the first; returns the layer's counts.

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from ..capture.ekfac_moments import Moments
 from ..capture.gate import Gate
-from ..capture.statistics import Counts, FactorSum, SharedCounts, Statistics, merged
-from ..capture.tied import TiedStatistics
+from ..capture.row_queue import RowQueue
+from ..capture.statistics import Counts, FactorSum, SharedCounts, Statistics
+from ..capture.tied import TiedStatistics, mirrored
 from ..fisher import scales
 from ..kernels import ops
-from ..kernels.device_tables import device_vector
+from ..kernels.device_tables import device_table, device_vector
 from ..kernels.multi_tensor.launch import is_dense
-from ..layers import Layer, Rows
-from ..layers.partition import Partition, factor_dtype
+from ..layers import Rows
+from ..layers.partition import Partition
 from ..layers.tied import TiedLayer
 from ..settings import Settings
 from .factor_bank import FactorBank
@@ -41,20 +42,44 @@ class Accepted:
     moment_scale: Tensor
 
 
-def _shared(layers: list[Layer], entries: list[list[FactorSum]]) -> tuple[dict[int, SharedCounts], list[Tensor]]:
-    """Counters of each layer by its number, and the tensors (two for each dtype and device) that they are views of."""
-    parts: dict[int, SharedCounts] = {}
-    whole = []
-    kinds = [(layer.weight.device, factor_dtype(layer.weight)) for layer in layers]
-    for device, dtype in dict.fromkeys(kinds):
-        members = [i for i, kind in enumerate(kinds) if kind == (device, dtype)]
-        counts = torch.zeros(len(members), 4, device=device)
-        lengths = [len(entries[i]) for i in members]
-        betas = torch.zeros(sum(lengths), dtype=dtype, device=device)
-        for k, (i, beta) in enumerate(zip(members, betas.split(lengths), strict=True)):
-            parts[i] = SharedCounts(counts[k], beta)
-        whole += [counts, betas]
-    return parts, whole
+@dataclass(frozen=True)
+class _Shared:
+    """What the statistics of all layers and second uses share.
+
+    Attributes:
+        of: the part of each of them.
+        counts: the counts on each device, (members, 4), and the numbers of the members.
+        betas: one vector for each device and dtype.
+        queues: one for each of these vectors.
+    """
+
+    of: list[SharedCounts]
+    counts: list[tuple[Tensor, list[int]]]
+    betas: list[Tensor]
+    queues: list[RowQueue]
+
+
+def _shared(sums: list[list[FactorSum]], gate: Gate, backend: str, can_wait: bool) -> _Shared:
+    """Counters for the sums of each layer or second use."""
+    kinds = [(entries[0].total.device, entries[0].total.dtype) for entries in sums]
+    counts: list[tuple[Tensor, list[int]]] = []
+    count_of: dict[int, Tensor] = {}
+    for device in dict.fromkeys(device for device, _ in kinds):
+        members = [i for i, kind in enumerate(kinds) if kind[0] == device]
+        whole = torch.zeros(len(members), 4, device=device)
+        counts.append((whole, members))
+        count_of.update({i: whole[k] for k, i in enumerate(members)})
+    betas, queues, found = [], [], {}
+    for kind in dict.fromkeys(kinds):
+        members = [i for i, other in enumerate(kinds) if other == kind]
+        starts = [*itertools.accumulate((len(sums[i]) for i in members), initial=0)]
+        vector = torch.zeros(starts[-1], dtype=kind[1], device=kind[0])
+        queue = RowQueue(vector, gate, backend, can_wait)
+        for i, (start, stop) in zip(members, itertools.pairwise(starts), strict=True):
+            found[i] = SharedCounts(count_of[i], vector[start:stop], start, queue)
+        betas.append(vector)
+        queues.append(queue)
+    return _Shared([found[i] for i in range(len(sums))], counts, betas, queues)
 
 
 class FactorUpdate:
@@ -65,6 +90,7 @@ class FactorUpdate:
         bank: their factors.
         gate: opens and closes the hooks.
         backend: backend of the kernels.
+        can_wait: whether the kernels sum many layers in one launch.
         can_defer: whether small batches of rows are kept until the step, then added in one launch for all layers.
         moments: EKFAC's moments for each layer.
     """
@@ -75,6 +101,7 @@ class FactorUpdate:
         bank: FactorBank,
         gate: Gate,
         backend: str,
+        can_wait: bool,
         can_defer: bool,
         moments: Sequence[Moments | None],
     ) -> None:
@@ -83,16 +110,18 @@ class FactorUpdate:
         entries: list[list[FactorSum]] = [[] for _ in layers]
         for part, slot in zip(partition.parts, bank.slots, strict=True):
             entries[partition.blocks[part.block].layer_number].append(FactorSum(part, slot, bank.sum_of(slot)))
-        shared, self._whole = _shared(layers, entries)
+        tied = {i: layer for i, layer in enumerate(layers) if isinstance(layer, TiedLayer)}
+        second = {i: mirrored(entries[i]) for i in tied}
+        self._shared = _shared([*entries, *second.values()], gate, backend, can_wait)
+        shared = self._shared.of
         self.statistics = [
             Statistics(layer, gate, entries[i], shared[i], backend, can_defer, moments[i]) for i, layer in enumerate(layers)
         ]
         self._second_uses: dict[int, TiedStatistics] = {}
-        for i, layer in enumerate(layers):
-            if isinstance(layer, TiedLayer):
-                use = self._second_uses[i] = TiedStatistics(layer, gate, entries[i], backend)
-                self.statistics[i].tied = use.statistics
-                self._whole.extend(use.shared)
+        for k, (i, layer) in enumerate(tied.items(), len(layers)):
+            use = self._second_uses[i] = TiedStatistics(layer, gate, entries[i], second[i], shared[k], backend)
+            self.statistics[i].tied = use.statistics
+        self._everything = [*self.statistics, *(use.statistics for use in self._second_uses.values())]
         self.gate = gate
         self._backend = backend
         parts = [partition.parts[i] for i in bank.order]
@@ -102,7 +131,9 @@ class FactorUpdate:
     def update(self, settings: Settings) -> Accepted:
         """Adds the statistics to the factors and clears them; those of a layer with a NaN or Inf are dropped."""
         home, layers = self.bank.home, len(self.statistics)
-        table = merged([*self.statistics, *(use.statistics for use in self._second_uses.values())], home)
+        for queue in self._shared.queues:  # not empty if a backward pass has failed
+            queue.flush()
+        table = self._counts()
         for k, (i, use) in enumerate(self._second_uses.items(), layers):
             table[i] = use.join(table[i], table[k])
         table = table[:layers]
@@ -139,11 +170,21 @@ class FactorUpdate:
     def forget(self) -> None:
         """Drops all statistics since the last step."""
         self.gate.forget()
-        for statistics in self.statistics:
+        for queue in self._shared.queues:
+            queue.clear()
+        for statistics in self._everything:
             statistics.clear()
-        for use in self._second_uses.values():
-            use.statistics.clear()
-        torch._foreach_zero_(self._whole)
+        torch._foreach_zero_([*(counts for counts, _ in self._shared.counts), *self._shared.betas])
+
+    def _counts(self) -> Tensor:
+        """Counts of host and device for each layer and second use, (layers, 4), in the order of `Counts`."""
+        home = self.bank.home
+        on_host = device_table(tuple([s.on_host.values() for s in self._everything]), home, torch.float64)
+        if len(self._shared.counts) == 1:
+            return on_host + self._shared.counts[0][0]
+        order = [i for _, members in self._shared.counts for i in members]
+        on_device = torch.cat([counts.to(home) for counts, _ in self._shared.counts])
+        return on_host.index_add(0, device_vector(order, home), on_device.double())
 
     def _finite_sums(self, summed: Tensor) -> Tensor:
         """Flags (layers,) of finite sums: the diagonal of a sum of squares shows a NaN or Inf anywhere in the rows."""
@@ -177,8 +218,9 @@ class FactorUpdate:
         self, members: list[tuple[Statistics, Rows]], keep: Tensor, gain: Tensor, accept: Tensor, device: torch.device
     ) -> None:
         slots = [entry.slot for statistics, _ in members for entry in statistics.dense]
-        read = [statistics.read(statistics.dense, rows) for statistics, rows in members]
-        sources, windows, ones = (list(itertools.chain.from_iterable(lists)) for lists in zip(*read, strict=True))
+        read = [entry.part.sources(rows) for statistics, rows in members for entry in statistics.dense]
+        sources, windows = [source for source, _ in read], [window for _, window in read]
+        ones = [entry.part.has_bias_column for statistics, _ in members for entry in statistics.dense]
         places = device_vector(slots, self.bank.home)
         factors = [self.bank.padded_view(slot) for slot in slots]
         alpha, beta, flags = (vector[places].to(device) for vector in (gain, keep, accept))

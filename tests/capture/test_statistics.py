@@ -15,15 +15,15 @@ from kfac_triton.kernels import runtime
 
 def test_a_pass_outside_of_a_graph_is_noted_until_the_step_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate()
-    for recording in (True, False, True):
+    for task, recording in enumerate((True, False, True)):
         monkeypatch.setattr(runtime, "is_recording", lambda recording=recording: recording)
-        gate.notice()
+        gate.notice(task)
         if recording and not gate.is_unrecorded:
             continue
         assert gate.is_unrecorded
     gate.forget()
     assert not gate.is_unrecorded
-    gate.notice()
+    gate.notice(2)
     assert not gate.is_unrecorded
 
 

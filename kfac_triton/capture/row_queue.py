@@ -1,0 +1,142 @@
+"""A queue of passes that are not summed yet, so that one launch adds those of many layers to their sums."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..kernels.device_tables import device_vector
+from ..layers import Rows
+from .gate import Gate
+from .sums import Item, Kind
+
+
+class Pass(NamedTuple):
+    """Rows of one backward pass through a layer, and whether those of A are to be summed, too."""
+
+    rows: Rows
+    with_inputs: bool
+
+
+class Summed(Hashable, Protocol):
+    """A layer whose passes can be queued: its `capture.statistics.Statistics`."""
+
+    def targets(self, one: Pass) -> list[tuple[Kind, Item, int]]:
+        """For every sum that the pass is added to its kind, the item, and its place in the shared vector of betas."""
+
+
+class RowQueue:
+    """The passes of all layers that have their sums on one device and in one type.
+
+    They are summed together at the end of the backward pass, or before, as soon as their rows take more than
+    `Gate.max_kept_bytes`. Afterwards the user may overwrite activations and gradients in place, and their memory is freed. If
+    the backward pass fails, they are summed with those of the next one, or when the step begins.
+
+    Args:
+        betas: the vector that these layers share, with an entry for each sum; see `SharedCounts`.
+        gate: has the limit.
+        backend: backend of the kernels.
+        can_wait: whether a launch can sum many layers. Otherwise waiting gains nothing, and every pass is summed at once.
+    """
+
+    def __init__(self, betas: Tensor, gate: Gate, backend: str, can_wait: bool) -> None:
+        self._betas, self._alphas = betas, torch.ones_like(betas)
+        self._gate, self._backend, self._can_wait = gate, backend, can_wait
+        self._passes: dict[Summed, list[Pass]] = {}
+        self._storages: dict[int, int] = {}  # bytes of each storage that rows are views of, by its address
+        self._bytes = 0
+        self._task = -1  # the backward pass at whose end the queue is emptied
+        self._stream: Any = None  # the stream on which the rows were computed
+
+    def put(self, statistics: Summed, passes: list[Pass]) -> None:
+        """Queues passes through a layer; if there are earlier ones, these are summed first."""
+        if statistics in self._passes:
+            self.flush()
+        self._follow_stream()
+        self._passes[statistics] = passes
+        task = torch._C._current_graph_task_id()
+        if not self._can_wait or task < 0:
+            self.flush()
+            return
+        self._count_bytes(passes)
+        if self._bytes > self._gate.max_kept_bytes:
+            self.flush()
+        elif task != self._task:
+            self._task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self.flush)
+
+    def flush(self) -> None:
+        """Sums all passes. Where a layer has several, as many calls follow one another, each with at most one of a layer."""
+        if not self._passes:
+            return
+        self._lend_to_stream()
+        with torch.no_grad():
+            while self._passes:
+                self._sum({statistics: passes[0] for statistics, passes in self._passes.items()})
+                # Not before, so that a pass whose sum failed (no memory) is not lost.
+                self._passes = {statistics: passes[1:] for statistics, passes in self._passes.items() if len(passes) > 1}
+        self.clear()
+
+    def clear(self) -> None:
+        """Drops all passes."""
+        self._passes, self._bytes = {}, 0
+        self._storages.clear()
+
+    def _sum(self, passes: dict[Summed, Pass]) -> None:
+        found: dict[Kind, list[tuple[int, Item]]] = defaultdict(list)
+        for statistics, one in passes.items():
+            for kind, item, place in statistics.targets(one):
+                found[kind].append((place, item))
+        # In the order of layers, so that the tables of a launch are the same in every step.
+        members = {kind: sorted(pairs, key=lambda pair: pair[0]) for kind, pairs in found.items()}
+        places = [place for pairs in members.values() for place, _ in pairs]
+        if not places:
+            return
+        first, count = places[0], len(places)
+        if places == list(range(first, first + count)):  # those of one layer, always: no table is needed
+            own = betas = self._betas[first : first + count]
+            index = None
+        else:
+            index = device_vector(places, self._betas.device)
+            own, betas = self._betas, self._betas.index_select(0, index)
+        start = 0
+        for kind, pairs in members.items():
+            run = slice(start, start + len(pairs))
+            kind([item for _, item in pairs], self._alphas[run], betas[run], self._backend)
+            start = run.stop
+        own.fill_(1.0) if index is None else own.index_fill_(0, index, 1.0)
+
+    def _count_bytes(self, passes: list[Pass]) -> None:
+        """Of whole storages: a view of every tenth row keeps all rows. Layers that read one input keep it once."""
+        for one in passes:
+            for source in one.rows.inputs + one.rows.gradients:
+                storage = source.untyped_storage()
+                address = storage.data_ptr()
+                if address not in self._storages:
+                    self._storages[address] = size = storage.nbytes()
+                    self._bytes += size
+
+    def _follow_stream(self) -> None:
+        """Rows that were computed on another stream are summed there, where they are ready."""
+        if self._betas.device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self._betas.device)
+        if self._passes and stream != self._stream:
+            with torch.cuda.stream(self._stream):
+                self.flush()
+        self._stream = stream
+
+    def _lend_to_stream(self) -> None:
+        """At the end of a backward pass autograd lets its caller's stream wait; the memory must not be reused before that."""
+        if self._betas.device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self._betas.device)
+        if stream != self._stream:
+            for passes in self._passes.values():
+                for one in passes:
+                    for source in one.rows.inputs + one.rows.gradients:
+                        source.record_stream(stream)

@@ -1,0 +1,69 @@
+"""Kinds of sums: how the rows of a pass are added to the sum of a factor, for any number of layers in one call.
+
+A kind is a function (items, alpha, beta, backend) that sets
+
+    total <- beta total + alpha (the sum over the item's rows)
+
+for every item of a list. Alpha and beta are vectors on the device with an entry for each item. Where beta is 0 the old total
+must not be read, as it may contain a NaN of an earlier step. No two items of a call have the same total.
+
+To sum the factors of some layers in another way (for example the diagonals of all norms by one kernel), write such a function
+and return it in `kind_of` for these factors. What `Rows` contain is between the layer, whose `rows` makes them, and the kind,
+which reads them; only `Rows.sample` and EKFAC's moments do so, too. The rows may be kept until the end of the backward pass,
+so `rows` should return views of the input and the gradient, and leave what needs memory to the kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import ops
+from ..layers import Layer, Rows
+from ..layers.partition import Part
+from .diagonal_sums import squared_rows
+
+
+class Item(NamedTuple):
+    """What a pass through a layer adds to the sum of one factor."""
+
+    layer: Layer
+    part: Part
+    rows: Rows
+    total: Tensor
+
+
+Kind = Callable[[Sequence[Item], Tensor, Tensor, str], None]
+
+
+def kind_of(layer: Layer, part: Part) -> Kind:
+    """How the sum of this part of a layer is computed."""
+    return add_squares if part.diagonal else add_products
+
+
+def add_products(items: Sequence[Item], alpha: Tensor, beta: Tensor, backend: str) -> None:
+    """X^T X of all items, in one launch for each kind of input."""
+    read = [item.part.sources(item.rows) for item in items]
+    totals, sources, windows = [item.total for item in items], [x for x, _ in read], [window for _, window in read]
+    ops.covariance_ema(totals, sources, alpha, beta, [item.part.has_bias_column for item in items], windows, backend=backend)
+
+
+def add_squares(items: Sequence[Item], alpha: Tensor, beta: Tensor, backend: str) -> None:
+    """The diagonals of X^T X, one after another."""
+    for number, item in enumerate(items):
+        added = _squares(item) * alpha[number]
+        item.total.copy_(torch.where(beta[number] > 0, item.total + added, added))
+
+
+def _squares(item: Item) -> Tensor:
+    part, rows, total = item.part, item.rows, item.total
+    if part.is_input and item.layer.constant_input:
+        return torch.full_like(total, rows.input_count)
+    source, window = part.sources(rows)
+    squares = squared_rows(source, window, part.size - part.has_bias_column, total.dtype)
+    if not part.has_bias_column:
+        return squares
+    return torch.cat([squares, squares.new_full((1,), rows.input_count)])
