@@ -32,7 +32,10 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         """Adds to the statistics and passes the gradient on."""
         (x,) = ctx.saved_tensors
-        with torch.no_grad():
+        if torch.is_grad_enabled():  # create_graph
+            with torch.no_grad():
+                ctx.statistics.add(local(x), local(gradient), owned_by_autograd=x.requires_grad)
+        else:
             ctx.statistics.add(local(x), local(gradient), owned_by_autograd=x.requires_grad)
         return gradient, None, None, None
 

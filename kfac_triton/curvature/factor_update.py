@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -126,7 +127,10 @@ class FactorUpdate:
         self._backend = backend
         parts = [partition.parts[i] for i in bank.order]
         self.layer_of_slot = torch.tensor([partition.blocks[part.block].layer_number for part in parts], device=bank.home)
-        self._is_input = torch.tensor([part.is_input for part in parts], device=bank.home)
+        # Of the layers' scales of A, followed by those of G.
+        self._scale_of_slot = self.layer_of_slot + torch.tensor([0 if part.is_input else len(layers) for part in parts]).to(
+            bank.home
+        )
 
     def update(self, settings: Settings) -> Accepted:
         """Adds the statistics to the factors and clears them; those of a layer with a NaN or Inf are dropped."""
@@ -137,21 +141,20 @@ class FactorUpdate:
         for k, (i, use) in enumerate(self._second_uses.items(), layers):
             table[i] = use.join(table[i], table[k])
         table = table[:layers]
-        counted = Counts(*table.unbind(1))
-        fresh, summed = counted.terms > 0, counted.passes > 0
-        finite = self._finite_sums(summed) & self._finite_passes(layers)
-        accepted = fresh & finite
+        present = table > 0
+        _, fresh, _, summed = present.unbind(1)
+        accepted = fresh & self._finite(summed)
         if self.gate.scale is not None:
             # A skipped step can leave statistics of another loss scale. Compared on the device, so that the host does not wait.
             now = torch.as_tensor(settings.current_loss_scale(), device=home)
             accepted &= self.gate.scale.to(home) == now
 
         # Avoids 0 / 0 where there are no statistics. Not clamped to 1, as a weighted loss may have less than one term.
-        counts = Counts(*torch.where(table > 0, table, 1.0).unbind(1))
+        counts = Counts(*torch.where(present, table, 1.0).unbind(1))
         reduction = settings.loss_reduction if settings.fisher == "empirical" else "sum"
         moment_scale = scales.gradient_scale(counts.terms, reduction, settings.current_loss_scale())
         g_scale = moment_scale * counts.terms / counts.taken
-        scale = torch.where(self._is_input, scales.input_scale(counts.rows)[self.layer_of_slot], g_scale[self.layer_of_slot])
+        scale = torch.cat([scales.input_scale(counts.rows), g_scale])[self._scale_of_slot]
         accept = accepted[self.layer_of_slot]
         rate = self.bank.weights(accept, settings.ema_decay)
         keep, gain = 1 - rate, rate * scale
@@ -186,25 +189,27 @@ class FactorUpdate:
         on_device = torch.cat([counts.to(home) for counts, _ in self._shared.counts])
         return on_host.index_add(0, device_vector(order, home), on_device.double())
 
-    def _finite_sums(self, summed: Tensor) -> Tensor:
-        """Flags (layers,) of finite sums: the diagonal of a sum of squares shows a NaN or Inf anywhere in the rows."""
-        broken = ~torch.isfinite(self.bank.sum_traces())
-        per_layer = torch.zeros(len(summed), dtype=torch.long, device=broken.device)
-        return ~summed | (per_layer.index_add(0, self.layer_of_slot, broken.long()) == 0)
+    def _finite(self, summed: Tensor) -> Tensor:
+        """Flags (layers,): a layer's sums are finite, if `summed` says that they are of this step, and its deferred rows are.
 
-    def _finite_passes(self, layers: int) -> Tensor:
-        """Flags (layers,) of finite deferred rows."""
+        The trace of a sum of squares shows a NaN or Inf anywhere in the rows, and so does the sum of the squares of rows. None
+        of these numbers is negative, so they can be added up for each layer: in double precision, where finite ones in single
+        precision do not overflow.
+        """
+        home, layers = self.bank.home, len(summed)
         rows = [(i, source) for i, s in enumerate(self.statistics) for r in s.deferred for source in r.inputs + r.gradients]
-        broken = torch.zeros(layers, dtype=torch.long, device=self.bank.home)
+        values, places = [self.bank.sum_traces()], [self.layer_of_slot]
         for device in {source.device for _, source in rows}:
             members = [(i, source) for i, source in rows if source.device == device]
             squares = torch.empty(len(members), device=device)
             # Copying strided or expanded rows (channel groups, the gradient of a sum) is cheap: only small ones are deferred.
-            dense = [source if is_dense(source) else source.contiguous() for _, source in members]
+            dense = [x if x.is_contiguous() or is_dense(x) else x.contiguous() for _, x in members]
             ops.squares(dense, squares, backend=self._backend)
-            places = device_vector((i for i, _ in members), self.bank.home)
-            broken = broken.index_add(0, places, (~torch.isfinite(squares)).long().to(self.bank.home))
-        return broken == 0
+            values.append(squares.to(home))
+            places.append(device_vector([layers + i for i, _ in members], home))
+        totals = torch.zeros(2 * layers, dtype=torch.float64, device=home)
+        finite = totals.index_add_(0, torch.cat(places), torch.cat(values).double()) < math.inf
+        return (~summed | finite[:layers]) & finite[layers:]
 
     def _blend_passes(self, keep: Tensor, gain: Tensor, accept: Tensor) -> None:
         """Adds the deferred rows to the factors, with one launch for each pass rather than for each layer."""
@@ -217,11 +222,15 @@ class FactorUpdate:
     def _blend_rows(
         self, members: list[tuple[Statistics, Rows]], keep: Tensor, gain: Tensor, accept: Tensor, device: torch.device
     ) -> None:
-        slots = [entry.slot for statistics, _ in members for entry in statistics.dense]
-        read = [entry.part.sources(rows) for statistics, rows in members for entry in statistics.dense]
+        # In the order of slots: if all dense factors are among them, as usual, their weights need not be gathered.
+        found = [(entry, rows) for statistics, rows in members for entry in statistics.dense]
+        found.sort(key=lambda pair: pair[0].slot)
+        slots = [entry.slot for entry, _ in found]
+        read = [entry.part.sources(rows) for entry, rows in found]
         sources, windows = [source for source, _ in read], [window for _, window in read]
-        ones = [entry.part.has_bias_column for statistics, _ in members for entry in statistics.dense]
-        places = device_vector(slots, self.bank.home)
+        ones = [entry.part.has_bias_column for entry, _ in found]
         factors = [self.bank.padded_view(slot) for slot in slots]
+        has_neighbours = slots[-1] - slots[0] == len(slots) - 1
+        places = slice(slots[0], slots[-1] + 1) if has_neighbours else device_vector(slots, self.bank.home)
         alpha, beta, flags = (vector[places].to(device) for vector in (gain, keep, accept))
         ops.covariance_ema(factors, sources, alpha, beta, ones, windows, flags, backend=self._backend)

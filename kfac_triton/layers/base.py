@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 from ..kernels import ops
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """What one backward pass through a layer adds to its factors.
 
     Attributes:
@@ -50,7 +48,7 @@ class Rows:
         gradients = [source[first::every] for source in self.gradients]
         share = len(gradients[0]) / max(1, len(self.gradients[0]))
         taken = round(self.input_count * share)
-        return replace(self, inputs=inputs, gradients=gradients, input_count=taken, share=share, examples=len(gradients[0]))
+        return self._replace(inputs=inputs, gradients=gradients, input_count=taken, share=share, examples=len(gradients[0]))
 
 
 class Layer(ABC):

@@ -18,9 +18,14 @@ class LinearLayer(Layer):
         """Expand: every position is a row. Reduce: an example's mean input and summed gradient."""
         if x.dim() == 1:
             x, gradient = x.unsqueeze(0), gradient.unsqueeze(0)
+        if x.dim() == 2:
+            return self.make_rows([x], [gradient], x.shape[0], 1)
         examples, positions = x.shape[0], x.shape[1:-1].numel()
-        inputs = x.reshape(examples, positions, x.shape[-1])
-        gradients = gradient.reshape(examples, positions, gradient.shape[-1])
-        if self.reduce and x.dim() > 2:
+        if self.reduce:
+            inputs = x.reshape(examples, positions, x.shape[-1])
+            gradients = gradient.reshape(examples, positions, gradient.shape[-1])
             return self.make_rows([inputs.mean(1)], [gradients.sum(1)], examples, positions)
-        return self.make_rows([inputs.flatten(0, 1)], [gradients.flatten(0, 1)], examples, positions)
+        count = examples * positions
+        return self.make_rows(
+            [x.reshape(count, x.shape[-1])], [gradient.reshape(count, gradient.shape[-1])], examples, positions
+        )
