@@ -1,6 +1,6 @@
 """The operations of K-FAC with checked arguments: tensors in, results written to tensors that the caller owns.
 
-Four do the mathematics, four more move data. Each has two implementations, a Triton kernel and a reference in plain PyTorch:
+Four do the mathematics; those that move data or only add (of several shapes at a time) are in `multi_tensor.operations`. Each has two implementations, a Triton kernel and a reference in plain PyTorch:
 `backend="auto"` uses the kernel on a GPU if its `can_use` accepts the call, `"triton"` requires it, `"torch"` uses the
 reference.
 """
@@ -18,8 +18,7 @@ from .covariance.reference import covariance_ema_reference
 from .covariance.window import ROWS, Window, flatten, window
 from .factored_newton import launch as factored_newton_launch
 from .factored_newton.reference import factored_newton_refresh_reference
-from .multi_tensor import launch as multi_tensor_launch
-from .multi_tensor.reference import blend_reference, gather_reference, restore_reference, squares_reference
+from .multi_tensor.operations import blend, gather, restore, squares, traces
 from .newton_schulz import launch as newton_schulz_launch
 from .newton_schulz.reference import newton_schulz_inverse_reference
 from .operators import operator
@@ -37,6 +36,7 @@ __all__ = [
     "precondition",
     "restore",
     "squares",
+    "traces",
     "window",
 ]
 
@@ -213,126 +213,3 @@ def precondition(
     require_like("out", out, (batch, m, n), gradient)
     require_like("product", product, (batch,), gradient)
     torch.ops.kfac_triton.precondition(gradient, left, right, out, product, factored, backend=backend)
-
-
-@operator(
-    "Tensor[] inputs, Tensor(a!) out",
-    reference=squares_reference,
-    launch=multi_tensor_launch.launch_squares,
-    can_use=multi_tensor_launch.can_use_squares,
-)
-def squares(inputs: list[Tensor], out: Tensor, backend: str = "auto") -> None:
-    """Sum of the squares of all elements of each tensor: finite exactly when nothing in it is NaN, infinite or too large.
-
-    Args:
-        inputs: tensors of any shapes.
-        out: output, (inputs,), fp32 or fp64.
-        backend: "auto", "triton" or "torch".
-
-    Raises:
-        ValueError: if out does not fit, or backend is "triton" and no kernel can serve the call.
-    """
-    require_digits("out", out)
-    require(tuple(out.shape) == (len(inputs),), f"out must have shape ({len(inputs)},), but has {tuple(out.shape)}")
-    for i, source in enumerate(inputs):
-        require(source.device == out.device, f"inputs[{i}] must be on {out.device}, as out, but is on {source.device}")
-    if inputs:
-        torch.ops.kfac_triton.squares(inputs, out, backend=backend)
-
-
-@operator(
-    "Tensor[] weights, Tensor[] biases, Tensor(a!) out",
-    reference=gather_reference,
-    launch=multi_tensor_launch.launch_gather,
-    can_use=multi_tensor_launch.can_use_gather,
-)
-def gather(weights: list[Tensor], biases: list[Tensor], out: Tensor, backend: str = "auto") -> None:
-    """[weight | bias] of every layer into the leading part of its block of a stack.
-
-    Args:
-        weights: per layer the gradient of its weight, (rows, ...), or an empty tensor: the block becomes zero.
-        biases: per layer that of its bias, (rows,), or an empty tensor: the column is zero.
-        out: output (layers, m, n), fp32 or fp64, zero where no layer of its shape reaches.
-        backend: "auto", "triton" or "torch".
-
-    Raises:
-        ValueError: if a gradient does not fit its block, or backend is "triton" and no kernel can serve the call.
-    """
-    require_digits("out", out)
-    require(
-        out.dim() == 3 and len(weights) == len(biases) == len(out),
-        f"weights, biases and out (layers, m, n) must have the same number of layers, but there are {len(weights)} weights, "
-        f"{len(biases)} biases, and out has shape {tuple(out.shape)}",
-    )
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        if weight.numel() == 0:
-            continue
-        rows, columns = weight.shape[0], weight.numel() // weight.shape[0] + bool(bias.numel())
-        require(
-            rows <= out.shape[1] and columns <= out.shape[2] and bias.numel() in (0, rows),
-            f"weights[{i}] of shape {tuple(weight.shape)} with biases[{i}] of shape {tuple(bias.shape)} must fit a block of "
-            f"shape {tuple(out.shape[1:])}",
-        )
-    torch.ops.kfac_triton.gather(weights, biases, out, backend=backend)
-
-
-@operator(
-    "Tensor(a!) factor, Tensor total, Tensor keep, Tensor gain, Tensor accept",
-    reference=blend_reference,
-    launch=multi_tensor_launch.launch_blend,
-    can_use=multi_tensor_launch.can_use_blend,
-)
-def blend(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Tensor, backend: str = "auto") -> None:
-    """Factor <- keep factor + gain total, for every matrix of a stack that is accepted.
-
-    Args:
-        factor: stack (B, n, n), fp32 or fp64, updated in place.
-        total: the new statistics, (B, n, n); ignored where accept is false, whatever it holds.
-        keep: (B,).
-        gain: (B,).
-        accept: (B,) flags.
-        backend: "auto", "triton" or "torch".
-
-    Raises:
-        ValueError: if shapes disagree, or backend is "triton" and no kernel can serve the call.
-    """
-    require_stack("factor", factor)
-    require_like("total", total, tuple(factor.shape), factor)
-    for name, vector in (("keep", keep), ("gain", gain), ("accept", accept)):
-        require_vector(name, vector, len(factor), factor.device)
-    torch.ops.kfac_triton.blend(factor, total, keep, gain, accept, backend=backend)
-
-
-@operator(
-    "Tensor(a!)[] tensors, Tensor[] kept, Tensor finite",
-    reference=restore_reference,
-    launch=multi_tensor_launch.launch_restore,
-    can_use=multi_tensor_launch.can_use_restore,
-)
-def restore(tensors: list[Tensor], kept: list[Tensor], finite: Tensor, backend: str = "auto") -> None:
-    """Tensors get the values of their copies, bit for bit, where a flag is false; the host does not wait for the flags.
-
-    Args:
-        tensors: of any shapes and types, changed in place.
-        kept: a copy of each, of the same shape and type.
-        finite: (flags,) bool, on the tensors' device; their number divides that of the tensors, and tensor i obeys flag
-            i modulo it.
-        backend: "auto", "triton" or "torch".
-
-    Raises:
-        ValueError: if a copy does not fit its tensor, or backend is "triton" and no kernel can serve the call.
-    """
-    require(
-        finite.dtype == torch.bool and finite.dim() == 1 and len(tensors) == len(kept),
-        f"finite must hold flags, and kept a copy of each of {len(tensors)} tensors, but these are {tuple(finite.shape)} of "
-        f"{finite.dtype} and {len(kept)} copies",
-    )
-    if not tensors:
-        return
-    require(len(finite) > 0 and len(tensors) % len(finite) == 0, f"{len(finite)} flags must divide {len(tensors)} tensors")
-    for i, (tensor, copy) in enumerate(zip(tensors, kept, strict=True)):
-        require(
-            tensor.device == finite.device, f"tensors[{i}] must be on {finite.device} as finite is, but is on {tensor.device}"
-        )
-        require_like(f"kept[{i}]", copy, tuple(tensor.shape), tensor)
-    torch.ops.kfac_triton.restore(tensors, kept, finite, backend=backend)

@@ -47,22 +47,50 @@ def gather_kernel(
 
 @triton.jit
 def blend_kernel(
-    factor, total,  # float32 (B, n, n), contiguous
-    keep, gain,  # float (B,)
-    accept,  # uint8 (B,)
-    size,  # n * n
+    table,  # int64 (factors, 4): addresses of a factor and of its sum, both float32; number of elements; place in the vectors
+    keep, gain,  # float (factors,)
+    accept, summed,  # uint8 (factors,)
+    old,  # uint8 (factors,), written
+    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """A share of one accepted factor: factor <- keep factor + gain sum, if there is a sum; sum <- old factor.
+
+    Nothing is read of a factor that is not accepted. ALIGNED: addresses are multiples of 16, and numbers of elements of 4.
+    """
+    row = table + tl.program_id(0) * 4
+    place = tl.load(row + 3)
+    if tl.load(accept + place) == 0:
+        return
+    factor, total = tl.load(row).to(tl.pointer_type(tl.float32)), tl.load(row + 1).to(tl.pointer_type(tl.float32))
+    size = tl.load(row + 2).to(tl.int32)
+    if ALIGNED:  # with these hints, copies are 16 bytes wide
+        factor, total, size = tl.multiple_of(factor, 16), tl.multiple_of(total, 16), tl.multiple_of(size, 4)
+    has_sum = tl.load(summed + place) != 0
+    weight, other = tl.load(keep + place).to(tl.float32), tl.load(gain + place).to(tl.float32)
+    if tl.program_id(1) == 0:
+        tl.store(old + place, 1)
+    for start in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        before = tl.load(factor + at, mask=at < size)
+        if has_sum:  # else it may hold anything
+            tl.store(factor + at, weight * before + other * tl.load(total + at, mask=at < size), mask=at < size)
+        tl.store(total + at, before, mask=at < size)
+
+
+@triton.jit
+def traces_kernel(
+    table,  # int64 (factors, 4): address of a float32 factor, number of elements on its diagonal, their distance, place in out
+    out,  # float32 (factors,)
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A share of one matrix of a stack: factor <- keep factor + gain total where accepted; not even read where not."""
-    matrix = tl.program_id(1)
-    if tl.load(accept + matrix) == 0:
-        return
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    place = matrix.to(tl.int64) * size + at
-    old = tl.load(factor + place, mask=at < size)
-    new = tl.load(total + place, mask=at < size)
-    blended = tl.load(keep + matrix).to(tl.float32) * old + tl.load(gain + matrix).to(tl.float32) * new
-    tl.store(factor + place, blended, mask=at < size)
+    """The trace of one factor."""
+    row = table + tl.program_id(0) * 4
+    factor, size, stride = tl.load(row).to(tl.pointer_type(tl.float32)), tl.load(row + 1).to(tl.int32), tl.load(row + 2)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(factor + at * stride, mask=at < size, other=0.0)
+    tl.store(out + tl.load(row + 3), tl.sum(total, 0))
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from . import kernel
 
 _WORDS = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}  # what elements of so many bytes are copied as
 _SHARES = 16  # programs for each tensor that might be restored; all but those of bad gradients end at once
+_PROGRAMS = 4096  # of a launch over tensors of different sizes, about; enough for any GPU
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -75,19 +77,80 @@ def launch_gather(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> N
     )
 
 
-def can_use_blend(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Tensor) -> str | None:
-    """Why the kernel cannot serve this stack; None if it can."""
-    if factor.dtype != torch.float32:
-        return f"factor is {factor.dtype}, and the kernel needs float32"
-    return None if factor.is_contiguous() and total.is_contiguous() else "factor or total is not contiguous"
+def can_use_blend(
+    factors: list[Tensor], sums: list[Tensor], keep: Tensor, gain: Tensor, accept: Tensor, summed: Tensor, old: Tensor
+) -> str | None:
+    """Why the kernel cannot serve these factors; None if it can."""
+    return _unusable("factors", factors) or _unusable("sums", sums)
 
 
-def launch_blend(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Tensor) -> None:
+def _unusable(name: str, stacks: list[Tensor]) -> str | None:
+    """Why kernels cannot read these stacks of matrices, or vectors, from tables of addresses."""
+    for i, stack in enumerate(stacks):
+        if stack.dtype != torch.float32:
+            return f"{name}[{i}] is {stack.dtype}, and the kernel needs float32"
+        if not stack.is_contiguous():
+            return f"{name}[{i}] is not contiguous"
+        if stack.shape[-1] * (stack.shape[-2] if stack.dim() > 1 else 1) >= 2**31:
+            return f"{name}[{i}] has more elements than 32 bits can count"
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def _pieces(stacks: tuple[tuple[int, ...], ...]) -> list[tuple[tuple[int, ...], ...]]:
+    """Rows for `blend_kernel`, those whose addresses and sizes allow wide copies first, and then the others.
+
+    Args:
+        stacks: for each stack its address, that of its sums, the number of matrices, and that of the elements of one.
+    """
+    rows: list[list[tuple[int, ...]]] = [[], []]
+    place = 0
+    for factor, total, matrices, size in stacks:
+        for i in range(matrices):
+            row = (factor + 4 * size * i, total + 4 * size * i, size, place)
+            rows[bool(row[0] % 16 or row[1] % 16 or size % 4)].append(row)
+            place += 1
+    return [tuple(some) for some in rows]
+
+
+def launch_blend(
+    factors: list[Tensor], sums: list[Tensor], keep: Tensor, gain: Tensor, accept: Tensor, summed: Tensor, old: Tensor
+) -> None:
     """The Triton implementation of `blend_reference`."""
-    size, block = factor[0].numel(), 1024
-    kernel.blend_kernel[(count(size, block), len(factor))](
-        factor, total, keep, gain, accept.to(torch.uint8), size, BLOCK=block, num_warps=4, enable_fp_fusion=True
+    stacks = tuple(
+        (f.data_ptr(), s.data_ptr(), len(f) if f.dim() > 1 else 1, f[0].numel() if f.dim() > 1 else len(f))
+        for f, s in zip(factors, sums, strict=True)
     )
+    block = 1024
+    for rows, aligned in zip(_pieces(stacks), (True, False), strict=True):
+        if rows:
+            shares = min(count(max(row[2] for row in rows), block), max(_SHARES, count(_PROGRAMS, len(rows))))
+            kernel.blend_kernel[(len(rows), shares)](
+                device_table(rows, keep.device), keep, gain, accept.view(torch.uint8), summed.view(torch.uint8),
+                old.view(torch.uint8), BLOCK=block, ALIGNED=aligned, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+
+
+def can_use_traces(stacks: list[Tensor], out: Tensor) -> str | None:
+    """Why the kernel cannot serve these stacks; None if it can."""
+    return _unusable("stacks", stacks) or (None if out.dtype == torch.float32 else f"out is {out.dtype}")
+
+
+def launch_traces(stacks: list[Tensor], out: Tensor) -> None:
+    """The Triton implementation of `traces_reference`."""
+    rows = _diagonals(tuple((x.data_ptr(), tuple(x.shape)) for x in stacks))
+    kernel.traces_kernel[(len(rows),)](device_table(rows, out.device), out, BLOCK=1024, num_warps=4)
+
+
+@functools.lru_cache(maxsize=64)
+def _diagonals(stacks: tuple[tuple[int, tuple[int, ...]], ...]) -> tuple[tuple[int, ...], ...]:
+    """Rows for `traces_kernel`, from addresses and shapes."""
+    rows: list[tuple[int, ...]] = []
+    for address, shape in stacks:
+        side, matrices = shape[-1], shape[0] if len(shape) > 1 else 1
+        for i in range(matrices):
+            rows.append((address + 4 * side * side * i, side, side + 1 if len(shape) > 1 else 1, len(rows)))
+    return tuple(rows)
 
 
 def can_use_restore(tensors: list[Tensor], kept: list[Tensor], finite: Tensor) -> str | None:

@@ -24,16 +24,56 @@ def gather_reference(weights: list[Tensor], biases: list[Tensor], out: Tensor) -
             block[:rows, columns].copy_(bias) if bias.numel() else block[:rows, columns].zero_()
 
 
-def blend_reference(factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Tensor) -> None:
-    """Plain PyTorch, the kernel's reference. See `kfac_triton.kernels.ops.blend`."""
-    if factor.device.type == "cpu":
-        for i, (old, new, accepted) in enumerate(zip(keep.tolist(), gain.tolist(), accept.tolist(), strict=True)):
-            if accepted:
-                factor[i].mul_(old).add_(total[i], alpha=new)
-        return
-    # Without a host read: a sum that is not accepted may be NaN, so it is selected away, not weighted with zero.
-    keep, gain, accept = (vector[:, None, None] for vector in (keep.to(factor), gain.to(factor), accept))
-    factor.copy_(torch.where(accept, keep * factor + gain * total, factor))
+def blend_reference(
+    factors: list[Tensor], sums: list[Tensor], keep: Tensor, gain: Tensor, accept: Tensor, summed: Tensor, old: Tensor
+) -> None:
+    """Plain PyTorch, the kernel's reference. See `kfac_triton.kernels.ops.blend`.
+
+    At any point, `old` says of which factors the old values are in the sums: an exception can come between two operations.
+    """
+    place = 0
+    for factor, total in zip(factors, sums, strict=True):
+        run = slice(place, place := place + (len(factor) if factor.dim() > 1 else 1))
+        pair = (factor, total) if factor.dim() > 1 else (factor[None], total[None])
+        (_blend_one_by_one if factor.device.type == "cpu" else _blend_together)(
+            *pair, *(vector[run] for vector in (keep, gain, accept, summed, old))
+        )
+
+
+def _blend_one_by_one(
+    factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Tensor, summed: Tensor, old: Tensor
+) -> None:
+    for i, (weight, other, has_sum) in enumerate(zip(keep.tolist(), gain.tolist(), (accept & summed).tolist(), strict=True)):
+        if has_sum:
+            blended = factor[i].mul(weight).add_(total[i], alpha=other)
+            total[i].copy_(factor[i])
+            old[i] = True
+            factor[i].copy_(blended)
+    for i, only_saved in enumerate((accept & ~summed).tolist()):
+        if only_saved:
+            total[i].copy_(factor[i])
+            old[i] = True
+
+
+def _blend_together(
+    factor: Tensor, total: Tensor, keep: Tensor, gain: Tensor, accept: Tensor, summed: Tensor, old: Tensor
+) -> None:
+    """Without a host read: a sum that is not accepted may be NaN, so it is selected away, not weighted with zero."""
+    shape = (-1, *[1] * (factor.dim() - 1))
+    keep, gain, moves, saved = (x.view(shape) for x in (keep.to(factor), gain.to(factor), accept & summed, accept))
+    blended = torch.where(moves, keep * factor + gain * total, factor)
+    torch.where(saved, factor, total, out=total)
+    old |= accept
+    factor.copy_(blended)
+
+
+def traces_reference(stacks: list[Tensor], out: Tensor) -> None:
+    """Plain PyTorch, the kernel's reference. See `kfac_triton.kernels.ops.traces`."""
+    place = 0
+    for stack in stacks:
+        diagonals = stack.diagonal(dim1=-2, dim2=-1) if stack.dim() > 1 else stack[None]
+        out[place : place + len(diagonals)] = diagonals.sum(-1)
+        place += len(diagonals)
 
 
 def restore_reference(tensors: list[Tensor], kept: list[Tensor], finite: Tensor) -> None:

@@ -51,7 +51,7 @@ class Curvature:
             weight = partition.blocks[part.block].layer.weight
             specs.append(FactorSpec(part.size, factor_dtype(weight), weight.device, part.diagonal))
         tiles = [(tile.a, tile.g) for tile in partition.tiles]
-        self.bank = FactorBank(specs, tiles, is_compact=settings.factor_dtype == "bfloat16")
+        self.bank = FactorBank(specs, tiles, settings.factor_dtype == "bfloat16", settings.backend)
         method = (settings.inverse, settings.inverse_tolerance, settings.backend, host_looks)
         stacks, diagonals = self.bank.stacks, self.bank.diagonals
         self.inverses: Sequence[Inverse]

@@ -65,10 +65,17 @@ class DiagonalFactors:
         self.old = everywhere
         self.factors.copy_(blended)
 
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """The elements of each factor in a concatenated vector: views."""
+        return list(vector.split(self.sizes))
+
+    def store(self, factors: Tensor, step: int = 0) -> None:
+        """Nothing: the factors are changed where they are."""
+
     def roll_back(self) -> None:
         """Undoes `blend`."""
         if self.old is not None:
-            self.factors.copy_(self.sums)
+            torch.where(self.old[self.owner], self.sums, self.factors, out=self.factors)
 
 
 class DiagonalInverse(Inverse):

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels import ops, runtime
 from ..layers.partition import FactorSpec
 from .diagonal import DiagonalFactors
-from .factor_stack import FactorStack, newest_weight, padded
+from .factor_stack import FactorStack, blend_stores, newest_weight, padded
 from .groups import SideGroup, TileGroup
 
 _Kind = tuple[bool, int, torch.dtype, torch.device]  # diagonal, padded size, dtype and device: those of one store
@@ -27,6 +28,7 @@ class FactorBank:
         specs: the factors.
         tiles: for each tile, the indices of its factors A and G in specs; tiles may share factors.
         is_compact: whether dense factors are kept in 16 bits between steps.
+        backend: of the kernels.
 
     Attributes:
         stacks: dense factors, one stack for each padded size, dtype and device.
@@ -39,7 +41,9 @@ class FactorBank:
         updates: number of accepted updates of each factor, (slots,).
     """
 
-    def __init__(self, specs: Sequence[FactorSpec], tiles: Sequence[tuple[int, int]], is_compact: bool = False) -> None:
+    def __init__(
+        self, specs: Sequence[FactorSpec], tiles: Sequence[tuple[int, int]], is_compact: bool = False, backend: str = "auto"
+    ) -> None:
         kind_of = [self._kind(spec) for spec in specs]
         by_shape: dict[tuple[object, ...], list[int]] = defaultdict(list)
         for index, (a, g) in enumerate(tiles):
@@ -72,6 +76,16 @@ class FactorBank:
         self.home = specs[0].device
         self.sizes = torch.tensor([size for store in self.stores for size in store.sizes], device=self.home)
         self.updates = torch.zeros(len(specs), device=self.home)
+        self._backend = backend
+        # The stores that one launch can process: those of one type and device.
+        kinds_of_stores: dict[tuple[torch.dtype, torch.device], list[int]] = defaultdict(list)
+        for number, store in enumerate(self.stores):
+            kinds_of_stores[store.sums.dtype, store.sums.device].append(number)
+        self._together = list(kinds_of_stores.values())
+        self._have_kernel = [
+            dtype == torch.float32 and runtime.choose("blend", backend, device, lambda: None)
+            for dtype, device in kinds_of_stores
+        ]
 
     @staticmethod
     def _kind(spec: FactorSpec) -> _Kind:
@@ -104,11 +118,19 @@ class FactorBank:
 
     def traces(self) -> Tensor:
         """Trace of every factor, (slots,)."""
-        return torch.cat([store.traces(store.factors).to(self.home) for store in self.stores])
+        return self._traces([store.factors for store in self.stores])
 
     def sum_traces(self) -> Tensor:
         """Trace of every sum, (slots,): it is finite exactly when the sum is."""
-        return torch.cat([store.traces(store.sums).to(self.home) for store in self.stores])
+        return self._traces([store.sums for store in self.stores])
+
+    def _traces(self, tensors: list[Tensor]) -> Tensor:
+        if self._have_kernel == [True]:
+            out = self.updates.new_empty(len(self.updates))
+            pieces = [piece for store, x in zip(self.stores, tensors, strict=True) for piece in store.split(x)]
+            ops.traces(pieces, out, backend=self._backend)
+            return out
+        return torch.cat([store.traces(x).to(self.home) for store, x in zip(self.stores, tensors, strict=True)])
 
     def weights(self, accept: Tensor, ema_decay: float) -> Tensor:
         """Counts an update of the accepted slots and returns the weights of the new statistics, (slots,); see `newest_weight`.
@@ -120,17 +142,25 @@ class FactorBank:
         self.updates += accept
         return newest_weight(self.updates, ema_decay)
 
-    def blend(self, keep: Tensor, gain: Tensor, accept: Tensor, step: int = 0, backend: str = "auto") -> None:
-        """Sets accepted factors to keep * factor + gain * sum, all vectors over slots; `roll_back` can undo it."""
-        for store, run in zip(self.stores, self.runs(), strict=True):
-            device = store.sums.device
-            old, new, accepted = (vector[run].to(device) for vector in (keep, gain, accept))
-            store.blend(old, new, accepted, step, backend)
+    def blend(self, keep: Tensor, gain: Tensor, accept: Tensor, summed: Tensor, step: int = 0) -> None:
+        """Sets accepted factors to keep * factor + gain * sum; `roll_back` can undo it. All vectors are over slots.
 
-    def back_up(self, slots: Tensor) -> None:
-        """Copies the dense factors with these flags (slots,) into their unused sums, so that `roll_back` can restore them."""
-        for stack, run in zip(self.stacks, self.runs(), strict=False):
-            stack.back_up(slots[run].to(stack.sums.device))
+        Accepted factors without a sum, of which `summed` is false, change later in the step, by another operation. They are
+        only copied, into their unused sums, so that `roll_back` can undo that, too.
+        """
+        runs = self.runs()
+        for numbers, has_kernel in zip(self._together, self._have_kernel, strict=True):
+            stores = [self.stores[i] for i in numbers]
+            vectors = [keep, gain, accept, summed]
+            if len(self._together) > 1:
+                device = stores[0].sums.device
+                vectors = [torch.cat([vector[runs[i]] for i in numbers]).to(device) for vector in vectors]
+            if has_kernel:
+                blend_stores(stores, *vectors, step, self._backend)
+                continue
+            keeps, gains, accepted = (x.split([len(s) for s in stores]) for x in (*vectors[:2], vectors[2] & vectors[3]))
+            for store, *own in zip(stores, keeps, gains, accepted, strict=True):
+                store.blend(*own, step, self._backend)
 
     def roll_back(self) -> None:
         """Restores all factors that the current step has changed."""

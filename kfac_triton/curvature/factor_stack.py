@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -50,7 +53,6 @@ class FactorStack:
         self.nbytes = self._stored.nbytes
         self._is_compact = is_compact
         self.old: Tensor | None = None  # flags (B,): those whose old values are in `sums`
-        self._before: Tensor | None = None  # the old factors, while `blend` runs
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -84,31 +86,67 @@ class FactorStack:
         if self._is_compact:
             self._stored.copy_(stochastically_rounded(factors, step))
 
-    def back_up(self, places: Tensor) -> None:
-        """Copies the factors with these flags (B,) into their sums, which must be unused."""
-        torch.where(places[:, None, None], self.factors, self.sums, out=self.sums)
-        self.old = places
+    def split(self, stack: Tensor) -> list[Tensor]:
+        """A stack as a part of what `kernels.ops.blend` takes."""
+        return [stack]
 
     def blend(self, keep: Tensor, gain: Tensor, accept: Tensor, step: int, backend: str) -> None:
-        """Sets accepted factors to keep * factor + gain * sum, vectors (B,), and backs up those that were not backed up yet."""
-        factors, everywhere = self.factors, torch.ones_like(accept)
-        if not self._is_compact:  # else `_stored` still holds them until `store`
-            self._before = factors.clone()
-        before = self._stored if self._before is None else self._before
-        ops.blend(factors, self.sums, keep, gain, accept, backend=backend)
-        if self.old is None:
-            self.sums.copy_(before)
-        else:
-            torch.where(self.old[:, None, None], self.sums, before.to(self.sums.dtype), out=self.sums)
-        self.old, self._before = everywhere, None
-        self.store(factors, step)
+        """`blend_stores` of this store alone, whose factors all have sums."""
+        blend_stores([self], keep, gain, accept, torch.ones_like(accept), step, backend)
 
     def roll_back(self) -> None:
         """Restores the old factors."""
         factors = self.factors
-        if self._before is not None:  # `blend` was interrupted
-            factors.copy_(self._before)
         if self.old is not None:
             torch.where(self.old[:, None, None], self.sums, factors, out=factors)
-        self._before = None
         self.store(factors)  # rounding does not change them: they were stored in 16 bits before
+
+
+class Store(Protocol):
+    """What factors are kept in: a `FactorStack`, or `DiagonalFactors`."""
+
+    sums: Tensor
+    old: Tensor | None
+
+    @property
+    def factors(self) -> Tensor:
+        """All factors."""
+
+    def __len__(self) -> int:
+        """Number of factors."""
+
+    def split(self, stack: Tensor) -> list[Tensor]:
+        """See `FactorStack`."""
+
+    def store(self, factors: Tensor, step: int = 0) -> None:
+        """See `FactorStack`."""
+
+
+def blend_stores(
+    stores: Sequence[Store], keep: Tensor, gain: Tensor, accept: Tensor, summed: Tensor, step: int, backend: str
+) -> None:
+    """Sets accepted factors of several stores to keep * factor + gain * sum, in one launch.
+
+    Their old values are left in the buffers of the sums, for `roll_back`. A factor without a sum is only copied there.
+
+    Args:
+        stores: of one type and on one device.
+        keep: over the factors of all stores, as the other vectors.
+        gain: likewise.
+        accept: flags of the factors that are to change, now or later in the step.
+        summed: flags of the factors whose sums hold statistics.
+        step: seeds stochastic rounding.
+        backend: of the kernels.
+    """
+    changed = [store.factors for store in stores]
+    factors, sums = [], []
+    for store, factor in zip(stores, changed, strict=True):
+        factors += store.split(factor)
+        sums += store.split(store.sums)
+    # The launch that overwrites a sum sets its flag: whenever an exception comes, the flags say what the sums hold.
+    old = torch.zeros_like(accept)
+    for store, flags in zip(stores, old.split([len(store) for store in stores]), strict=True):
+        store.old = flags
+    ops.blend(factors, sums, keep, gain, accept, summed, old, backend=backend)
+    for store, factor in zip(stores, changed, strict=True):
+        store.store(factor, step)

@@ -158,14 +158,10 @@ class FactorUpdate:
         accept = accepted[self.layer_of_slot]
         rate = self.bank.weights(accept, settings.ema_decay)
         keep, gain = 1 - rate, rate * scale
-        flags = device_vector((bool(s.deferred) for s in self.statistics), home)
-        waited = (flags > 0)[self.layer_of_slot]
+        has_sum = summed[self.layer_of_slot]
+        self.bank.blend(keep, gain, accept, has_sum, self.gate.step)
         if any(s.deferred for s in self.statistics):
-            self.bank.back_up(waited & ~summed[self.layer_of_slot])
-            self._blend_passes(keep, gain, accept)
-        if not all(s.deferred for s in self.statistics) or any(s.on_host.passes for s in self.statistics):
-            keep = torch.where(waited, 1.0, keep)  # `_blend_passes` has applied it already
-            self.bank.blend(keep, gain, accept & summed[self.layer_of_slot], self.gate.step, self._backend)
+            self._blend_passes(torch.where(has_sum, 1.0, keep), gain, accept)  # where there is a sum, it is applied already
         moments = [s.moments is not None and s.moments.fresh for s in self.statistics]
         self.forget()
         return Accepted(fresh, accepted, moments, moment_scale)

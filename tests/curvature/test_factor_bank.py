@@ -158,7 +158,7 @@ def update(bank: Bank, a_sums: list[Tensor], g_sums: list[Tensor], scale: Tensor
         for place, value in zip((bank.sum_of(bank.slots[2 * i]), bank.sum_of(bank.slots[2 * i + 1])), (a, g), strict=True):
             place.copy_(value)
     rate = bank.weights(accept, decay)
-    bank.blend(1 - rate, rate * scale, accept)
+    bank.blend(1 - rate, rate * scale, accept, torch.ones_like(accept))
 
 
 @settings(max_examples=50, deadline=None)

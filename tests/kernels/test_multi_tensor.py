@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kfac_triton.kernels import ops
+from kfac_triton.kernels.multi_tensor import launch, reference
 
 both_backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 examples = settings(max_examples=30, deadline=None)
@@ -110,24 +111,136 @@ def test_gather_refuses_what_does_not_fit(weights: list[Tensor], biases: list[Te
         ops.gather(weights, biases, out)
 
 
+def _averages(sides: list[int], vectors: list[int], offset: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """Stacks of two factors each, then single vectors, of integers; and their sums. An offset makes addresses odd."""
+
+    def one(shape: tuple[int, ...]) -> Tensor:
+        count = torch.Size(shape).numel()
+        return torch.randint(-3, 4, (count + offset,)).float()[offset:].view(shape)
+
+    shapes = [*((2, side, side) for side in sides), *((size,) for size in vectors)]
+    return [one(shape) for shape in shapes], [one(shape) for shape in shapes]
+
+
+def _matrices(stacks: list[Tensor]) -> list[Tensor]:
+    return [matrix for stack in stacks for matrix in (stack if stack.dim() > 1 else stack[None])]
+
+
 @both_backends
-def test_blend_is_exact_on_integers_and_powers_of_two(backend: str) -> None:
-    """The first update overwrites; a refused one changes nothing, whatever is in the sum."""
-    old, total = torch.randint(-3, 4, (4, 40, 40)).float(), torch.randint(-3, 4, (4, 40, 40)).float()
-    total[3] = torch.nan
-    stack = old.clone()
-    keep, gain = torch.tensor([0.5, 0.0, 1.0, 0.5]).double(), torch.tensor([0.25, 2.0, 0.0, 0.5]).double()
-    ops.blend(stack, total, keep, gain, torch.tensor([True, True, True, False]), backend=backend)
-    assert torch.equal(stack, torch.stack([0.5 * old[0] + 0.25 * total[0], 2 * total[1], old[2], old[3]]))
+@pytest.mark.parametrize("offset", [0, 1])
+def test_blend_is_exact_on_integers_and_powers_of_two(backend: str, offset: int) -> None:
+    """Several sizes at once. A refused factor changes nothing, nor does its sum; one without a sum is only copied there."""
+    factors, sums = _averages([40, 3, 64, 1], [7, 2000], offset)
+    count = len(_matrices(factors))
+    before, totals = ([x.clone() for x in _matrices(stacks)] for stacks in (factors, sums))
+    keep, gain = 0.5 ** torch.arange(count).double(), 2.0 ** -torch.arange(count).double()
+    keep[0] = 0
+    accept, summed = torch.arange(count) % 3 != 1, torch.arange(count) % 4 != 3
+    for total, accepted, has_sum in zip(_matrices(sums), accept, summed, strict=True):
+        if not (accepted and has_sum):
+            total.fill_(torch.nan)
+    old = torch.zeros(count, dtype=torch.bool)
+    ops.blend(factors, sums, keep, gain, accept, summed, old, backend=backend)
+    assert torch.equal(old, accept)
+    assert {(bool(x), bool(y)) for x, y in zip(accept, summed, strict=True)} == {(x, y) for x in (0, 1) for y in (0, 1)}
+    for i, (factor, total) in enumerate(zip(_matrices(factors), _matrices(sums), strict=True)):
+        moves = accept[i] and summed[i]
+        assert torch.equal(factor, keep[i].float() * before[i] + gain[i].float() * totals[i] if moves else before[i]), i
+        assert torch.equal(total, before[i]) if accept[i] else total.isnan().all() or torch.equal(total, totals[i])
 
 
-@pytest.mark.parametrize("argument", ["keep", "gain", "accept", "total"])
+def test_a_share_of_a_factor_is_longer_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there are more blocks than programs."""
+    monkeypatch.setattr(launch, "_SHARES", 2)
+    monkeypatch.setattr(launch, "_PROGRAMS", 2)
+    factors, sums = _averages([100], [7])
+    expected = [2 * x + y for x, y in zip(factors, sums, strict=True)]
+    before = [x.clone() for x in factors]
+    flags, ones = torch.ones(3, dtype=torch.bool), torch.ones(3)
+    ops.blend(factors, sums, 2 * ones, ones, flags, flags, torch.zeros_like(flags), backend="triton")
+    assert all(torch.equal(x, y) for x, y in zip((*factors, *sums), (*expected, *before), strict=True))
+
+
+@both_backends
+@pytest.mark.parametrize("vector", ["keep", "gain", "accept", "summed", "old"])
+def test_blend_reads_each_vector_at_the_factors_place(backend: str, vector: str) -> None:
+    factors, sums = (_averages([4], [5])[0] for _ in range(2))
+    flags = torch.ones(3, dtype=torch.bool)
+    vectors = {"keep": torch.ones(3), "gain": torch.ones(3), "accept": flags, "summed": flags, "old": ~flags}
+    if vector == "old":
+        vectors["accept"] = torch.tensor([True, True, False])
+    else:
+        vectors[vector] = torch.tensor([1, 1, 0]).to(vectors[vector].dtype)
+    before, totals = factors[1].clone(), sums[1].clone()
+    ops.blend(factors, sums, **vectors, backend=backend)
+    moved = {"keep": totals, "gain": before, "accept": before, "summed": before, "old": before}[vector]
+    assert torch.equal(factors[1], moved)
+    assert vectors["old"].tolist() == [True, True, vector not in ("accept", "old")]
+
+
+@pytest.mark.parametrize("argument", ["keep", "gain", "accept", "summed", "old", "sums"])
 def test_blend_refuses_what_does_not_fit(argument: str) -> None:
-    stack = torch.zeros(2, 3, 3)
-    arguments = {"total": stack.clone(), "keep": torch.ones(2), "gain": torch.ones(2), "accept": torch.ones(2).bool()}
-    arguments[argument] = arguments[argument][:1]
-    with pytest.raises(ValueError, match=f"{argument} must have shape"):
-        ops.blend(stack, **arguments)
+    stack, flags = torch.zeros(2, 3, 3), torch.ones(2).bool()
+    vectors = {"keep": torch.ones(2), "gain": torch.ones(2), "accept": flags, "summed": flags, "old": flags}
+    arguments = {"sums": [stack.clone()], **vectors}
+    arguments[argument] = [stack[:1]] if argument == "sums" else arguments[argument][:1]
+    with pytest.raises(ValueError, match=f"{argument}(.0.)? must have shape"):
+        ops.blend([stack], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        (torch.zeros(2, 3, 3, dtype=torch.float64), r"factors\[0\] is torch.float64"),
+        (torch.zeros(2, 3, 6)[:, :, ::2], r"factors\[0\] is not contiguous"),
+    ],
+)
+def test_blend_leaves_to_the_reference_what_the_kernel_cannot_read(factor: Tensor, message: str) -> None:
+    ones, flags = torch.ones(2), torch.ones(2, dtype=torch.bool)
+    arguments = ([factor], [torch.ones_like(factor)], ones, ones, flags, flags)
+    with pytest.raises(ValueError, match=message):
+        ops.blend(*arguments, ~flags, backend="triton")
+    ops.blend(*arguments, ~flags)
+    assert (factor == 1).all()
+
+
+def test_the_reference_on_another_device_is_that_on_a_cpu() -> None:
+    """There the flags of a stack are not read by the host."""
+    for stack in (0, 1):
+        found = []
+        for blend in (reference._blend_one_by_one, reference._blend_together):
+            torch.manual_seed(0)
+            factors, sums = _averages([5], [6])
+            pair = [x if x.dim() > 1 else x[None] for x in (factors[stack], sums[stack])]
+            accept, summed = (torch.tensor(flags[: len(pair[0])]) for flags in ([True, False], [stack == 0, True]))
+            old = torch.zeros_like(accept)
+            vectors = (torch.full((len(old),), 0.5), torch.full((len(old),), 0.25))
+            blend(*pair, *vectors, accept, summed, old)
+            found.append([*pair, old])
+        assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+@both_backends
+def test_traces_of_matrices_and_of_diagonals(backend: str) -> None:
+    """What is not on a diagonal is not read."""
+    factors, _ = _averages([40, 3, 1, 1100], [7, 2000])
+    out = torch.full((len(_matrices(factors)),), torch.nan)
+    expected = [float(x.trace() if x.dim() > 1 else x.sum()) for x in _matrices(factors)]
+    for stack in factors[:4]:
+        for matrix in stack:
+            matrix[~torch.eye(len(matrix), dtype=torch.bool)] = torch.nan
+    ops.traces(factors, out, backend=backend)
+    assert out.tolist() == expected
+    factors[0][1, 39, 39] = torch.inf
+    ops.traces(factors, out, backend=backend)
+    assert out.isfinite().tolist() == [i != 1 for i in range(len(expected))]
+
+
+def test_traces_refuse_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="out must have shape"):
+        ops.traces([torch.zeros(2, 3, 3)], torch.zeros(1))
+    with pytest.raises(ValueError, match=r"stacks\[0\] is torch.float64"):
+        ops.traces([torch.zeros(2, 3, 3).double()], torch.zeros(2).double(), backend="triton")
 
 
 def _tensors(seed: int) -> list[Tensor]:
