@@ -1,8 +1,9 @@
 """The operations of K-FAC with checked arguments: tensors in, results written to tensors that the caller owns.
 
-Four do the mathematics; those that move data or only add (of several shapes at a time) are in `multi_tensor.operations`. Each has two implementations, a Triton kernel and a reference in plain PyTorch:
-`backend="auto"` uses the kernel on a GPU if its `can_use` accepts the call, `"triton"` requires it, `"torch"` uses the
-reference.
+Four do the mathematics and are defined here; the others process many tensors of any shapes at a time, and are in
+`multi_tensor/`, `gradients/` and `first_order/operations.py`. Each has two implementations, a Triton kernel and a reference
+in plain PyTorch: `backend="auto"` uses the kernel on a GPU if its `can_use` accepts the call, `"triton"` requires it, `"torch"`
+uses the reference.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from .covariance.reference import covariance_ema_reference
 from .covariance.window import ROWS, Window, flatten, window
 from .factored_newton import launch as factored_newton_launch
 from .factored_newton.reference import factored_newton_refresh_reference
-from .multi_tensor.operations import blend, gather, restore, squares, traces
+from .first_order.operations import move
+from .gradients.operations import clip, gather, inner, scatter
+from .multi_tensor.operations import blend, restore, squares, traces
 from .newton_schulz import launch as newton_schulz_launch
 from .newton_schulz.reference import newton_schulz_inverse_reference
 from .operators import operator
@@ -29,12 +32,16 @@ __all__ = [
     "ROWS",
     "Window",
     "blend",
+    "clip",
     "covariance_ema",
     "factored_newton_refresh",
     "gather",
+    "inner",
+    "move",
     "newton_schulz_inverse",
     "precondition",
     "restore",
+    "scatter",
     "squares",
     "traces",
     "window",
@@ -175,7 +182,7 @@ def factored_newton_refresh(
 
 
 @operator(
-    "Tensor gradient, Tensor left, Tensor right, Tensor(a!) out, Tensor(b!) product, bool factored",
+    "Tensor gradient, Tensor left, Tensor right, Tensor(a!) out, Tensor(b!)? product, bool factored",
     reference=precondition_reference,
     launch=precondition_launch.launch,
     can_use=precondition_launch.can_use,
@@ -187,7 +194,7 @@ def precondition(
     left: Tensor,
     right: Tensor,
     out: Tensor,
-    product: Tensor,
+    product: Tensor | None,
     factored: bool = False,
     backend: str = "auto",
 ) -> None:
@@ -198,7 +205,7 @@ def precondition(
         left: G^-1 (B, m, m), symmetric, or its lower triangular root T with G^-1 = T^T T.
         right: A^-1 (B, n, n), or its root.
         out: output V, (B, m, n).
-        product: output `<V, W>`, (B,).
+        product: output `<V, W>`, (B,); None if it is not needed.
         factored: whether left and right are roots.
         backend: "auto", "triton" or "torch".
 
@@ -211,5 +218,6 @@ def precondition(
     require_like("left", left, (batch, m, m), gradient)
     require_like("right", right, (batch, n, n), gradient)
     require_like("out", out, (batch, m, n), gradient)
-    require_like("product", product, (batch,), gradient)
+    if product is not None:
+        require_like("product", product, (batch,), gradient)
     torch.ops.kfac_triton.precondition(gradient, left, right, out, product, factored, backend=backend)

@@ -83,6 +83,8 @@ def _over_slots(engine: Engine, name: str) -> Tensor:
 
 def _tile_sums(engine: Engine) -> dict[int, tuple[float, ...]]:
     """Tile -> squared norms of W and V, and <V, W> before and after the KL clip."""
+    if engine.plan is not None:
+        return engine.plan.tile_sums(engine.kl_clip_scale)
     result: dict[int, tuple[float, ...]] = {}
     for stack in engine.curvature.gradients:
         w, v = stack.gradient.flatten(1).double(), stack.update.flatten(1).double()

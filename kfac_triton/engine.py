@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,8 @@ from .capture.hooks import attach
 from .cuda_graphs import require_recordable_settings
 from .curvature.curvature import Curvature
 from .curvature.factor_update import FactorUpdate
+from .curvature.finite_flags import FiniteFlags
+from .curvature.gradient_plan import GradientPlan
 from .curvature.preconditioning import kl_clip_scale, rate_vector, unmoved, updates_of_layers
 from .fisher.losses import likelihood_of
 from .kernels import runtime
@@ -81,8 +84,9 @@ class Engine:
         self.dropped_gradients = torch.zeros(len(self.partition.tiles), dtype=torch.long, device=self.bank.home)
         # About the last step: a flag on the device for each parameter whether its gradient was finite (None where the host
         # looks), and the parameters of which some rows take the plain gradient, as their layer has no statistics yet.
-        self.finite: dict[nn.Parameter, Tensor] | None = None
+        self.finite: FiniteFlags | None = None
         self.mixed: set[nn.Parameter] = set()
+        self.plan: GradientPlan | None = None
         self._warned: set[int] = set()
         self.progress = Progress(settings.damping_at(0), frozenset(range(len(self.layers))))
         self.resume(self.progress)
@@ -251,6 +255,25 @@ class Engine:
     def _preconditioned_gradients(self, learning_rate: LearningRate) -> dict[nn.Parameter, Tensor | None]:
         missing = self.progress.without_statistics
         usable = [layer.weight.grad is not None and i not in missing for i, layer in enumerate(self.layers)]
+        raw = [layer for layer, is_usable in zip(self.layers, usable, strict=True) if not is_usable]
+        if self.uses_kernels and len({stack.gradient.device for stack in self.curvature.gradients}) == 1:
+            result, self.finite = self._by_plan(usable, learning_rate)
+        else:
+            result = self._one_by_one(usable, learning_rate)
+        self.mixed = {p for layer in raw for p in (layer.weight, layer.bias) if p in result}
+        return result
+
+    def _by_plan(
+        self, usable: list[bool], learning_rate: LearningRate
+    ) -> tuple[dict[nn.Parameter, Tensor | None], FiniteFlags]:
+        """In a few launches for all layers, where kernels are used."""
+        if self.plan is None or not self.plan.fits(usable):
+            self.plan = GradientPlan(self.partition, self.curvature.gradients, usable, self.settings.backend)
+        solve = functools.partial(self.curvature.solve, self.progress.damping)
+        return self.plan.step(solve, learning_rate, self.settings.kl_clip, self.kl_clip_scale, self.dropped_gradients)
+
+    def _one_by_one(self, usable: list[bool], learning_rate: LearningRate) -> dict[nn.Parameter, Tensor | None]:
+        """Layer by layer in PyTorch: in any precision, and on several devices."""
         blocks, stacks = self.partition.blocks, self.curvature.gradients
         products = self.curvature.precondition([usable[block.layer_number] for block in blocks], self.progress.damping)
         order = [number for stack in stacks for number in stack.tiles]
@@ -265,8 +288,6 @@ class Engine:
             stack.finish(self.kl_clip_scale, flags)
             updates.update(zip(stack.tiles, stack.update, strict=True))
         result, self.finite = updates_of_layers(self.partition, self.layers, usable, updates, are_finite, self.host_looks)
-        raw = [layer for layer, is_usable in zip(self.layers, usable, strict=True) if not is_usable]
-        self.mixed = {p for layer in raw for p in (layer.weight, layer.bias) if p in result}
         return result
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:

@@ -277,7 +277,10 @@ class KFAC(KFACBase, Optimizer):
             self._run.dropped += first_order.drop_bad_gradients(self._parameters(), updates, finite, self.engine.mixed)
             # All memory is allocated before the first parameter changes.
             work = [first_order.prepare(group, updates, self.state) for group in self.param_groups]
+            fused, work = first_order.split(self.param_groups, work, finite, self.engine.settings.backend)
             held = first_order.hold(self.param_groups, work, finite, self.engine.settings.backend)
+            for steps in fused:
+                steps.apply()
             for group, (params, gradients, states) in zip(self.param_groups, work, strict=True):
                 first_order.apply(group, params, gradients, states, held)
         return loss

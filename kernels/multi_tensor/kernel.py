@@ -25,27 +25,6 @@ def squares_kernel(
 
 
 @triton.jit
-def gather_kernel(
-    table,  # int64 (layers, 5): addresses of weight (rows, columns) and bias (rows,) of type DTYPE, rows, columns, size of bias
-    out,  # float32 (layers, m, n), contiguous
-    m, n,
-    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """[weight | bias] of one layer into the leading part of its (m, n) block of out, zero where the bias is missing."""
-    index = tl.program_id(1)
-    entry = table + index * 5
-    weight, bias = tl.load(entry).to(tl.pointer_type(DTYPE)), tl.load(entry + 1).to(tl.pointer_type(DTYPE))
-    rows, columns, has_bias = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, column = at // n, at % n
-    inside = (row < rows) & (column < columns)
-    values = tl.load(weight + row.to(tl.int64) * columns + column, mask=inside, other=0.0)
-    border = (row < tl.minimum(rows, has_bias)) & (column == columns)
-    values = tl.where(border, tl.load(bias + row, mask=border, other=0.0), values)
-    tl.store(out + index.to(tl.int64) * m * n + at, values.to(tl.float32), mask=at < m * n)
-
-
-@triton.jit
 def blend_kernel(
     table,  # int64 (factors, 4): addresses of a factor and of its sum, both float32; number of elements; place in the vectors
     keep, gain,  # float (factors,)

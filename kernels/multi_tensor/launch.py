@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,39 +41,6 @@ def launch_squares(inputs: list[Tensor], out: Tensor) -> None:
         kernel.squares_kernel[(len(members),)](
             table, out, DTYPE=runtime.TYPES[dtype], BLOCK=1024 if runtime.INTERPRETED else 8192, num_warps=8
         )
-
-
-def can_use_gather(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> str | None:
-    """Why the kernel cannot serve these gradients; None if it can."""
-    for name, tensors in (("weights", weights), ("biases", biases)):
-        for i, tensor in enumerate(tensors):
-            if reason := runtime.unreadable(f"{name}[{i}]", tensor):
-                return reason
-            if not tensor.is_contiguous():
-                return f"{name}[{i}] is not contiguous"
-    if len({tensor.dtype for tensor in weights + biases if tensor.numel()}) > 1:
-        return "the gradients have different types"
-    return None if out.dtype == torch.float32 and out.is_contiguous() else "out is not a contiguous float32 stack"
-
-
-def launch_gather(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> None:
-    """The Triton implementation of `gather_reference`."""
-    rows = [
-        (w.data_ptr(), b.data_ptr(), w.shape[0] if w.numel() else 0, w[0].numel() if w.numel() else 0, b.numel())
-        for w, b in zip(weights, biases, strict=True)
-    ]
-    dtype = next((tensor.dtype for tensor in weights if tensor.numel()), torch.float32)
-    block = 64 if runtime.INTERPRETED else 1024
-    grid: Sequence[int] = (count(out.shape[1] * out.shape[2], block), len(weights))
-    kernel.gather_kernel[grid](
-        device_table(tuple(rows), out.device),
-        out,
-        out.shape[1],
-        out.shape[2],
-        DTYPE=runtime.TYPES[dtype],
-        BLOCK=block,
-        num_warps=4,
-    )
 
 
 def can_use_blend(

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..arguments import require, require_digits, require_like, require_stack, require_vector
 from ..operators import operator
 from . import launch
-from .reference import blend_reference, gather_reference, restore_reference, squares_reference, traces_reference
+from .reference import blend_reference, restore_reference, squares_reference, traces_reference
 
 
 @operator(
@@ -34,42 +34,6 @@ def squares(inputs: list[Tensor], out: Tensor, backend: str = "auto") -> None:
         require(source.device == out.device, f"inputs[{i}] must be on {out.device}, as out, but is on {source.device}")
     if inputs:
         torch.ops.kfac_triton.squares(inputs, out, backend=backend)
-
-
-@operator(
-    "Tensor[] weights, Tensor[] biases, Tensor(a!) out",
-    reference=gather_reference,
-    launch=launch.launch_gather,
-    can_use=launch.can_use_gather,
-)
-def gather(weights: list[Tensor], biases: list[Tensor], out: Tensor, backend: str = "auto") -> None:
-    """[weight | bias] of every layer into the leading part of its block of a stack.
-
-    Args:
-        weights: per layer the gradient of its weight, (rows, ...), or an empty tensor: the block becomes zero.
-        biases: per layer that of its bias, (rows,), or an empty tensor: the column is zero.
-        out: output (layers, m, n), fp32 or fp64, zero where no layer of its shape reaches.
-        backend: "auto", "triton" or "torch".
-
-    Raises:
-        ValueError: if a gradient does not fit its block, or backend is "triton" and no kernel can serve the call.
-    """
-    require_digits("out", out)
-    require(
-        out.dim() == 3 and len(weights) == len(biases) == len(out),
-        f"weights, biases and out (layers, m, n) must have the same number of layers, but there are {len(weights)} weights, "
-        f"{len(biases)} biases, and out has shape {tuple(out.shape)}",
-    )
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        if weight.numel() == 0:
-            continue
-        rows, columns = weight.shape[0], weight.numel() // weight.shape[0] + bool(bias.numel())
-        require(
-            rows <= out.shape[1] and columns <= out.shape[2] and bias.numel() in (0, rows),
-            f"weights[{i}] of shape {tuple(weight.shape)} with biases[{i}] of shape {tuple(bias.shape)} must fit a block of "
-            f"shape {tuple(out.shape[1:])}",
-        )
-    torch.ops.kfac_triton.gather(weights, biases, out, backend=backend)
 
 
 @operator(

@@ -12,18 +12,6 @@ def squares_reference(inputs: list[Tensor], out: Tensor) -> None:
         out[i] = source.to(out.dtype).square().sum()
 
 
-def gather_reference(weights: list[Tensor], biases: list[Tensor], out: Tensor) -> None:
-    """Plain PyTorch, the kernel's reference. See `kfac_triton.kernels.ops.gather`."""
-    for block, weight, bias in zip(out, weights, biases, strict=True):
-        if weight.numel() == 0:
-            block.zero_()
-            continue
-        rows, columns = weight.shape[0], weight[0].numel()
-        block[:rows, :columns].copy_(weight.reshape(rows, columns))
-        if columns < block.shape[1]:
-            block[:rows, columns].copy_(bias) if bias.numel() else block[:rows, columns].zero_()
-
-
 def blend_reference(
     factors: list[Tensor], sums: list[Tensor], keep: Tensor, gain: Tensor, accept: Tensor, summed: Tensor, old: Tensor
 ) -> None:

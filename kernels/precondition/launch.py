@@ -11,7 +11,7 @@ from .kernel import product_kernel
 from .reference import precondition_reference
 
 
-def can_use(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor, factored: bool) -> str | None:
+def can_use(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor | None, factored: bool) -> str | None:
     """Why the kernel cannot serve these layers; None if it can."""
     batch, m, n = gradient.shape
     if gradient.dtype != torch.float32:
@@ -37,13 +37,15 @@ def prefers_library(device: torch.device) -> bool:
     return precision.has_library_tf32(device)
 
 
-def multiply_by_library(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor, factored: bool) -> None:
+def multiply_by_library(
+    gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor | None, factored: bool
+) -> None:
     """As `precondition_reference`, in the kernel's precision: TF32 products, sums in float32."""
     with precision.library_tf32():
         precondition_reference(gradient, left, right, out, product, factored)
 
 
-def launch(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor, factored: bool) -> None:
+def launch(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor | None, factored: bool) -> None:
     """The Triton implementation of `precondition_reference`, for a call that `can_use` accepts."""
     batch, m, n = gradient.shape
     if batch == 0:
@@ -64,7 +66,7 @@ def launch(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: 
             a.stride(0), a.stride(1), b.stride(0), b.stride(1), into.stride(0), into.stride(1),
             gradient.stride(0), gradient.stride(1),
             PRECISION=precision.resolve(precision.COARSE, target), LEFT_TRANSPOSED=transposed, TRIANGULAR=factored,
-            REDUCE=into is out, enable_fp_fusion=True, **config,
+            REDUCE=into is out and product is not None, enable_fp_fusion=True, **config,
         )  # fmt: skip
         return into
 
@@ -73,4 +75,5 @@ def launch(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: 
         multiply(left, multiply(inner, left, scratch(n, m)), out, transposed=True)
     else:
         multiply(left, multiply(right, gradient, scratch(n, m)), out)
-    torch.sum(partials, 1, out=product)
+    if product is not None:
+        torch.sum(partials, 1, out=product)

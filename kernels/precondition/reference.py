@@ -18,11 +18,14 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def precondition_reference(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor, factored: bool) -> None:
+def precondition_reference(
+    gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor | None, factored: bool
+) -> None:
     """Plain PyTorch: fallback, CPU path and reference of the tests. See `kfac_triton.kernels.ops.precondition`."""
     if factored:
         inner = _product(_product(left, gradient), right.mT)
         _product(_product(left.mT, inner), right, out)
     else:
         _product(_product(left, gradient), right, out)
-    product.copy_(torch.linalg.vecdot(out.flatten(1), gradient.flatten(1)))
+    if product is not None:
+        product.copy_(torch.linalg.vecdot(out.flatten(1), gradient.flatten(1)))

@@ -65,7 +65,7 @@ class Curvature:
             inverses = self.inverses = [*(InverseStack(x.sums, *method) for x in stacks), *map(DiagonalInverse, diagonals)]
             solves = [InverseSolve(x, inverses[x.g.store], inverses[x.a.store], settings.backend) for x in self.bank.groups]
         self.gradients = [
-            GradientStack(group, partition, self.bank, solve, settings.backend, host_looks)
+            GradientStack(group, partition, self.bank, solve, host_looks)
             for group, solve in zip(self.bank.groups, solves, strict=True)
         ]
         self.inverse_at = [(self.inverses[store], i) for store, i in self.bank.places]
@@ -194,11 +194,20 @@ class Curvature:
             usable: a flag for each block; the tiles of the others get V = 0.
             damping: the current damping; only eigenbases use it, since inverses already contain theirs.
         """
-        for solve in self._eigen_solves:
-            solve.damping = damping
+        self._set_damping(damping)
         for stack in self.gradients:
             stack.precondition(usable)
         return torch.cat([stack.product.to(self.bank.home) for stack in self.gradients])
+
+    def solve(self, damping: float) -> None:
+        """Computes V of what is in the gradient stacks."""
+        self._set_damping(damping)
+        for stack in self.gradients:
+            stack.solve()
+
+    def _set_damping(self, damping: float) -> None:
+        for solve in self._eigen_solves:
+            solve.damping = damping
 
     def memory(self) -> dict[str, int]:
         """Bytes by kind: "factors", "sums", "inverses" (or eigenbases), "gradients" (and updates), "moments"."""

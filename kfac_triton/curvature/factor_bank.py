@@ -151,16 +151,18 @@ class FactorBank:
         runs = self.runs()
         for numbers, has_kernel in zip(self._together, self._have_kernel, strict=True):
             stores = [self.stores[i] for i in numbers]
-            vectors = [keep, gain, accept, summed]
+            old, new, accepted, have_sums = keep, gain, accept, summed
             if len(self._together) > 1:
                 device = stores[0].sums.device
-                vectors = [torch.cat([vector[runs[i]] for i in numbers]).to(device) for vector in vectors]
+                old, new, accepted, have_sums = (
+                    torch.cat([vector[runs[i]] for i in numbers]).to(device) for vector in (old, new, accepted, have_sums)
+                )
             if has_kernel:
-                blend_stores(stores, *vectors, step, self._backend)
+                blend_stores(stores, old, new, accepted, have_sums, step, self._backend)
                 continue
-            keeps, gains, accepted = (x.split([len(s) for s in stores]) for x in (*vectors[:2], vectors[2] & vectors[3]))
-            for store, *own in zip(stores, keeps, gains, accepted, strict=True):
-                store.blend(*own, step, self._backend)
+            sizes = [len(store) for store in stores]
+            for store, *own in zip(stores, *(x.split(sizes) for x in (old, new, accepted & have_sums)), strict=True):
+                store.blend(own[0], own[1], own[2], step, self._backend)
 
     def roll_back(self) -> None:
         """Restores all factors that the current step has changed."""

@@ -9,19 +9,19 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..kernels import ops
 from ..kernels.device_tables import device_vector
 from ..layers import Layer
 from ..layers.partition import Partition
 from .factor_bank import FactorBank
+from .finite_flags import FiniteFlags
 from .groups import TileGroup
 
 
 class Solve(Protocol):
     """Preconditions a stack of gradients."""
 
-    def __call__(self, gradient: Tensor, update: Tensor, product: Tensor) -> None:
-        """Writes V (B, m, n) to update and <V, W> (B,) to product, where W (B, m, n) is the gradient."""
+    def __call__(self, gradient: Tensor, update: Tensor, product: Tensor | None) -> None:
+        """Writes V (B, m, n) to update and <V, W> (B,) to product, unless it is None; W (B, m, n) is the gradient."""
 
 
 class GradientStack:
@@ -34,13 +34,10 @@ class GradientStack:
         product: <V, W>, (B,).
     """
 
-    def __init__(
-        self, group: TileGroup, partition: Partition, bank: FactorBank, solve: Solve, backend: str, host_looks: bool
-    ) -> None:
+    def __init__(self, group: TileGroup, partition: Partition, bank: FactorBank, solve: Solve, host_looks: bool) -> None:
         self.tiles = group.tiles
         self.places = torch.tensor(group.tiles, device=bank.home)
         self._solve = solve
-        self._backend = backend
         self._host_looks = host_looks
         self._partition = partition
         tile = partition.tiles[group.tiles[0]]
@@ -48,14 +45,16 @@ class GradientStack:
         self.gradient = g.new_zeros(len(group.tiles), g.shape[-1], a.shape[-1])
         self.update = torch.zeros_like(self.gradient)
         self.product = self.gradient.new_zeros(len(group.tiles))
-        self._nothing = self.gradient.new_empty(0)
 
     def precondition(self, usable: Sequence[bool]) -> None:
         """Computes V and <V, W> for the tiles of usable blocks; both are zero for the others."""
-        parts = [self._read(number, usable) for number in self.tiles]
-        weights, biases = ([self._nothing if x is None else x for x in side] for side in zip(*parts, strict=True))
-        ops.gather(weights, biases, self.gradient, backend=self._gather_backend(weights + biases))
+        for block, number in zip(self.gradient, self.tiles, strict=True):
+            fill(block, *self._read(number, usable))
         self._solve(self.gradient, self.update, self.product)
+
+    def solve(self) -> None:
+        """Computes V of what is in `gradient`."""
+        self._solve(self.gradient, self.update, None)
 
     def _read(self, number: int, usable: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
         """The parts of the weight's and the bias's gradient in a tile; None without one."""
@@ -70,16 +69,22 @@ class GradientStack:
         weight = weight.flatten(1)[g.start : g.stop, a.start : a.stop - a.has_bias_column]
         return weight, bias[g.start : g.stop] if bias is not None and a.has_bias_column else None
 
-    def _gather_backend(self, gradients: list[Tensor]) -> str:
-        """Strided gradients, or gradients of several dtypes, are copied one by one with any backend."""
-        plain = all(gradient.is_contiguous() for gradient in gradients)
-        return self._backend if plain and len({g.dtype for g in gradients if g.numel()}) == 1 else "torch"
-
     def finish(self, scale: Tensor, stays: Tensor) -> None:
         """Scales V by nu, and sets it to zero for tiles that are not to be updated, flags (B,)."""
         self.update.mul_(scale.to(self.update))
         if not self._host_looks or bool(stays.any()):
             self.update.masked_fill_(stays.to(self.update.device)[:, None, None], 0.0)
+
+
+def fill(block: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    """[weight | bias] into the leading part of a block, which is zero elsewhere; all of it becomes zero without a weight."""
+    if weight is None:
+        block.zero_()
+        return
+    rows, columns = weight.shape[0], weight[0].numel()
+    block[:rows, :columns].copy_(weight.reshape(rows, columns))
+    if columns < block.shape[1]:
+        block[:rows, columns].copy_(bias) if bias is not None else block[:rows, columns].zero_()
 
 
 def unmoved(broken: Tensor, weights: Sequence[nn.Parameter]) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
@@ -140,6 +145,25 @@ def rate_vector(rates: list[float | Tensor], like: Tensor) -> Tensor:
     return device_vector(map(float, rates), like.device, like.dtype)
 
 
+def add_updates(layer: Layer, blocks: list[Tensor], result: dict[nn.Parameter, Tensor | None]) -> list[nn.Parameter]:
+    """Adds the updates of a layer, given V of each group, to the result; returns the parameters that have one."""
+    found = []
+    for parameter, update in layer.read_update(blocks):
+        if parameter.grad is None:
+            continue
+        found.append(parameter)
+        part = layer.part_of(parameter)
+        if part is None:
+            result[parameter] = update
+        else:
+            # Rows of the parameter that belong to a layer without an update keep their gradient.
+            whole = result.get(parameter)
+            whole = parameter.grad.to(update.dtype, copy=True) if whole is None else whole
+            whole[part] = update
+            result[parameter] = whole
+    return found
+
+
 def updates_of_layers(
     partition: Partition,
     layers: Sequence[Layer],
@@ -147,7 +171,7 @@ def updates_of_layers(
     tiles: dict[int, Tensor],
     are_finite: dict[nn.Parameter, Tensor],
     host_looks: bool,
-) -> tuple[dict[nn.Parameter, Tensor | None], dict[nn.Parameter, Tensor] | None]:
+) -> tuple[dict[nn.Parameter, Tensor | None], FiniteFlags | None]:
     """The preconditioned gradient of each parameter, and flags of whether its gradient is finite.
 
     Args:
@@ -167,22 +191,11 @@ def updates_of_layers(
             continue
         blocks = [assemble(partition, start + group, tiles) for group in range(layer.groups)]
         is_finite = are_finite[layer.weight]
-        for parameter, update in layer.read_update(blocks):
-            if parameter.grad is None:
-                continue
+        for parameter in add_updates(layer, blocks, result):
             # A parameter that layers share needs all their flags.
             finite[parameter] = finite[parameter] & is_finite if parameter in finite else is_finite
-            part = layer.part_of(parameter)
-            if part is None:
-                result[parameter] = update
-            else:
-                # Rows of the parameter that belong to a layer without an update keep their gradient.
-                whole = result.get(parameter)
-                whole = parameter.grad.to(update.dtype, copy=True) if whole is None else whole
-                whole[part] = update
-                result[parameter] = whole
     if not host_looks:
-        return result, finite
+        return result, FiniteFlags.of(finite)
     flags = torch.stack([is_finite.cpu() for is_finite in finite.values()]).tolist() if finite else []
     result.update((parameter, None) for parameter, is_finite in zip(finite, flags, strict=True) if not is_finite)
     return result, None

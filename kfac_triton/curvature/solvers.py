@@ -15,9 +15,10 @@ from .inverse import Inverse, InverseStack
 Basis = EigenStack | DiagonalBasis
 
 
-def _finish(gradient: Tensor, result: Tensor, update: Tensor, product: Tensor) -> None:
+def _finish(gradient: Tensor, result: Tensor, update: Tensor, product: Tensor | None) -> None:
     update.copy_(result)
-    product.copy_(torch.linalg.vecdot(update.flatten(1), gradient.flatten(1)))
+    if product is not None:
+        product.copy_(torch.linalg.vecdot(update.flatten(1), gradient.flatten(1)))
 
 
 class InverseSolve:
@@ -26,7 +27,7 @@ class InverseSolve:
     def __init__(self, group: TileGroup, left: Inverse, right: Inverse, backend: str) -> None:
         self._group, self._left, self._right, self._backend = group, left, right, backend
 
-    def __call__(self, gradient: Tensor, update: Tensor, product: Tensor) -> None:
+    def __call__(self, gradient: Tensor, update: Tensor, product: Tensor | None) -> None:
         """See `preconditioning.Solve`."""
         left, right, a, g = self._left, self._right, self._group.a, self._group.g
         if isinstance(left, InverseStack) and isinstance(right, InverseStack):  # one launch for both sides
@@ -53,7 +54,7 @@ class EigenSolve:
         """S, (B, m, n)."""
         return self.kronecker()
 
-    def __call__(self, gradient: Tensor, update: Tensor, product: Tensor) -> None:
+    def __call__(self, gradient: Tensor, update: Tensor, product: Tensor | None) -> None:
         """See `preconditioning.Solve`."""
         a, g, left, right = self.group.a, self.group.g, self._left, self._right
         inner = right.right(a, left.left(g, gradient)) / (self.spectrum() + self.damping)

@@ -205,6 +205,18 @@ class Layer(ABC):
             None if bias is None or bias.grad is None else bias.grad[self._rows_of(bias, group)],
         )
 
+    def gradient_parts(self, group: int) -> list[tuple[Tensor, int, int]]:
+        """What `gradient` returns, as matrices with the row and column of W where each begins: views, if possible."""
+        weight, bias = self.gradient(group)
+        if weight is None:
+            return []
+        parts = [(weight.flatten(1), 0, 0)]
+        return parts if bias is None else [*parts, (bias[:, None], 0, parts[0][0].shape[1])]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that `read_update` returns."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
     def to_matrix(self, stored: Tensor, group: int) -> Tensor:
         """The rows of W of one group, from a tensor in the layout of the weight."""
         return (stored.T if self.weight_is_transposed else stored)[self._rows_of(self.weight, group)]

@@ -101,6 +101,17 @@ class NormLayer(Layer):
         shift = torch.zeros_like(scale) if self.module.bias.grad is None else self.module.bias.grad
         return torch.cat([scale.flatten(), shift.flatten()]).unsqueeze(1), None
 
+    def gradient_parts(self, group: int) -> list[tuple[Tensor, int, int]]:
+        """Scale and shift one below the other, without a copy."""
+        if self.weight.grad is None:
+            return []
+        gradients = [(0, self.weight.grad), (self.weight.numel(), self.module.bias.grad if self.has_shift else None)]
+        return [(gradient.reshape(-1, 1), row, 0) for row, gradient in gradients if gradient is not None]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Scale and shift."""
+        return [self.weight, self.module.bias] if self.has_shift else [self.weight]
+
     def read_update(self, blocks: list[Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
         """Scale and shift with their parts of the column."""
         parameters = [self.weight, self.module.bias] if self.has_shift else [self.weight]

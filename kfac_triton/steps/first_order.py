@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from ..curvature.finite_flags import FiniteFlags
 from ..layers.dtensor import local
+from .fused import FusedSteps
 from .hold import Hold, State, portions
 
 Group = dict[str, Any]
@@ -31,7 +33,7 @@ def refuse_gradients(parameters: list[nn.Parameter]) -> None:
 def drop_bad_gradients(
     parameters: list[nn.Parameter],
     updates: dict[nn.Parameter, Tensor | None],
-    finite: dict[nn.Parameter, Tensor] | None,
+    finite: FiniteFlags | None,
     mixed: Container[nn.Parameter] = (),
 ) -> int | Tensor:
     """Keeps a NaN or Inf out of parameters that K-FAC does not cover, or not in all rows.
@@ -52,27 +54,45 @@ def drop_bad_gradients(
     gradients = [local(p.grad) for p in others if p.grad is not None]
     gradients = [x if x.numel() else x.new_zeros(1) for x in gradients]  # without elements there is no maximum
     # The maximum norm does not overflow, and it is NaN if an element is.
-    are_finite = [torch.isfinite(x) for x in torch._foreach_norm(gradients, torch.inf)]
+    norms = torch._foreach_norm(gradients, torch.inf)
     if finite is None:
-        bad = [p for p, is_finite in zip(others, are_finite, strict=True) if not bool(is_finite)]
+        bad = [p for p, norm in zip(others, norms, strict=True) if not bool(torch.isfinite(norm))]
         updates.update(dict.fromkeys(bad))
         return len(bad)
-    for p, is_finite in zip(others, are_finite, strict=True):
-        finite[p] = finite[p].to(is_finite.device) & is_finite if p in finite else is_finite
-    return torch.stack([~is_finite.to(are_finite[0].device) for is_finite in are_finite]).sum()
+    home = finite.flags.device
+    if len({(norm.dtype, norm.device) for norm in norms}) > 1:
+        norms = tuple(norm.to(home, torch.float64) for norm in norms)
+    are_finite = torch.isfinite(torch.stack(norms)).to(home)
+    finite.add(others, are_finite)
+    return len(others) - are_finite.sum()
 
 
 def prepare(group: Group, updates: dict[nn.Parameter, Tensor | None], states: dict[Any, State]) -> Work:
     """The parameters of a group that a step updates, with the gradients that it uses and their states."""
     pairs = [(p, updates.get(p, p.grad)) for p in group["params"] if p.grad is not None]
-    moving = [(p, along.to(p.dtype)) for p, along in pairs if along is not None]
-    if group["tail"] == "adamw" or group["capturable"]:
-        # The rules need this much memory after they have changed their state. It is allocated and freed now, so that the
-        # allocator has it in its cache then.
-        for places in portions([p for p, _ in moving], group["foreach"] is not False):
-            reserve = [torch.empty_like(moving[i][0]) for i in places if moving[i][0].is_cuda]
-            del reserve
+    moving = [(p, along if along.dtype == p.dtype else along.to(p.dtype)) for p, along in pairs if along is not None]
     return [p for p, _ in moving], [along for _, along in moving], [states[p] for p, _ in moving]
+
+
+def split(
+    groups: list[Group], work: list[Work], finite: FiniteFlags | None, backend: str
+) -> tuple[list[FusedSteps], list[Work]]:
+    """What a kernel moves where only the device knows which gradients are finite, and what is left to PyTorch's rules.
+
+    All memory of the former is allocated, and that of the latter is in the allocator's cache.
+    """
+    fused, rest = [], []
+    for group, own in zip(groups, work, strict=True):
+        if finite is not None and own[0] and group["foreach"] is not False:
+            fused.append(FusedSteps(group, own, finite, backend))
+            own = fused[-1].rest
+        rest.append(own)
+        if group["tail"] == "adamw" or group["capturable"]:
+            # The rules need this much memory after they have changed their state: it is allocated and freed now.
+            for places in portions(own[0], group["foreach"] is not False):
+                reserve = [torch.empty_like(own[0][i]) for i in places if own[0][i].is_cuda]
+                del reserve
+    return fused, rest
 
 
 def _changes(group: Group) -> tuple[str, ...]:
@@ -82,9 +102,7 @@ def _changes(group: Group) -> tuple[str, ...]:
     return ("momentum_buffer",) if group["momentum"] else ()
 
 
-def hold(
-    groups: list[Group], work: list[Work], finite: dict[nn.Parameter, Tensor] | None, backend: str = "auto"
-) -> Hold | None:
+def hold(groups: list[Group], work: list[Work], finite: FiniteFlags | None, backend: str = "auto") -> Hold | None:
     """A `Hold` for parameters whose gradients are not finite, with its memory allocated; None if the host checks gradients."""
     if finite is None:
         return None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..curvature.finite_flags import FiniteFlags
 from ..kernels import ops
 from ..kernels.multi_tensor.launch import is_dense
 from ..layers.dtensor import local
@@ -46,11 +47,11 @@ class Hold:
     ones, so that they are the same bit for bit. (Nothing is multiplied by zero: zero times a NaN is a NaN.)
 
     Args:
-        finite: whether the gradient of a parameter is finite, a bool on the device (its own or another).
+        finite: whether the gradient of a parameter is finite, on the device.
         backend: of the kernels. "triton" counts as "auto": what no kernel can restore must not fail when parameters have moved.
     """
 
-    def __init__(self, finite: dict[Any, Tensor], backend: str = "auto") -> None:
+    def __init__(self, finite: FiniteFlags, backend: str = "auto") -> None:
         self._finite = finite
         self._backend = "torch" if backend == "torch" else "auto"
         self._flags: dict[Any, Tensor] = {}  # those of a portion together, by its first parameter
@@ -67,7 +68,7 @@ class Hold:
                 state["step"] = state["step"].to(p.device)
         for places in portions(params, together):
             some = [params[i] for i in places]
-            flags = torch.stack([self._finite[p].to(p.device) for p in some])
+            flags = self._finite.gathered(some, params[places[0]].device)
             self._flags[some[0]] = flags
             self._uncounted.update(zip(some, (~flags).to(torch.float32).unbind(), strict=True))
             changing = _changing(some, [states[i] for i in places], names)

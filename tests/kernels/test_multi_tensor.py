@@ -60,57 +60,6 @@ def test_squares_of_tensors_with_gaps_are_left_to_the_reference() -> None:
     assert out == 12
 
 
-@st.composite
-def layers(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Gradients of layers and a stack that holds them, with what must be overwritten in it: NaN."""
-    dtype = draw(st.sampled_from(TYPES))
-    weights, biases = [], []
-    for _ in range(draw(st.integers(1, 4))):
-        shape = draw(st.sampled_from([(1, 1), (3, 5), (8, 20), (5, 2, 3), (6, 2, 2, 2)]))
-        present, has_bias = draw(st.sampled_from([True, True, False])), draw(st.booleans())
-        weights.append(torch.randn(shape if present else (0,)).to(dtype))
-        biases.append(torch.randn(shape[0] if present and has_bias else 0).to(dtype))
-    out = torch.zeros(len(weights), 9, 24)
-    for block, weight in zip(out, weights, strict=True):
-        if weight.numel():
-            block[: weight.shape[0], : weight[0].numel() + 1] = torch.nan
-        else:
-            block.fill_(torch.nan)
-    return weights, biases, out
-
-
-@both_backends
-@examples
-@given(layers(), st.integers(0, 2**32))
-def test_gather_is_a_copy(backend: str, stack: tuple[list[Tensor], list[Tensor], Tensor], seed: int) -> None:
-    torch.manual_seed(seed)
-    weights, biases, out = stack
-    ops.gather(weights, biases, out, backend=backend)
-    expected = torch.zeros_like(out)
-    for block, weight, bias in zip(expected, weights, biases, strict=True):
-        if weight.numel():
-            rows, columns = weight.shape[0], weight[0].numel()
-            block[:rows, :columns] = weight.flatten(1)
-            if bias.numel():
-                block[:rows, columns] = bias
-    assert torch.equal(out, expected)
-
-
-@pytest.mark.parametrize(
-    ("weights", "biases", "out", "message"),
-    [
-        ([torch.ones(3, 4)], [torch.ones(3)], torch.zeros(1, 3, 4), r"weights\[0\] .* must fit a block of shape \(3, 4\)"),
-        ([torch.ones(3, 4)], [torch.ones(2)], torch.zeros(1, 8, 8), r"biases\[0\] of shape \(2,\)"),
-        ([torch.ones(3, 4)], [], torch.zeros(1, 8, 8), "the same number of layers"),
-        ([torch.ones(3, 4)], [torch.ones(3)], torch.zeros(8, 8), "the same number of layers"),
-        ([torch.ones(3, 4)], [torch.ones(3)], torch.zeros(1, 8, 8).half(), "out must be float32 or float64"),
-    ],
-)
-def test_gather_refuses_what_does_not_fit(weights: list[Tensor], biases: list[Tensor], out: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ops.gather(weights, biases, out)
-
-
 def _averages(sides: list[int], vectors: list[int], offset: int = 0) -> tuple[list[Tensor], list[Tensor]]:
     """Stacks of two factors each, then single vectors, of integers; and their sums. An offset makes addresses odd."""
 

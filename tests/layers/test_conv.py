@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from kfac_triton.curvature.preconditioning import fill
 from kfac_triton.kernels import ops
 from kfac_triton.kernels.covariance.reference import patch_matrix
 from kfac_triton.layers import Layer, Rows
@@ -252,7 +253,7 @@ def gradient_block(layer: Layer, group: int, pad: int = 3) -> Tensor:
     out = torch.zeros(1, layer.output_size + pad, layer.input_size + pad, dtype=torch.float64)
     weight, bias = layer.gradient(group)
     assert weight is not None
-    ops.gather([weight], [weight.new_empty(0) if bias is None else bias], out)
+    fill(out[0], weight, bias)
     return out[0]
 
 

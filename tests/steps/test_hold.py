@@ -13,6 +13,7 @@ from support.launches import counted_launches, nobody_waits
 from torch import Tensor, nn
 
 from kfac_triton import KFAC, KFACPreconditioner
+from kfac_triton.curvature.finite_flags import FiniteFlags
 from kfac_triton.curvature.inverse import InverseStack
 from kfac_triton.kernels import ops
 from kfac_triton.steps import first_order, hold, param_groups
@@ -240,7 +241,7 @@ def _apply(group: dict[str, Any], make: Callable[[torch.dtype], Tensor], stopped
             bad = (stopped or set()) if step == 1 else set()
             for i in bad:
                 gradients[i].view(-1)[:1] = torch.nan
-            finite = {p: torch.tensor(i not in bad) for i, p in enumerate(params)}
+            finite = FiniteFlags.of({p: torch.tensor(i not in bad) for i, p in enumerate(params)})
             held = None if stopped is None else first_order.hold([group], [(params, gradients, states)], finite)  # type: ignore[list-item]
             moving: list[Tensor] = list(params)
             first_order.apply(group, moving, gradients, states, held)
@@ -269,7 +270,7 @@ def test_a_negative_zero_stays_one() -> None:
     p = nn.Parameter(torch.tensor([-0.0, 1.0]))
     state = param_groups.initial_state(p, GROUP)
     state["momentum_buffer"].fill_(-0.0)
-    held = first_order.hold([GROUP], [([p], [], [state])], {p: torch.tensor(False)})
+    held = first_order.hold([GROUP], [([p], [], [state])], FiniteFlags.of({p: torch.tensor(False)}))
     with torch.no_grad():
         first_order.apply(GROUP, [p], [torch.full((2,), torch.nan)], [state], held)
     assert p.signbit().tolist() == [True, False]
@@ -289,7 +290,7 @@ def test_a_kernel_without_room_is_replaced(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ops, "restore", restore)
     p = nn.Parameter(torch.ones(2))
     state = param_groups.initial_state(p, GROUP)
-    held = first_order.hold([GROUP], [([p], [], [state])], {p: torch.tensor(False)})
+    held = first_order.hold([GROUP], [([p], [], [state])], FiniteFlags.of({p: torch.tensor(False)}))
     with torch.no_grad(), pytest.warns(UserWarning, match="restored without a kernel, because it failed: no compiler"):
         first_order.apply(GROUP, [p], [torch.ones(2)], [state], held)
     assert p.tolist() == [1, 1] and state["step"] == 0
@@ -318,7 +319,7 @@ def test_views_that_are_conjugated_or_negated_stay_too() -> None:
         p = nn.Parameter(stored)
         assert p.is_conj() or p.is_neg()
         before, state = p.detach().clone(), param_groups.initial_state(p, group)
-        held = first_order.hold([group], [([p], [], [state])], {p: torch.tensor(False)})
+        held = first_order.hold([group], [([p], [], [state])], FiniteFlags.of({p: torch.tensor(False)}))
         with torch.no_grad():
             first_order.apply(group, [p], [torch.ones(4, dtype=p.dtype)], [state], held)
         assert torch.equal(p, before)
@@ -342,7 +343,7 @@ def test_room_is_that_of_the_largest_portion_and_counters_move_to_the_parameters
     group = {**GROUP, "capturable": False}
     states = [param_groups.initial_state(p, group) for p in params]
     assert {state["step"].device.type for state in states} == {"cpu"}
-    held = hold.Hold({p: torch.ones((), dtype=torch.bool, device="meta") for p in params})
+    held = hold.Hold(FiniteFlags.of({p: torch.ones((), dtype=torch.bool, device="meta") for p in params}))
     held.reserve(params, states, ("momentum_buffer",), together=True)
     assert {state["step"].device.type for state in states} == {"meta"}
     assert [len(room) for room in held._room.values()] == [2 * 448]  # 400 bytes each, aligned

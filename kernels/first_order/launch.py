@@ -1,0 +1,83 @@
+"""Launches a step of SGD or AdamW: one launch for what depends on the counters, one that moves all parameters of a type."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import runtime
+from ..device_tables import device_table, device_vector
+from ..multi_tensor.launch import is_dense
+from ..tiles import count
+from . import kernel
+from .rule import Rule
+
+_BLOCK = 1024
+_PROGRAMS = 4096  # of a launch, about; enough for any GPU
+
+
+def can_move(parameter: Tensor, gradient: Tensor, moments: tuple[Tensor, ...], step: Tensor) -> bool:
+    """Whether the kernel can move this parameter: the elements of all tensors are in the same order in memory."""
+    dtype, others = parameter.dtype, (gradient, *moments)
+    if dtype not in runtime.TYPES or any(x.dtype != dtype or x.is_neg() for x in others) or parameter.is_neg():
+        return False
+    if not (parameter.is_contiguous() and all(x.is_contiguous() for x in others)):
+        strides = parameter.stride()
+        if not is_dense(parameter) or any(x.stride() != strides for x in others):
+            return False
+    return step.dtype == torch.float32 and 0 < parameter.numel() < 2**31
+
+
+def can_use(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    moments: list[list[Tensor]],
+    steps: list[Tensor],
+    rate: Tensor,
+    finite: Tensor,
+    rule: Rule,
+) -> str | None:
+    """Why the kernel cannot move these parameters; None if it can."""
+    for i, (p, gradient, step, *own) in enumerate(zip(parameters, gradients, steps, *moments, strict=True)):
+        if not can_move(p, gradient, tuple(own), step):
+            return f"parameters[{i}] is {p.dtype} with strides {p.stride()}, and its gradient or state has others, or gaps"
+    return None
+
+
+def launch(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    moments: list[list[Tensor]],
+    steps: list[Tensor],
+    rate: Tensor,
+    finite: Tensor,
+    rule: Rule,
+) -> None:
+    """The Triton implementation of `move_reference`. Nothing that it changes changes before the last launch for a type."""
+    device = finite.device
+    counters = tuple(step.data_ptr() for step in steps)
+    constants = device_vector((*rule.betas, rule.weight_decay), device, torch.float64)
+    factors = torch.empty(len(steps), 4, dtype=torch.float32, device=device)
+    kernel.factors_kernel[(count(len(steps), 128),)](
+        device_vector(counters, device), rate, constants, factors, len(steps), ADAM=rule.adam, BLOCK=128, num_warps=4
+    )
+    first, second = [*moments, parameters, parameters][:2]  # of a state that has no tensors nothing is read
+    lists = parameters, gradients, first, second
+    for dtype in dict.fromkeys(p.dtype for p in parameters):
+        members = [i for i, p in enumerate(parameters) if p.dtype == dtype]
+        rows = []
+        for i in members:
+            addresses = [tensors[i].data_ptr() for tensors in lists]
+            size = parameters[i].numel()
+            rows.append((*addresses, counters[i], size, int(size % 8 == 0 and not any(x % 16 for x in addresses))))
+        flags, own = finite, factors
+        if len(members) < len(parameters):
+            places = device_vector(members, device)
+            flags, own = finite[places], factors[places]
+        shares = min(count(max(row[5] for row in rows), _BLOCK), max(16, count(_PROGRAMS, len(rows))))
+        weights = (1 - rule.betas[0], 1 - rule.betas[1]) if rule.adam else (rule.momentum, 0.0)
+        kernel.move_kernel[(len(rows), shares)](
+            device_table(tuple(rows), device), own, flags.view(torch.uint8), *weights, rule.eps,
+            ADAM=rule.adam, MOMENTUM=rule.momentum > 0, NESTEROV=rule.nesterov, MAXIMIZE=rule.maximize, BLOCK=_BLOCK,
+            DTYPE=runtime.TYPES[dtype], num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip

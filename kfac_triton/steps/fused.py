@@ -1,0 +1,73 @@
+"""The first-order rule in two launches for all parameters of a group, where the device decides which of them move."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..curvature.finite_flags import FiniteFlags
+from ..kernels import ops, runtime
+from ..kernels.device_tables import device_vector
+from ..kernels.first_order.launch import can_move
+from ..kernels.first_order.rule import Rule
+from ..layers.dtensor import local
+from .param_groups import MOMENTS
+
+Work = tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]
+
+
+class FusedSteps:
+    """Steps of one group's parameters that the kernel can move. All memory that they need is allocated in the constructor.
+
+    Args:
+        group: its options.
+        work: parameters, gradients and states.
+        finite: which gradients are finite.
+        backend: of the kernels.
+
+    Attributes:
+        rest: parameters, gradients and states that PyTorch's rules have to move.
+    """
+
+    def __init__(self, group: dict[str, Any], work: Work, finite: FiniteFlags, backend: str) -> None:
+        adam = group["tail"] == "adamw"
+        options = {name: group[name] for name in ("nesterov", "weight_decay", "maximize", "betas", "eps")}
+        self._rule = Rule(adam, **options | {"momentum": 0.0 if adam else group["momentum"], "betas": tuple(group["betas"])})
+        self._names = MOMENTS[group["tail"]][: self._rule.moments]
+        self._parts: list[tuple[Work, Tensor, Tensor]] = []
+        self.rest: Work = [], [], []
+        by_device: dict[torch.device, Work] = {}
+        for p, gradient, state in zip(*work, strict=True):
+            if state["step"].device != p.device:  # before the first step, or in a checkpoint
+                state["step"] = state["step"].to(p.device)
+            serves = runtime.choose("move", backend, p.device, lambda: None) and self._can_move(p, gradient, state)
+            params, gradients, states = by_device.setdefault(p.device, ([], [], [])) if serves else self.rest
+            params.append(p)
+            gradients.append(gradient)
+            states.append(state)
+        for device, part in by_device.items():
+            if part[0]:
+                self._parts.append((part, finite.gathered(part[0], device), _rate(group["lr"], device)))
+        self._backend = backend
+
+    def _can_move(self, p: Tensor, gradient: Tensor, state: dict[str, Any]) -> bool:
+        moments = tuple(state[name] for name in self._names)
+        if any(hasattr(x, "to_local") for x in (p, gradient, *moments)):
+            return False
+        return can_move(p, gradient, moments, state["step"])
+
+    def apply(self) -> None:
+        """Moves the parameters."""
+        for (params, gradients, states), finite, rate in self._parts:
+            moments = [[state[name] for state in states] for name in self._names]
+            steps = [state["step"] for state in states]
+            ops.move([local(p) for p in params], gradients, moments, steps, rate, finite, self._rule, backend=self._backend)
+
+
+def _rate(lr: float | Tensor, device: torch.device) -> Tensor:
+    """The learning rate on the device, float64 (1,); a tensor is not read by the host."""
+    if isinstance(lr, Tensor):
+        return lr.to(device, torch.float64, non_blocking=True).reshape(1)
+    return device_vector((lr,), device, torch.float64)
