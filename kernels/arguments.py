@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .covariance.window import Window
+from .norm_fisher.norm import KINDS, Norm
 
 
 def require(condition: bool, message: str) -> None:
@@ -75,3 +76,35 @@ def columns_of(i: int, source: Tensor, window: Window) -> int:
         f"{list(dilation)} and padding {list(padding)}",
     )
     return source.shape[1] * math.prod(kernel)
+
+
+def require_norm(i: int, norm: Norm, total: Tensor, x: Tensor, gradient: Tensor, running: tuple[Tensor, Tensor] | None) -> None:
+    """What a norm layer with number i is, its tensors, and that they fit each other."""
+    require_digits(f"totals[{i}]", total)
+    require(norm.kind in KINDS, f"norms[{i}].kind must be one of {', '.join(KINDS)}, but is {norm.kind!r}")
+    require(norm.dims > 0 and norm.groups > 0, f"norms[{i}] must have positive dims and groups, but is {norm}")
+    least = 2 if norm.has_channels else norm.dims
+    require(
+        x.dim() >= least and x.shape == gradient.shape,
+        f"inputs[{i}] must have at least {least} dimensions and the shape of gradients[{i}], but they have shapes "
+        f"{tuple(x.shape)} and {tuple(gradient.shape)}",
+    )
+    width = norm.width(x.shape)
+    require(
+        norm.kind != "group" or width % norm.groups == 0,
+        f"norms[{i}].groups must divide the {width} channels of inputs[{i}], but is {norm.groups}",
+    )
+    size = width * (1 + norm.has_shift)
+    require(
+        tuple(total.shape) == (size,),
+        f"totals[{i}] must have shape ({size},) for inputs[{i}] of shape {tuple(x.shape)}, but has shape {tuple(total.shape)}",
+    )
+    require(
+        x.device == gradient.device == total.device,
+        f"inputs[{i}], gradients[{i}] and totals[{i}] must be on one device, but are on {x.device}, {gradient.device} and "
+        f"{total.device}",
+    )
+    if running is not None:
+        require(norm.kind == "batch", f"running[{i}] must be None for kind {norm.kind!r}")
+        for name, statistic in zip(("mean", "variance"), running, strict=True):
+            require_vector(f"the {name} of running[{i}]", statistic, width, total.device)

@@ -1,6 +1,6 @@
 """The operations of K-FAC with checked arguments: tensors in, results written to tensors that the caller owns.
 
-Four do the mathematics and are defined here; the others process many tensors of any shapes at a time, and are in
+Five do the mathematics and are defined here; the others process many tensors of any shapes at a time, and are in
 `multi_tensor/`, `gradients/` and `first_order/operations.py`. Each has two implementations, a Triton kernel and a reference
 in plain PyTorch: `backend="auto"` uses the kernel on a GPU if its `can_use` accepts the call, `"triton"` requires it, `"torch"`
 uses the reference.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .arguments import columns_of, require, require_digits, require_like, require_stack, require_vector
+from .arguments import columns_of, require, require_digits, require_like, require_norm, require_stack, require_vector
 from .covariance import launch as covariance_launch
 from .covariance.reference import covariance_ema_reference
 from .covariance.window import ROWS, Window, flatten, window
@@ -24,12 +24,17 @@ from .gradients.operations import clip, gather, inner, scatter
 from .multi_tensor.operations import blend, restore, squares, traces
 from .newton_schulz import launch as newton_schulz_launch
 from .newton_schulz.reference import newton_schulz_inverse_reference
+from .norm_fisher import launch as norm_fisher_launch
+from .norm_fisher.norm import Norm
+from .norm_fisher.norm import flatten as flatten_norms
+from .norm_fisher.reference import norm_fisher_diagonal_reference
 from .operators import operator
 from .precondition import launch as precondition_launch
 from .precondition.reference import precondition_reference
 
 __all__ = [
     "ROWS",
+    "Norm",
     "Window",
     "blend",
     "clip",
@@ -39,6 +44,7 @@ __all__ = [
     "inner",
     "move",
     "newton_schulz_inverse",
+    "norm_fisher_diagonal",
     "precondition",
     "restore",
     "scatter",
@@ -106,6 +112,62 @@ def covariance_ema(
             f"(factors[{i}] on {factor.device})",
         )
     torch.ops.kfac_triton.covariance_ema(factors, inputs, alpha, beta, ones_column, flatten(windows), accept, backend=backend)
+
+
+@operator(
+    "Tensor(a!)[] totals, Tensor[] inputs, Tensor[] gradients, Tensor alpha, Tensor beta, Tensor?[] means, "
+    "Tensor?[] variances, int[] norms, float[] epsilons",
+    reference=norm_fisher_diagonal_reference,
+    launch=norm_fisher_launch.launch,
+    can_use=norm_fisher_launch.can_use,
+)
+def norm_fisher_diagonal(
+    totals: list[Tensor],
+    inputs: list[Tensor],
+    gradients: list[Tensor],
+    alpha: Tensor,
+    beta: Tensor,
+    norms: Sequence[Norm],
+    running: Sequence[tuple[Tensor, Tensor] | None],
+    backend: str = "auto",
+) -> None:
+    """D <- beta D + alpha sum of u^2 for every norm layer of a list, in place.
+
+    U is the gradient of [scale | shift] that belongs to one loss term: summed over the positions of an example, or of a single
+    position. The sum of u^2 over terms is the diagonal of their Fisher matrix, times the number of terms.
+
+    Args:
+        totals: per layer D, [scale | shift] or the scale alone, fp32 or fp64. With beta = 0 the old content is not read.
+        inputs: per layer the input: (examples, ..., normalized dimensions) or, with a scale per channel, (N, C, ...). Any
+            strides; bf16 and fp16 are summed in single precision.
+        gradients: per layer the gradient of the output, of the input's shape and any of its types.
+        alpha: weight of the new statistics, (layers,), on the layers' device.
+        beta: weight of the old ones, (layers,).
+        norms: what each layer normalizes.
+        running: per layer running mean and variance, (C,), if kind "batch" normalizes by them; None otherwise.
+        backend: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: if the lists differ in length, a tensor has a wrong shape, device or too few digits, or backend is "triton"
+            and no kernel can serve the call.
+    """
+    count = len(totals)
+    require(
+        len(inputs) == count and len(gradients) == count and len(norms) == count and len(running) == count,
+        f"totals, inputs, gradients, norms and running must describe the same number of layers, but have {count}, "
+        f"{len(inputs)}, {len(gradients)}, {len(norms)} and {len(running)}",
+    )
+    device = totals[0].device if totals else alpha.device
+    for name, vector in (("alpha", alpha), ("beta", beta)):
+        require_vector(name, vector, count, device)
+    for i, total in enumerate(totals):
+        require_norm(i, norms[i], total, inputs[i], gradients[i], running[i])
+        require(total.device == device, f"totals[{i}] must be on the device of all layers, {device}, but is on {total.device}")
+    means, variances = ([None if pair is None else pair[side] for pair in running] for side in (0, 1))
+    numbers, epsilons = flatten_norms(norms)
+    torch.ops.kfac_triton.norm_fisher_diagonal(
+        totals, inputs, gradients, alpha, beta, means, variances, numbers, epsilons, backend=backend
+    )
 
 
 @operator(

@@ -6,10 +6,10 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.ops import ROWS
+from ..kernels.norm_fisher.reference import per_example_gradients
+from ..kernels.ops import ROWS, Norm
 from .base import Layer, Rows
 
 
@@ -70,24 +70,24 @@ class NormLayer(Layer):
         """Number of entries of scale and shift."""
         return self.weight.numel() * (1 + self.has_shift)
 
+    @property
     @abstractmethod
-    def normalized(self, x: Tensor) -> Tensor:
-        """The normalized input xhat."""
+    def norm(self) -> Norm:
+        """What the module normalizes, and whether positions are loss terms."""
 
-    @abstractmethod
-    def by_position(self, values: Tensor) -> Tensor:
-        """Values of the output's shape as (examples, positions, entries of scale)."""
+    def running(self) -> tuple[Tensor, Tensor] | None:
+        """Running mean and variance, if the module normalizes by them."""
+        return None
+
+    @property
+    def by_position(self) -> bool:
+        """Whether u is the gradient of a position rather than of an example."""
+        return self.tokens and not self.reduce
 
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
         """The gradients of each example, or of each position if that is a loss term. A's rows are ones, which nothing reads."""
-        dtype = torch.promote_types(torch.promote_types(x.dtype, gradient.dtype), torch.float32)
-        gradient = gradient.to(dtype)
-        parts = [self.by_position(gradient * self.normalized(x.to(dtype)))]
-        if self.has_shift:
-            parts.append(self.by_position(gradient))
-        examples, positions = parts[0].shape[:2]
-        by_position = self.tokens and not self.reduce
-        rows = torch.cat([part.flatten(0, 1) if by_position else part.sum(1) for part in parts], 1)
+        mean, variance = self.running() or (None, None)
+        rows, examples, positions = per_example_gradients(x, gradient, self.norm, mean, variance)
         terms = examples * positions if self.tokens else examples
         return Rows([], [rows], ROWS, ROWS, len(rows), terms, examples)
 
@@ -124,14 +124,11 @@ class LayerNormLayer(NormLayer):
 
     module_type: type[nn.Module] = nn.LayerNorm
 
-    def normalized(self, x: Tensor) -> Tensor:
+    @property
+    def norm(self) -> Norm:
         """(x - mean) / sqrt(var + eps) of each position."""
-        return F.layer_norm(x, self.module.normalized_shape, eps=self.module.eps)
-
-    def by_position(self, values: Tensor) -> Tensor:
-        """The first dimension is that of examples; without any other dimensions there is one example with one position."""
-        outer = values.shape[: values.dim() - len(self.module.normalized_shape)]
-        return values.reshape(outer[0] if outer else 1, outer[1:].numel(), values.shape[len(outer) :].numel())
+        module = self.module
+        return Norm("layer", module.eps, self.has_shift, self.by_position, dims=len(module.normalized_shape))
 
 
 class RMSNormLayer(LayerNormLayer):
@@ -139,20 +136,13 @@ class RMSNormLayer(LayerNormLayer):
 
     module_type: type[nn.Module] = nn.RMSNorm
 
-    def normalized(self, x: Tensor) -> Tensor:
+    @property
+    def norm(self) -> Norm:
         """X / sqrt(mean(x^2) + eps). If eps is None, torch takes that of the dtype it computes in, which here is that of x."""
-        return F.rms_norm(x, self.module.normalized_shape, eps=self.module.eps)
+        return super().norm._replace(kind="rms")
 
 
-class ChannelNormLayer(NormLayer):
-    """Norms with a scale per channel, of inputs (N, C, ...)."""
-
-    def by_position(self, values: Tensor) -> Tensor:
-        """Channels are the second dimension."""
-        return values.reshape(*values.shape[:2], values.shape[2:].numel()).mT
-
-
-class BatchNormLayer(ChannelNormLayer):
+class BatchNormLayer(NormLayer):
     """nn.BatchNorm1d, 2d and 3d. The statistics of the batch are taken as constant.
 
     Then u_n is the exact gradient of the loss of example n if no BatchNorm comes later. A gradient that comes back through
@@ -161,20 +151,24 @@ class BatchNormLayer(ChannelNormLayer):
 
     module_type = nn.modules.batchnorm._BatchNorm
 
-    def normalized(self, x: Tensor) -> Tensor:
-        """By the statistics of the batch in training, by running statistics in evaluation, as in forward."""
+    @property
+    def norm(self) -> Norm:
+        """(x - mean) / sqrt(var + eps) of each channel, of the batch."""
+        return Norm("batch", self.module.eps, self.has_shift, self.by_position)
+
+    def running(self) -> tuple[Tensor, Tensor] | None:
+        """In evaluation, unless the module keeps none."""
         module = self.module
         mean, variance = module.running_mean, module.running_var
-        if module.training or mean is None or variance is None:
-            return F.batch_norm(x, None, None, training=True, eps=module.eps)
-        return F.batch_norm(x, mean.to(x.dtype), variance.to(x.dtype), eps=module.eps)
+        return None if module.training or mean is None or variance is None else (mean, variance)
 
 
-class GroupNormLayer(ChannelNormLayer):
+class GroupNormLayer(NormLayer):
     """nn.GroupNorm."""
 
     module_type = nn.GroupNorm
 
-    def normalized(self, x: Tensor) -> Tensor:
-        """By the statistics of each group of channels of an example."""
-        return F.group_norm(x, self.module.num_groups, eps=self.module.eps)
+    @property
+    def norm(self) -> Norm:
+        """(x - mean) / sqrt(var + eps) of each group of channels of an example."""
+        return Norm("group", self.module.eps, self.has_shift, self.by_position, groups=self.module.num_groups)

@@ -20,6 +20,9 @@ from kfac_triton.kernels.multi_tensor import kernel as multi_tensor_kernel
 from kfac_triton.kernels.newton_schulz import kernel as newton_schulz_kernel
 from kfac_triton.kernels.newton_schulz import launch as newton_schulz_launch
 from kfac_triton.kernels.newton_schulz import reference as newton_schulz
+from kfac_triton.kernels.norm_fisher import kernel as norm_fisher_kernel
+from kfac_triton.kernels.norm_fisher import launch as norm_fisher_launch
+from kfac_triton.kernels.norm_fisher import layout as norm_fisher_layout
 from kfac_triton.kernels.precondition import kernel as precondition_kernel
 from kfac_triton.kernels.runtime import Target, tl
 
@@ -212,7 +215,62 @@ def _lists(arch: str) -> Iterator[Case]:
         yield Case(f"-/-/restore_kernel/{bits}", kernel.restore_kernel, "*i64 *u8", constants, {"num_warps": 4})
 
 
+def _norm_fisher(arch: str) -> Iterator[Case]:
+    """Widths of GPT-2 and of large models, the widest that a program holds, and those that it does not."""
+    kernel, backend = norm_fisher_kernel, target(arch).backend
+    types, tables, wide_columns = {"bf16": tl.bfloat16, "fp32": tl.float32}, "*i64 *i64", norm_fisher_layout.WIDE_COLUMNS
+    kinds = (("", False, True), (", positions", True, True), (", unaligned", False, False))
+    for dtype, type_ in types.items():
+        for wide, sizes in ((False, (64, 1024, 4096, 8192)), (True, (wide_columns,))):
+            for columns in sizes:
+                rows = norm_fisher_layout.rows_of(columns)
+                options = {"num_warps": norm_fisher_launch.warps(columns * rows, backend)}
+                for kind, by_position, aligned in kinds:
+                    if columns > norm_fisher_layout.WIDEST[aligned]:
+                        continue
+                    constants = {
+                        "X_TYPE": type_, "G_TYPE": type_, "ROWS": rows, "COLUMNS": columns, "BY_POSITION": by_position,
+                        "ALIGNED": aligned, "WIDE": wide,
+                    }  # fmt: skip
+                    yield Case(
+                        f"-/-/row_sums_kernel/{dtype}, {columns} columns{' of more' if wide else ''}{kind}",
+                        kernel.row_sums_kernel, f"{tables} *fp32 *fp32", constants, options, wide=aligned and not wide,
+                    )  # fmt: skip
+        for last in (False, True):
+            positions, channels = norm_fisher_layout.CHANNEL_TILE[last]
+            for kind, by_position, aligned in kinds:
+                constants = {
+                    "X_TYPE": type_, "G_TYPE": type_, "CHANNELS": channels, "POSITIONS": positions, "BY_POSITION": by_position,
+                    "ALIGNED": aligned, "CHANNELS_LAST": last,
+                }  # fmt: skip
+                yield Case(
+                    f"-/-/channel_sums_kernel/{dtype}, channels {'last' if last else 'first'}{kind}",
+                    kernel.channel_sums_kernel, f"{tables} *fp32", constants,
+                    {"num_warps": norm_fisher_launch.warps(channels * positions, backend)}, wide=aligned,
+                )  # fmt: skip
+        for aligned in (True, False):
+            constants = {"X_TYPE": type_, "COLUMNS": wide_columns, "ALIGNED": aligned}
+            yield Case(
+                f"-/-/row_statistics_kernel/{dtype}{'' if aligned else ', unaligned'}", kernel.row_statistics_kernel,
+                f"{tables} *fp32", constants, {"num_warps": norm_fisher_launch.warps(wide_columns // 2, backend)},
+                wide=aligned,
+            )  # fmt: skip
+    constants = {"UNITS": norm_fisher_launch.UNITS, "ITEMS": norm_fisher_launch.ITEMS}
+    yield Case(
+        "-/-/channel_statistics_kernel/-", kernel.channel_statistics_kernel, f"{tables} *fp32 *fp32", constants,
+        {"num_warps": 4},
+    )  # fmt: skip
+    for kind, has_channels, by_position in (("rows", False, False), ("channels", True, False), ("positions", True, True)):
+        constants = {
+            "EXAMPLES": norm_fisher_launch.EXAMPLES, "COLUMNS": norm_fisher_launch.COLUMNS, "HAS_CHANNELS": has_channels,
+            "BY_POSITION": by_position,
+        }  # fmt: skip
+        yield Case(
+            f"-/-/fisher_kernel/{kind}", kernel.fisher_kernel, f"{tables} *fp32 *fp32 *fp32 *fp32", constants, {"num_warps": 4}
+        )
+
+
 def shipped(arch: str) -> list[Case]:
     """All of them for one architecture."""
-    families = (_covariance, _newton_schulz, _factored_newton, _precondition, _lists)
+    families = (_covariance, _newton_schulz, _factored_newton, _precondition, _lists, _norm_fisher)
     return [case for family in families for case in family(arch)]
