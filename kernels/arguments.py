@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .covariance.window import Window
 from .norm_fisher.norm import KINDS, Norm
+
+DIGITS = (torch.float32, torch.float64)
 
 
 def require(condition: bool, message: str) -> None:
@@ -20,7 +23,7 @@ def require(condition: bool, message: str) -> None:
 def require_digits(name: str, tensor: Tensor) -> None:
     """Single or double precision."""
     require(
-        tensor.dtype in (torch.float32, torch.float64),
+        tensor.dtype in DIGITS,
         f"{name} must be float32 or float64, but is {tensor.dtype}; convert it (16 bits have too few digits to keep a factor)",
     )
 
@@ -51,31 +54,33 @@ def require_vector(name: str, vector: Tensor, count: int, device: torch.device) 
     )
 
 
-def columns_of(i: int, source: Tensor, window: Window) -> int:
-    """Columns of X for the input of layer i, after a check that the input and its window fit."""
-    shape = tuple(source.shape)
+def columns_of(i: int, shape: Sequence[int], window: Window) -> int:
+    """Columns of X for the input of layer i, of this shape, after a check that it and its window fit."""
+    spatial = len(shape) - 2
+    if not spatial:
+        return shape[1]
     require(
-        2 <= source.dim() <= 5,
-        f"inputs[{i}] must be a matrix of rows or (N, C, *spatial) with 1 to 3 spatial dimensions, but has shape {shape}",
+        0 < spatial <= 3,
+        f"inputs[{i}] must be a matrix of rows or (N, C, *spatial) with 1 to 3 spatial dimensions, but has shape {tuple(shape)}",
     )
-    if source.dim() == 2:
-        return source.shape[1]
     kernel, stride, padding, dilation = window
-    require(
-        all(len(numbers) == source.dim() - 2 for numbers in window)
+    if not (
+        len(kernel) == len(stride) == len(padding) == len(dilation) == spatial
         and min(kernel) > 0
         and min(stride) > 0
         and min(dilation) > 0
-        and min(padding) >= 0,
-        f"windows[{i}] must come from window(...), with a number for each spatial dimension of inputs[{i}] of shape {shape}, "
-        f"but is {window}",
-    )
-    require(
-        min(window.positions(shape[2:])) > 0,
-        f"inputs[{i}] of shape {shape} must be at least as large as its kernel, but the kernel is {list(kernel)} with dilation "
-        f"{list(dilation)} and padding {list(padding)}",
-    )
-    return source.shape[1] * math.prod(kernel)
+        and min(padding) >= 0
+    ):
+        raise ValueError(
+            f"windows[{i}] must come from window(...), with a number for each spatial dimension of inputs[{i}] of shape "
+            f"{tuple(shape)}, but is {window}"
+        )
+    if min(window.positions(shape[2:])) <= 0:
+        raise ValueError(
+            f"inputs[{i}] of shape {tuple(shape)} must be at least as large as its kernel, but the kernel is {list(kernel)} with "
+            f"dilation {list(dilation)} and padding {list(padding)}"
+        )
+    return shape[1] * math.prod(kernel)
 
 
 def require_norm(i: int, norm: Norm, total: Tensor, x: Tensor, gradient: Tensor, running: tuple[Tensor, Tensor] | None) -> None:

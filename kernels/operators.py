@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,6 +31,8 @@ class Operator:
         reference: in plain PyTorch.
         launch: of the Triton kernel.
         can_use: why the kernel cannot serve a call; None if it can.
+        plan: what the launch needs to know and `can_use` finds out: an object with an `obstacle`, the answer of `can_use`, which
+            the launch takes as its argument `plan`. An operator with a plan is asked for it instead, once.
         library: the reference with other settings of the library that multiplies matrices.
         prefers_library: whether backend="auto" uses the library on a device.
     """
@@ -37,6 +40,7 @@ class Operator:
     reference: Callable[..., None]
     launch: Callable[..., None]
     can_use: Callable[..., str | None]
+    plan: Callable[..., Any] | None = None
     library: Callable[..., None] | None = None
     prefers_library: Callable[[torch.device], bool] = lambda device: False
 
@@ -48,14 +52,29 @@ class Operator:
         """
         example = first if isinstance(first, Tensor) else first[0] if first else None
         if example is not None:
-            if backend == "auto" and self.library is not None and self.prefers_library(example.device):
+            device, extra = example.device, {}
+
+            def why_not() -> str | None:
+                if self.plan is None:
+                    return self.can_use(first, *rest)
+                extra["plan"] = self.plan(first, *rest)
+                reason: str | None = extra["plan"].obstacle
+                return reason
+
+            if backend == "auto" and self.library is not None and self.prefers_library(device):
                 self.library(first, *rest)
                 return
-            if runtime.choose(name, backend, example.device, functools.partial(self.can_use, first, *rest)):
-                with runtime.current(example.device):
-                    self.launch(first, *rest)
+            if runtime.choose(name, backend, device, why_not):
+                with _on(device):
+                    self.launch(first, *rest, **extra)
                 return
         self.reference(first, *rest)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which the device is the current one; entering one costs 5 us, and usually it is current already."""
+    is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return nullcontext() if is_current else runtime.current(device)
 
 
 def _no_result(*args: object, **kwargs: object) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .arguments import columns_of, require, require_digits, require_like, require_norm, require_stack, require_vector
+from .arguments import DIGITS, columns_of, require, require_digits, require_like, require_norm, require_stack, require_vector
 from .covariance import launch as covariance_launch
 from .covariance.reference import covariance_ema_reference
 from .covariance.window import ROWS, Window, flatten, window
@@ -59,6 +59,7 @@ __all__ = [
     reference=covariance_ema_reference,
     launch=covariance_launch.launch,
     can_use=covariance_launch.can_use,
+    plan=covariance_launch.look_at,
 )
 def covariance_ema(
     factors: list[Tensor],
@@ -98,19 +99,21 @@ def covariance_ema(
     for name, vector in (("alpha", alpha), ("beta", beta), ("accept", accept)):
         if vector is not None:
             require_vector(name, vector, count, device)
+    # A hundred layers are checked at a time, and to write a message that nobody reads takes longer than the check.
     for i, (factor, source) in enumerate(zip(factors, inputs, strict=True)):
-        require_digits(f"factors[{i}]", factor)
-        columns = columns_of(i, source, windows[i]) + bool(ones_column[i])
-        require(
-            factor.dim() == 2 and factor.shape[0] == factor.shape[1] and factor.shape[0] >= columns,
-            f"factors[{i}] must be square and at least {columns} wide for inputs[{i}] of shape {tuple(source.shape)}, "
-            f"but has shape {tuple(factor.shape)}",
-        )
-        require(
-            source.device == factor.device == device,
-            f"inputs[{i}] must be on the device of all factors, {device}, but is on {source.device} "
-            f"(factors[{i}] on {factor.device})",
-        )
+        if factor.dtype not in DIGITS:
+            require_digits(f"factors[{i}]", factor)
+        columns, shape = columns_of(i, source.shape, windows[i]) + bool(ones_column[i]), factor.shape
+        if len(shape) != 2 or shape[0] != shape[1] or shape[0] < columns:
+            raise ValueError(
+                f"factors[{i}] must be square and at least {columns} wide for inputs[{i}] of shape {tuple(source.shape)}, "
+                f"but has shape {tuple(shape)}"
+            )
+        if source.device != device or factor.device != device:
+            raise ValueError(
+                f"inputs[{i}] must be on the device of all factors, {device}, but is on {source.device} "
+                f"(factors[{i}] on {factor.device})"
+            )
     torch.ops.kfac_triton.covariance_ema(factors, inputs, alpha, beta, ones_column, flatten(windows), accept, backend=backend)
 
 

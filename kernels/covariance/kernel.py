@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from ..runtime import tl, triton
 
-# Columns of the host's tables. LAYER_*: int64, one row per layer. TILE_*: int32, one row per program.
+# Columns of the host's tables. LAYER_*: int64, one row per layer. TILE_*: int32, one row per program. Where rows are images and
+# positions that lie side by side, ROW_STRIDE is the distance of two images.
 ROWS, COLUMNS, ROW_STRIDE, COLUMN_STRIDE, FACTOR_STRIDE, POSITIONS = range(6)
 KERNEL, OUTPUT, STRIDE, PADDING, DILATION, INPUT, INPUT_STRIDE = 6, 9, 12, 15, 18, 21, 24  # three spatial dimensions each
 IMAGE_STRIDE, CHANNEL_STRIDE = 27, 28
@@ -43,6 +44,31 @@ def _load_rows(
         values = tl.load(source + offsets, mask=(rows < last)[:, None] & (columns < n)[None, :], other=0.0)
         if COLUMNS_FIRST:
             values = tl.trans(values)
+    return values
+
+
+@triton.jit
+def _load_positions(
+    source, image_stride, positions, column_stride, first, last, columns, n,
+    BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, COLUMNS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """The same for images (N, C, positions) whose positions lie side by side; a row is an image and a position.
+
+    The rows of all images follow one another, so that a block of them may end one image and begin the next: with a block that
+    ends with its image, 25 % of the products would be of zeros at 14 x 14 positions. WIDTH positions are of one image and are
+    copied at once, so that a thread divides once for each copy.
+    """
+    rows = (first + tl.arange(0, BLOCK_K)).to(tl.uint32, bitcast=True)  # to divide without regard to signs is shorter
+    image = rows // positions.to(tl.uint32, bitcast=True)
+    memory = image.to(tl.int64) * image_stride + (rows - image * positions)
+    memory = source + tl.max_contiguous(tl.multiple_of(memory, WIDTH), WIDTH)
+    beside = columns * column_stride
+    if COLUMNS_FIRST or WIDTH == 1:  # nothing says here that rows are neighbours: they must come last
+        values = tl.load(memory[None, :] + beside[:, None], mask=(columns < n)[:, None] & (rows < last)[None, :], other=0.0)
+        if not COLUMNS_FIRST:
+            values = tl.trans(values)
+    else:
+        values = tl.load(memory[:, None] + beside[None, :], mask=(rows < last)[:, None] & (columns < n)[None, :], other=0.0)
     return values
 
 
@@ -109,16 +135,21 @@ def _load_patches(source, layer, first, last, columns, place, n, BLOCK_K: tl.con
 
 @triton.jit
 def _load(
-    source, layer, row_stride, column_stride, first, last, columns, place, n,
-    BLOCK_K: tl.constexpr, ALIGNED: tl.constexpr, SPATIAL: tl.constexpr, UPCAST: tl.constexpr, COLUMNS_FIRST: tl.constexpr,
+    source, layer, row_stride, column_stride, positions, first, last, columns, place, n,
+    BLOCK_K: tl.constexpr, IMAGES: tl.constexpr, WIDTH: tl.constexpr, SPATIAL: tl.constexpr, UPCAST: tl.constexpr,
+    COLUMNS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """An operand: X^T, [BLOCK, BLOCK_K], or X, [BLOCK_K, BLOCK]."""
-    if SPATIAL:
+    if IMAGES:
+        values = _load_positions(
+            source, row_stride, positions, column_stride, first, last, columns, n, BLOCK_K, WIDTH, COLUMNS_FIRST
+        )
+    elif SPATIAL:
         values = _load_patches(source, layer, first, last, columns, place, n, BLOCK_K, SPATIAL)
         if not COLUMNS_FIRST:
             values = tl.trans(values)
     else:
-        values = _load_rows(source, row_stride, column_stride, first, last, columns, n, BLOCK_K, ALIGNED, COLUMNS_FIRST)
+        values = _load_rows(source, row_stride, column_stride, first, last, columns, n, BLOCK_K, WIDTH > 1, COLUMNS_FIRST)
     if UPCAST:  # the interpreter would multiply the bit patterns of bfloat16
         values = values.to(tl.float32)
     return values
@@ -172,15 +203,15 @@ def _blend_border(pointer, stride, i, sums, n, count, alpha, beta, BLOCK: tl.con
 
 @triton.jit
 def covariance_kernel(
-    sources,  # int64 (layers,): addresses of X (rows, n), or of the images (N, C, *spatial) whose patches are X; of type DTYPE
-    factors,  # int64 (layers,): addresses of A, float32 (n, n), one wider with a bias; columns side by side
+    addresses,  # int64 (layers, 2): of the input, X (rows, n) or images (N, C, *spatial), of type DTYPE; and of the factor A,
+    # float32 (n, n), one wider with a bias, columns side by side
     layers,  # int64 (layers, LAYER_FIELDS)
     tiles,  # int32 (programs, TILE_FIELDS)
     alphas, betas,  # float (layers,)
     accept,  # uint8 (layers,): where 0 the factor stays as it is; without HAS_ACCEPT it is not read
     workspace,  # float32 (slots, BLOCK, BLOCK): partial sums of tiles whose rows several programs share
     DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    ALIGNED: tl.constexpr, SPATIAL: tl.constexpr, UPCAST: tl.constexpr, HAS_ACCEPT: tl.constexpr,
+    IMAGES: tl.constexpr, WIDTH: tl.constexpr, SPATIAL: tl.constexpr, UPCAST: tl.constexpr, HAS_ACCEPT: tl.constexpr,
 ):  # fmt: skip
     """One tile, or border stretch, of one layer over one share of its rows; see the tables above."""
     tile = tiles + tl.program_id(0) * 8
@@ -191,13 +222,20 @@ def covariance_kernel(
     i, j = tl.load(tile + 1), tl.load(tile + 2)
     first, last, slot = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5)
     layer = layers + index * 32
-    source = tl.load(sources + index).to(tl.pointer_type(DTYPE))
-    factor = tl.load(factors + index).to(tl.pointer_type(tl.float32))
+    source = tl.load(addresses + 2 * index).to(tl.pointer_type(DTYPE))
+    factor = tl.load(addresses + 2 * index + 1).to(tl.pointer_type(tl.float32))
     n, stride = tl.load(layer + 1).to(tl.int32), tl.load(layer + 4)
     row_stride, column_stride = tl.load(layer + 2), tl.load(layer + 3)
-    if ALIGNED:  # with these hints, copies are 16 bytes wide and asynchronous
-        source, factor = tl.multiple_of(source, 16), tl.multiple_of(factor, 16)
-        row_stride, stride, n = tl.multiple_of(row_stride, 8), tl.multiple_of(stride, 8), tl.multiple_of(n, 8)
+    positions = tl.load(layer + 5).to(tl.int32)
+    if IMAGES:  # a launcher sees to it that places in one image are 32 bits apart at most
+        column_stride = column_stride.to(tl.int32)
+    if WIDTH > 1:  # with these hints, copies are wide and asynchronous, and the factor is blended in fewer registers
+        factor, stride, n = tl.multiple_of(factor, 16), tl.multiple_of(stride, 8), tl.multiple_of(n, 8)
+        source = tl.multiple_of(source, WIDTH * (DTYPE.primitive_bitwidth // 8) if IMAGES else 16)
+        row_stride = tl.multiple_of(row_stride, WIDTH)
+        if IMAGES:
+            positions, column_stride = tl.multiple_of(positions, WIDTH), tl.multiple_of(column_stride, WIDTH)
+            first, last = tl.multiple_of(first, WIDTH), tl.multiple_of(last, WIDTH)
     alpha, beta = tl.load(alphas + index).to(tl.float32), tl.load(betas + index).to(tl.float32)
     partial = workspace + slot.to(tl.int64) * (BLOCK * BLOCK)
     left, right = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
@@ -210,8 +248,8 @@ def covariance_kernel(
         total = tl.zeros((BLOCK, BLOCK_K), tl.float32)
         for row in range(first, last, BLOCK_K):
             values = _load(
-                source, layer, row_stride, column_stride, row, last, left, left_place, n,
-                BLOCK_K, ALIGNED, SPATIAL, UPCAST, COLUMNS_FIRST=True,
+                source, layer, row_stride, column_stride, positions, row, last, left, left_place, n,
+                BLOCK_K, IMAGES, WIDTH, SPATIAL, UPCAST, COLUMNS_FIRST=True,
             )  # fmt: skip
             total += values.to(tl.float32)
         total = tl.sum(total, 1)
@@ -223,12 +261,12 @@ def covariance_kernel(
         sums = tl.zeros((BLOCK, BLOCK), tl.float32)
         for row in range(first, last, BLOCK_K):
             a = _load(
-                source, layer, row_stride, column_stride, row, last, left, left_place, n,
-                BLOCK_K, ALIGNED, SPATIAL, UPCAST, COLUMNS_FIRST=True,
+                source, layer, row_stride, column_stride, positions, row, last, left, left_place, n,
+                BLOCK_K, IMAGES, WIDTH, SPATIAL, UPCAST, COLUMNS_FIRST=True,
             )  # fmt: skip
             b = _load(
-                source, layer, row_stride, column_stride, row, last, right, right_place, n,
-                BLOCK_K, ALIGNED, SPATIAL, UPCAST, COLUMNS_FIRST=False,
+                source, layer, row_stride, column_stride, positions, row, last, right, right_place, n,
+                BLOCK_K, IMAGES, WIDTH, SPATIAL, UPCAST, COLUMNS_FIRST=False,
             )  # fmt: skip
             sums = tl.dot(a, b, sums, input_precision=PRECISION)
         if slot == -1:
@@ -240,7 +278,7 @@ def covariance_kernel(
 
 @triton.jit
 def covariance_reduce_kernel(
-    factors,  # int64 (layers,): addresses of A, float32 (n, n), one wider with a bias; columns side by side
+    addresses,  # int64 (layers, 2), as above
     layers,  # int64 (layers, LAYER_FIELDS)
     tiles,  # int32 (programs along the first axis of the grid, TILE_FIELDS)
     alphas, betas,  # float (layers,)
@@ -260,7 +298,7 @@ def covariance_reduce_kernel(
     i, j = tl.load(tile + 1), tl.load(tile + 2)
     first, last = tl.load(tile + 3), tl.load(tile + 4)
     layer = layers + index * 32
-    factor = tl.load(factors + index).to(tl.pointer_type(tl.float32))
+    factor = tl.load(addresses + 2 * index + 1).to(tl.pointer_type(tl.float32))
     stride, n = tl.load(layer + 4), tl.load(layer + 1).to(tl.int32)
     alpha, beta = tl.load(alphas + index).to(tl.float32), tl.load(betas + index).to(tl.float32)
     parts: tl.constexpr = BLOCK // PART

@@ -90,6 +90,6 @@ def covariance_ema_reference(
     # The host reads the coefficients here; the Triton kernel reads them from device memory.
     alphas, betas = alpha.tolist(), beta.tolist()
     accepted = [True] * len(factors) if accept is None else accept.tolist()
-    for i, window in enumerate(unflatten(windows, inputs)):
+    for i, window in enumerate(unflatten(windows, [source.shape for source in inputs])):
         if accepted[i]:
             _accumulate(factors[i], inputs[i], window, alphas[i], betas[i], ones_column[i])

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor
-
 
 class Window(NamedTuple):
     """Kernel, stride, padding and dilation, each with one number per spatial dimension; empty for a matrix of rows."""
@@ -39,14 +37,19 @@ def window(
 
 
 def flatten(windows: Sequence[Window]) -> list[int]:
-    """Twelve integers per window, as the operator takes them: each field in three dimensions."""
-    return [number for window in windows for numbers in window.in_three_dimensions() for number in numbers]
+    """Twelve integers for each window of a convolution, as the operator takes them: each field in three dimensions."""
+    return [number for window in windows if window[0] for numbers in window.in_three_dimensions() for number in numbers]
 
 
-def unflatten(numbers: Sequence[int], inputs: Sequence[Tensor]) -> list[Window]:
-    """The windows of some inputs, (rows, n) or (N, C, *spatial), from their integers."""
-    windows = []
-    for i, source in enumerate(inputs):
-        ends, spatial = range(12 * i + 3, 12 * i + 13, 3), source.dim() - 2
-        windows.append(Window(*(tuple(numbers[end - spatial : end]) for end in ends)) if spatial else ROWS)
+def unflatten(numbers: Sequence[int], shapes: Sequence[Sequence[int]]) -> list[Window]:
+    """The windows of inputs of these shapes, (rows, n) or (N, C, *spatial), from their integers."""
+    windows, start = [], 0
+    for shape in shapes:
+        spatial = len(shape) - 2
+        if not spatial:
+            windows.append(ROWS)
+            continue
+        ends = range(start + 3, start + 13, 3)
+        windows.append(Window(*(tuple(numbers[end - spatial : end]) for end in ends)))
+        start += 12
     return windows

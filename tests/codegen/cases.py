@@ -13,6 +13,7 @@ from typing import Any
 from kfac_triton.kernels import precision, tuning
 from kfac_triton.kernels.covariance import kernel as covariance_kernel
 from kfac_triton.kernels.covariance import launch as covariance_launch
+from kfac_triton.kernels.covariance import plan as covariance_plan
 from kfac_triton.kernels.factored_newton import kernel as factored_newton_kernel
 from kfac_triton.kernels.factored_newton import launch as factored_newton_launch
 from kfac_triton.kernels.factored_newton import plan_kernel as factored_newton_plan_kernel
@@ -40,7 +41,8 @@ class Case:
         constants: its compile-time arguments.
         options: launch options.
         rows: of the tile of its products; 0 where it multiplies nothing.
-        wide: whether its operands are such that every copy in the hot loop must bring 16 bytes.
+        wide: whether its operands are such that every copy in the hot loop must be wide.
+        copied: bytes that a wide copy brings.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Case:
     options: dict[str, Any]
     rows: int = 0
     wide: bool = False
+    copied: int = 16
 
     def signature(self) -> tuple[dict[str, str], list[str]]:
         """Type of every argument that is no constant, and those that 16 divides."""
@@ -72,16 +75,24 @@ def _entries(arch: str, key: str) -> Iterator[tuple[str, int | None, dict[str, A
 
 
 def _covariance(arch: str) -> Iterator[Case]:
-    types = "*i64 *i64 *i64 *i32 *fp32 *fp32 *u8 *fp32"
+    types = "*i64 *i64 *i32 *fp32 *fp32 *u8 *fp32"
     mode = precision.resolve(precision.ROWS, target(arch))
-    variants = {
-        "covariance": [("bf16", tl.bfloat16, 0, True)],
-        "covariance_fp32": [("fp32", tl.float32, 0, True)],
-        "covariance_unaligned": [("bf16", tl.bfloat16, 0, False), ("fp32", tl.float32, 0, False)],
+    bf16, fp32 = tl.bfloat16, tl.float32
+    variants = {  # name, type, dimensions of the windows, rows side by side, width
+        "covariance": [("bf16", bf16, 0, False, 8)],
+        "covariance_fp32": [("fp32", fp32, 0, False, 8)],
+        "covariance_images": [("bf16", bf16, 0, True, 8), ("bf16, 8 bytes", bf16, 0, True, 4)],
+        "covariance_images_fp32": [("fp32", fp32, 0, True, 4)],
+        "covariance_unaligned": [
+            ("bf16", bf16, 0, False, 1),
+            ("fp32", fp32, 0, False, 1),
+            ("bf16, images", bf16, 0, True, 1),
+            ("fp32, images", fp32, 0, True, 1),
+        ],
         "covariance_patches": [
-            ("bf16, 2 dimensions", tl.bfloat16, 2, False),
-            ("fp32, 2 dimensions", tl.float32, 2, False),
-            ("fp32, 3 dimensions", tl.float32, 3, False),
+            ("bf16, 2 dimensions", bf16, 2, False, 1),
+            ("fp32, 2 dimensions", fp32, 2, False, 1),
+            ("fp32, 3 dimensions", fp32, 3, False, 1),
         ],
     }
     blocks = set()
@@ -89,21 +100,21 @@ def _covariance(arch: str) -> Iterator[Case]:
         for name, _, config in _entries(arch, key):
             block, block_k = config.pop("BLOCK"), config.pop("BLOCK_K")
             blocks.add(block)
-            for kind, type_, spatial, aligned in kinds:
-                depth = covariance_launch.rows_at_a_time(block_k, spatial)
+            for kind, type_, spatial, images, width in kinds:
+                depth = covariance_plan.rows_at_a_time(block_k, spatial)
                 constants = {
-                    "DTYPE": type_, "BLOCK": block, "BLOCK_K": depth, "PRECISION": mode, "ALIGNED": aligned,
+                    "DTYPE": type_, "BLOCK": block, "BLOCK_K": depth, "PRECISION": mode, "IMAGES": images, "WIDTH": width,
                     "SPATIAL": spatial, "UPCAST": False, "HAS_ACCEPT": True,
                 }  # fmt: skip
                 yield Case(
                     f"{name}/covariance_kernel/{kind}", covariance_kernel.covariance_kernel, types, constants, config,
-                    rows=block, wide=aligned,
+                    rows=block, wide=width > 1, copied=min(16, width * type_.primitive_bitwidth // 8),
                 )  # fmt: skip
     for block in sorted(blocks):
         part = min(block, covariance_launch.REDUCED_PART)
         constants = {"BLOCK": block, "PART": part, "HAS_ACCEPT": True}
         reduce = covariance_kernel.covariance_reduce_kernel
-        yield Case(f"-/-/covariance_reduce_kernel/{block}", reduce, types.removeprefix("*i64 "), constants, {"num_warps": 4})
+        yield Case(f"-/-/covariance_reduce_kernel/{block}", reduce, types, constants, {"num_warps": 4})
 
 
 def _power(side: int) -> int:

@@ -28,7 +28,7 @@ def run(arch: str, which: str, first: int) -> None:
         folder = case.kernel.__module__.split(".")[-2]
         facts = {
             "name": case.name, "kernel": f"{folder}.{case.kernel.__name__}", "rows": case.rows, "wide": case.wide,
-            "warps": case.options.get("num_warps", 4),
+            "warps": case.options.get("num_warps", 4), "copied": case.copied,
         }  # fmt: skip
         _say(facts)
         types, aligned = case.signature()

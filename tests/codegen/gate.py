@@ -18,7 +18,6 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHARED_PER_PROGRAM = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 REMEMBERED = ("registers", "occupancy")
 MARK = "codegen: "  # starts the lines of a child
-_WIDE = {"async 16", "load 16", "bulk"}
 
 
 # Spills that stay, by (Triton, architecture, case), in bytes. The fused inverse of 64 rows fills Hopper's registers: nothing is
@@ -40,8 +39,9 @@ class Outcome:
         name: of the case.
         kernel: "folder.function".
         rows: of the tile of its products, 0 for a kernel without any.
-        wide: whether it must copy 16 bytes at a time.
+        wide: whether its copies must be wide.
         warps: that it is launched with.
+        copied: bytes that a wide copy brings.
         report: fields of `audit.Report`, or None where nothing was compiled.
         error: why not.
     """
@@ -51,6 +51,7 @@ class Outcome:
     rows: int
     wide: bool
     warps: int
+    copied: int = 16
     report: dict[str, Any] | None = None
     error: str = ""
 
@@ -84,7 +85,8 @@ def objections(arch: str, outcome: Outcome) -> list[str]:
         wanted = unit(arch, outcome.rows, outcome.warps)
         if not any(kind.startswith(wanted) for kind in report["products"]):
             found.append(f"no tensor cores of kind {wanted} in the hot loop, but {report['products'] or 'none'}")
-    if outcome.wide and (not report["copies"] or set(report["copies"]) - _WIDE):
+    wide = {f"async {outcome.copied}", f"load {outcome.copied}", "bulk"}
+    if outcome.wide and (not report["copies"] or set(report["copies"]) - wide):
         found.append(f"narrow copies in the hot loop: {report['copies'] or 'none at all'}")
     return found
 

@@ -24,11 +24,11 @@ def aborting_kernel(out):
 
 def _rows(name: str, constants: dict[str, Any], options: dict[str, Any]) -> Case:
     usual = {
-        "DTYPE": tl.bfloat16, "BLOCK": 64, "BLOCK_K": 64, "PRECISION": "tf32", "ALIGNED": True, "SPATIAL": 0,
-        "UPCAST": False, "HAS_ACCEPT": True,
+        "DTYPE": tl.bfloat16, "BLOCK": 64, "BLOCK_K": 64, "PRECISION": "tf32", "IMAGES": False, "WIDTH": 8,
+        "SPATIAL": 0, "UPCAST": False, "HAS_ACCEPT": True,
     }  # fmt: skip
     return Case(
-        name, covariance_kernel.covariance_kernel, "*i64 *i64 *i64 *i32 *fp32 *fp32 *u8 *fp32", usual | constants, options,
+        name, covariance_kernel.covariance_kernel, "*i64 *i64 *i32 *fp32 *fp32 *u8 *fp32", usual | constants, options,
         rows=64, wide=True,
     )  # fmt: skip
 
@@ -37,7 +37,7 @@ def cases() -> list[Case]:
     """Compiled for sm_90."""
     float32 = {"DTYPE": tl.float32, "BLOCK_K": 32}
     return [
-        _rows("rejected/unhinted pointers", {"ALIGNED": False}, {"num_warps": 4, "num_stages": 3}),
+        _rows("rejected/unhinted pointers", {"WIDTH": 1}, {"num_warps": 4, "num_stages": 3}),
         _rows("rejected/too few registers", {"BLOCK": 128}, {"num_warps": 8, "num_stages": 3, "maxnreg": 96}),
         _rows("rejected/exact float32", float32 | {"PRECISION": "ieee"}, {"num_warps": 4, "num_stages": 1}),
         _rows("rejected/too many stages", {}, {"num_warps": 4, "num_stages": 16}),

@@ -13,10 +13,7 @@ from support.launches import counted_launches
 from kfac_triton.kernels import ops
 from kfac_triton.kernels.covariance import kernel
 from kfac_triton.kernels.covariance import launch as covariance_launch
-
-
-def geometry(rows: int, n: int) -> tuple[int, ...]:
-    return (rows, n) + (0,) * (kernel.LAYER_FIELDS - 2)
+from kfac_triton.kernels.covariance.plan import programs_of
 
 
 @settings(max_examples=200, deadline=None)
@@ -30,11 +27,9 @@ def geometry(rows: int, n: int) -> tuple[int, ...]:
 def test_every_row_of_every_tile_is_summed_once(
     sizes: list[tuple[int, int]], borders: list[bool], block: int, block_k: int, programs: int
 ) -> None:
-    indices = tuple(range(10, 10 + len(sizes)))
-    flags = tuple(borders[: len(sizes)])
-    tiles, reductions, slots = covariance_launch.tables(
-        tuple(geometry(*size) for size in sizes), flags, indices, block, block_k, programs
-    )
+    indices, flags = range(10, 10 + len(sizes)), borders[: len(sizes)]
+    rows, columns = zip(*sizes, strict=True)
+    tiles, reductions, slots = programs_of(rows, columns, flags, indices, block, block_k, programs)
     shares: dict[tuple[int, int, int], list[tuple[int, int, int]]] = defaultdict(list)
     for index, i, j, first, last, slot, *_ in tiles:
         shares[index, i, j].append((first, last, slot))
@@ -48,10 +43,9 @@ def test_every_row_of_every_tile_is_summed_once(
     reduced = {(index, i, j): range(first, last) for index, i, j, first, last, *_ in reductions}
     used = []
     for key, parts in shares.items():
-        rows = sizes[key[0] - 10][0]
         parts.sort()
         assert [first for first, _, _ in parts] == [0, *(last for _, last, _ in parts[:-1])]
-        assert parts[-1][1] == rows
+        assert parts[-1][1] == sizes[key[0] - 10][0]
         assert all(first % block_k == 0 or first == last for first, last, _ in parts)
         if len(parts) == 1:
             assert parts[0][2] == kernel.DIRECT
@@ -103,7 +97,8 @@ def test_misaligned_rows_are_read_as_they_are(shift: int) -> None:
     """A view that does not start at a multiple of 16 bytes must not be copied 16 bytes at a time."""
     x = torch.randint(-3, 4, (1, 20 * 16 + 8)).float().flatten()[shift : shift + 20 * 16].view(20, 16)
     factor = torch.zeros(16, 16)
-    assert covariance_launch._is_aligned(x, factor) == (x.data_ptr() % 16 == 0 and factor.data_ptr() % 16 == 0)
+    (group,) = covariance_launch.look_at([factor], [x], torch.ones(1), torch.ones(1), [False], []).plan.groups
+    assert (group.layout.width > 1) == (x.data_ptr() % 16 == 0 and factor.data_ptr() % 16 == 0)
     ops.covariance_ema([factor], [x], torch.ones(1), torch.zeros(1), [False], [ops.ROWS], backend="triton")
     assert torch.equal(factor, x.T @ x)
 
