@@ -1,0 +1,346 @@
+"""Passes that wait for those of other layers: they are summed by few launches, and the sums are those of PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from support.helpers import relative_error
+from support.launches import CountedOperators, counted_launches
+from support.memory_meter import MemoryMeter
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kfac_triton import KFAC, KFACPreconditioner
+from kfac_triton.kernels import ops
+
+WIDTH, ROWS = 5, 80  # so many rows take more memory than the sums of their layer
+LOSS = nn.CrossEntropyLoss()
+
+
+class Net(nn.Module):
+    """Linear layers of one width; the middle one may be called twice."""
+
+    def __init__(self, depth: int = 3, calls: int = 1, width: int = WIDTH) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.calls = calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            for _ in range(self.calls if number == 1 else 1):
+                x = torch.tanh(layer(x))
+        return x
+
+
+class Language(nn.Module):
+    """Diagonal and dense factors; the head may share the embedding's weight."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.embedding, self.norm, self.middle = nn.Embedding(7, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, 7, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (x[..., 0].abs() * 5).long() % 7
+        return self.head(torch.tanh(self.middle(self.norm(self.embedding(tokens)))))
+
+
+def _queued(ours: KFACPreconditioner | KFAC) -> int:
+    return sum(len(passes) for queue in ours.engine.collector._shared.queues for passes in queue._passes.values())
+
+
+def _pass(model: nn.Module, x: Tensor, ours: KFACPreconditioner) -> None:
+    outputs = model(x)
+    y = torch.arange(len(x)) % outputs.shape[1]
+    if ours.engine.settings.loss is not None:
+        ours.accumulate_fisher(outputs, y)
+    LOSS(outputs, y).backward()
+
+
+def _several(model: nn.Module, x: Tensor, ours: KFACPreconditioner) -> None:
+    for part in x.split([8, 56, 16]):  # few rows, many, and few again
+        _pass(model, part, ours)
+
+
+def _retained(model: nn.Module, x: Tensor, ours: KFACPreconditioner) -> None:
+    loss = model(x).square().mean()
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def _differentiated_twice(model: nn.Module, x: Tensor, ours: KFACPreconditioner) -> None:
+    (slope,) = torch.autograd.grad(model(x).square().mean(), x, create_graph=True)
+    slope.square().sum().backward()
+
+
+def _checkpointed(model: nn.Module, x: Tensor, ours: KFACPreconditioner, use_reentrant: bool = False) -> None:
+    checkpoint(model, x, use_reentrant=use_reentrant).square().mean().backward()
+
+
+def _partly_compiled(model: nn.Module, x: Tensor, ours: KFACPreconditioner) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for number, part in enumerate(x.chunk(4)):
+        (compiled if number in (1, 3) else model)(part.repeat(4, 1)).square().mean().backward()
+
+
+def _under_another(model: nn.Module, x: Tensor, ours: KFACPreconditioner) -> None:
+    with KFACPreconditioner(model, backend=ours.engine.settings.backend):
+        _pass(model, x, ours)
+
+
+MAKERS: dict[str, Callable[[], nn.Module]] = {
+    "plain": Net,
+    "shared": lambda: Net(calls=2),
+    "language": lambda: Language(False),
+    "tied": lambda: Language(True),
+}
+RUNS: dict[str, tuple[str, Callable[..., None], dict[str, Any]]] = {
+    "one pass": ("plain", _pass, {}),
+    "accumulation": ("plain", _several, {}),
+    "a module called twice": ("shared", _pass, {}),
+    "a module called twice, accumulation": ("shared", _several, {}),
+    "retain_graph": ("plain", _retained, {}),
+    "double backward": ("plain", _differentiated_twice, {}),
+    "checkpointing": ("plain", _checkpointed, {}),
+    "reentrant checkpointing": ("plain", lambda *args: _checkpointed(*args, use_reentrant=True), {}),
+    "compiled and eager passes": ("plain", _partly_compiled, {}),
+    "two engines": ("plain", _under_another, {}),
+    "ggn": ("plain", _pass, {"fisher": "ggn", "loss": LOSS}),
+    "ggn, accumulation": ("plain", _several, {"fisher": "ggn", "loss": LOSS}),
+    "mc": ("plain", _pass, {"fisher": "mc", "loss": LOSS}),
+    "EKFAC": ("plain", _several, {"curvature": "ekfac"}),
+    "16-bit factors": ("plain", _several, {"factor_dtype": "bfloat16", "ema_decay": 0.5}),
+    "sampled": ("plain", _pass, {"stats_fraction": 0.25}),
+    "diagonals": ("language", _several, {}),
+    "tied weights": ("tied", _several, {}),
+    "oversized": ("plain", _several, {"max_factor_size": WIDTH}),
+}
+
+
+def _factors(name: str, backend: str, **settings: Any) -> list[Tensor]:
+    maker, run, own = RUNS[name]
+    torch.manual_seed(0)
+    model = MAKERS[maker]()
+    with KFACPreconditioner(model, backend=backend, damping=0.1, **own, **settings) as ours:
+        for _ in range(2):
+            run(model, torch.randn(ROWS, WIDTH).requires_grad_(), ours)
+            assert _queued(ours) == 0
+            ours.precondition_()
+        return [side for pair in ours.factors().values() for side in pair]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_sums_are_those_of_pytorch_whatever_is_kept(name: str) -> None:
+    expected = _factors(name, "torch")
+    tolerance = 2e-2 if name == "16-bit factors" else 1e-5
+    for limit in (4000, 1 << 28):  # one layer or two, and all
+        for found, truth in zip(_factors(name, "triton", max_kept_bytes=limit), expected, strict=True):
+            assert relative_error(found, truth) <= tolerance, limit
+
+
+def _backward_launches(depth: int, rows: int, **settings: Any) -> tuple[int, int]:
+    """Launches of a forward and a backward pass, without the reductions, and torch operators beside those of a plain model."""
+    torch.manual_seed(0)
+    model, x = Net(depth, width=8), torch.randn(rows, 8)
+    with counted_launches() as counts:
+        ours = KFACPreconditioner(model, backend="triton", **settings)
+        operators = []
+        for paused in (False, False, True):  # the first one makes tables
+            model.zero_grad()
+            counts.clear()
+            with CountedOperators() as counted, ours.paused() if paused else nullcontext():
+                model(x).square().mean().backward()
+            operators.append((counts["covariance_kernel"], counted.counts))
+            ours.forget_statistics()
+    assert operators[2][0] == 0
+    return operators[1][0], sum((operators[1][1] - operators[2][1]).values())
+
+
+def test_launches_of_a_backward_pass_do_not_depend_on_the_depth(show: Callable[..., None]) -> None:
+    found = {(depth, rows): _backward_launches(depth, rows) for depth in (12, 48) for rows in (4, 200)}
+    show(f"\nLaunches and torch operators of the hooks in forward and backward, by layers and rows: {found}")
+    assert found[12, 200][0] == found[48, 200][0] <= 2  # another for the batch, which does not start at a multiple of 16 bytes
+    assert found[12, 4][0] == found[48, 4][0] <= 1  # the first layer's input is the batch: it is not deferred
+    assert found[12, 200][1] == found[48, 200][1] <= 6
+
+
+@pytest.mark.parametrize("layers_at_once", [1, 3, 8])
+def test_with_a_limit_there_is_a_launch_for_as_many_layers_as_fit(layers_at_once: int) -> None:
+    rows, depth = 200, 24
+    # A layer's gradient, and its input, which is kept once: that of one layer is not the output of another, but its tanh.
+    limit = 2 * rows * 8 * 4 * layers_at_once - 1
+    launches, _ = _backward_launches(depth, rows, max_kept_bytes=limit)
+    assert launches == -(-depth // layers_at_once)
+
+
+def test_what_is_kept_is_limited() -> None:
+    """The peak of a backward pass is above that of a plain one by the limit and a layer at most."""
+    rows, depth, width = 4000, 12, 16
+    layer = 2 * rows * width * 4
+
+    def peak(**settings: Any) -> int:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))  # what is kept is not freed otherwise
+        x = torch.randn(rows, width)
+        with counted_launches(), MemoryMeter() as meter:
+            ours = KFACPreconditioner(model, backend="triton", **settings)
+            for step in range(2):
+                if step == 1:  # tables are there
+                    meter.restart()
+                    before = meter.current
+                model(x).square().mean().backward()
+                ours.precondition_()
+                model.zero_grad()
+            return meter.peak - before
+
+    at_once = peak(max_kept_bytes=0)
+    for count in (1, 4):
+        assert peak(max_kept_bytes=count * layer) <= at_once + (count + 1) * layer
+    assert peak(max_kept_bytes=1 << 40) > at_once + layer  # else the limit would not show
+
+
+def test_nothing_is_kept_where_nothing_is_gained() -> None:
+    """On a CPU each layer is summed at once, and so are factors in double precision, which the kernels do not take."""
+    for dtype in (torch.float32, torch.float64):
+        model = Net().to(dtype)
+        with KFACPreconditioner(model) as ours:
+            seen: list[tuple[int, bool]] = []
+            for statistics in ours.engine.statistics:
+                statistics.layer.weight.register_hook(
+                    lambda _, s=statistics, seen=seen, ours=ours: seen.append((_queued(ours), bool(s.on_host.passes)))
+                )
+            model(torch.randn(ROWS, WIDTH, dtype=dtype)).sum().backward()
+            assert seen == [(0, True)] * 3
+
+
+def test_what_is_overwritten_after_a_backward_pass_has_counted() -> None:
+    factors = []
+    for overwrites in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        with KFACPreconditioner(model, backend="triton") as ours:
+            inputs: list[Tensor] = []
+            outputs: list[Tensor] = []
+
+            def keep(module: nn.Module, args: tuple[Tensor], output: Tensor, found: Any = (inputs, outputs)) -> None:
+                output.retain_grad()
+                found[0].append(args[0])
+                found[1].append(output)
+
+            for layer in model.layers:
+                layer.register_forward_hook(keep)
+            model(torch.randn(ROWS, WIDTH)).square().mean().backward()
+            if overwrites:
+                for x in [*inputs, *outputs, *(output.grad for output in outputs)]:
+                    assert x is not None
+                    x.data.fill_(torch.nan)
+            ours.precondition_()
+            factors.append([side for pair in ours.factors().values() for side in pair])
+    assert all(torch.equal(x, y) for x, y in zip(*factors, strict=True))
+
+
+class Failing(torch.autograd.Function):
+    """The identity, whose backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise ArithmeticError
+
+
+@pytest.mark.parametrize("then", ["forget", "step", "another pass"])
+def test_what_a_backward_pass_leaves_when_it_fails(then: str) -> None:
+    """It is dropped with the statistics without a launch, or summed, as it would have been at once."""
+    factors = []
+    for backend in ("triton", "torch"):
+        torch.manual_seed(0)
+        model = Net()
+        with KFACPreconditioner(model, backend=backend) as ours:
+            handle = model.layers[0].register_forward_hook(lambda m, args, out: Failing.apply(out))
+            with pytest.raises(ArithmeticError):
+                model(torch.randn(ROWS, WIDTH)).square().mean().backward()
+            handle.remove()
+            assert _queued(ours) == (2 if backend == "triton" else 0)
+            if then == "forget":
+                with counted_launches() as counts:
+                    ours.forget_statistics()
+                assert _queued(ours) == counts.total() == 0
+            if then != "step":
+                model(torch.randn(ROWS, WIDTH)).square().mean().backward()
+                assert _queued(ours) == 0
+            ours.engine.precondition(lambda p: 0.1)
+            factors.append([side for pair in ours.factors().values() for side in pair])
+    for found, truth in zip(*factors, strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-7)
+
+
+def test_a_sum_that_fails_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For want of memory, at the end of a backward pass: the step sums what was counted."""
+    factors = []
+    for fails in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        with KFACPreconditioner(model, backend="triton") as ours, monkeypatch.context() as patch:
+            loss = model(torch.randn(ROWS, WIDTH)).square().mean()
+            if fails:
+
+                def refuse(*args: Any, **options: Any) -> None:
+                    raise torch.OutOfMemoryError
+
+                patch.setattr(ops, "covariance_ema", refuse)
+                with pytest.raises(torch.OutOfMemoryError):
+                    loss.backward()
+                patch.undo()
+                assert _queued(ours) == 3
+            else:
+                loss.backward()
+            ours.engine.precondition(lambda p: 0.1)
+            factors.append([side for pair in ours.factors().values() for side in pair])
+    assert all(torch.equal(x, y) for x, y in zip(*factors, strict=True))
+
+
+def test_a_step_within_a_backward_pass_takes_what_has_come() -> None:
+    """By a hook on a gradient: the layers that come later have their statistics in the next step."""
+    factors = []
+    for backend in ("triton", "torch"):
+        torch.manual_seed(0)
+        model = Net()
+        with KFACPreconditioner(model, backend=backend) as ours:
+
+            def step(p: Tensor, engine: Any = ours.engine) -> None:
+                engine.precondition(lambda _: 0.1)
+
+            model.layers[1].weight.register_post_accumulate_grad_hook(step)
+            for _ in range(2):
+                model(torch.randn(ROWS, WIDTH)).square().mean().backward()
+            factors.append([side for pair in ours.factors().values() for side in pair])
+    for found, truth in zip(*factors, strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-7)
+
+
+def test_the_limit_can_be_changed_and_is_checked() -> None:
+    ours = KFACPreconditioner(Net(), max_kept_bytes=5)
+    assert ours.engine.gate.max_kept_bytes == 5
+    ours.change(max_kept_bytes=0)
+    assert ours.engine.gate.max_kept_bytes == 0
+    for bad, error in ((-1, ValueError), (1.5, TypeError), (None, TypeError)):
+        with pytest.raises(error, match="max_kept_bytes"):
+            ours.change(max_kept_bytes=bad)
+
+
+def test_settings_from_before_the_limit_have_the_default() -> None:
+    """A pickle of them has no such entry."""
+    settings = KFACPreconditioner(Net()).engine.settings
+    default = settings.max_kept_bytes
+    del vars(settings)["max_kept_bytes"]
+    assert settings.max_kept_bytes == default
