@@ -183,14 +183,19 @@ def steps(lines: list[Line]) -> list[str]:
 
 def graphs(lines: list[Line]) -> list[str]:
     """Replays against eager steps."""
+    merged: dict[tuple[str, str], Line] = {}
+    for line in of(lines, "graph"):  # eager steps come first, in a line of their own
+        key = line["what"], line["run"]
+        merged[key] = merged.get(key, {}) | line
     rows = []
-    for line in of(lines, "graph"):
+    for line in merged.values():
+        eager = [number(line[key]) if key in line else "" for key in ("eager_ms", "eager_host_ms")]
         if "ms" not in line:
-            rows.append([line["what"], why_not(line) or "-", *[""] * 6, line["run"]])
+            rows.append([line["what"], why_not(line) or "-", "", *eager, *[""] * 3, line["run"]])
             continue
-        times = [number(line[key]) for key in ("ms", "host_ms", "eager_ms", "eager_host_ms")]
+        times = [number(line[key]) for key in ("ms", "host_ms")]
         apart = [number(line["off"], 2), number(line["moved"], 2)]
-        rows.append([line["what"], *times, *apart, line["verdict"], line["run"]])
+        rows.append([line["what"], *times, *eager, *apart, line["verdict"], line["run"]])
     header = ("200 replays", "ms", "host ms", "eager ms", "eager host ms", "apart", "moved", "verdict", "run")
     explained = "Apart: largest difference between parameters after replays and after eager steps; moved: largest way of one."
     return section("CUDA graphs", "", explained, *table(header, rows)) if rows else []

@@ -27,11 +27,13 @@ from benchmarks.gpu import (
     profiling,
     report,
     steps,
+    tables,
     training,
     vision_models,
 )
 from benchmarks.gpu.findings import FILE, Bench, is_bad, read
 from benchmarks.gpu.processes import LOG, ROOT, run_together
+from benchmarks.gpu.workloads import Variant
 from kfac_triton import KFAC
 from kfac_triton.cli.demo.digits import mnist_images
 from kfac_triton.cli.tuning.checks import Preconditioning
@@ -230,6 +232,41 @@ def test_the_sanitizer_is_judged(output: str, verdict: str) -> None:
 def test_graphs_need_a_gpu(bench: Bench) -> None:
     graphs.run(bench, ["autoencoder"])
     assert [line["skipped"] for line in bench.said] == ["no GPU"] * 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_eager_times_are_said_before_a_recording_can_fail(bench: Bench, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """With a stand-in for the graph that replays by calling."""
+
+    def stand_in(step: Callable[[], Any], warm_up: Callable[[], object]) -> tuple[Any, Any]:
+        if fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        warm_up()
+        losses = [step()]  # the last replay's
+
+        def replay() -> None:
+            losses[0].copy_(step())
+
+        return SimpleNamespace(replay=replay), losses[0]
+
+    monkeypatch.setattr(graphs, "capture", stand_in)
+    monkeypatch.setattr(graphs, "REPLAYS", 2)
+    monkeypatch.setattr(graphs, "clock", lambda bench, step, seconds: (2.0, 1.0))
+    monkeypatch.setattr(graphs, "CAPTURABLE", (Variant("AdamW", kfac=False),))
+    monkeypatch.setattr(Bench, "on_gpu", True)
+    monkeypatch.setattr(Bench, "wait", lambda self: None)
+    bench.part = "graph"
+    graphs.run(bench, ["autoencoder"])
+    eager, replays = bench.said
+    assert (eager["eager_ms"], eager["eager_host_ms"]) == (2.0, 1.0)
+    if fails:
+        assert "not permitted" in replays["FAILED"]
+    else:
+        assert replays["ms"] == 2.0
+    (row,) = [x for x in tables.graphs([line | {"run": "1"} for line in bench.said]) if x.startswith("| autoencoder AdamW")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[3:5] == ["2", "1"]
+    assert cells[-1] == "1"
 
 
 def test_seconds_to_a_loss() -> None:
