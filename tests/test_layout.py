@@ -23,7 +23,7 @@ FLOORS = (
     ("engine",),
     ("diagnostics", "steps"),
     ("base", "state"),
-    ("optimizer", "preconditioner"),
+    ("optimizer", "preconditioner", "training_graph"),
     ("__init__",),
     ("cli", "integrations"),
     ("__main__",),

@@ -42,3 +42,7 @@ class AsyncFlags:
             return []
         self._sent = False
         return [i for i, flag in enumerate(self._host.tolist()) if flag]
+
+    def is_any_set(self) -> bool:
+        """Whether the last copy, as far as it has arrived, has a flag that is set; without a wait, also of replays."""
+        return bool(self._host.any())

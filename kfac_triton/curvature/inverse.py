@@ -142,6 +142,10 @@ class Inverse(ABC):
         """Makes the next refresh ignore the present values, because the factors were replaced."""
         self._is_cold = True
 
+    def was_refused(self) -> bool:
+        """Whether the host has been told that an inverse was refused; a step that is not a replay then computes it anew."""
+        return False
+
     def kept(self, index: int) -> Tensor:
         """The part of a checkpoint for one inverse."""
         return self.values[index]
@@ -197,6 +201,10 @@ class InverseStack(Inverse):
         """See `Inverse`."""
         super().restart()
         self.residual.fill_(torch.inf)
+
+    def was_refused(self) -> bool:
+        """See `Inverse`."""
+        return self._refused is not None and self._refused.is_any_set()
 
     def left(self, side: SideGroup, x: Tensor) -> Tensor:
         """See `Inverse`."""

@@ -100,6 +100,21 @@ def test_roots_and_inverses_agree() -> None:
     )
 
 
+@pytest.mark.parametrize("blocks", [(32, 16, 16), (16, 64, 32)])
+def test_tiles_need_not_be_square(blocks: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In all three kinds of products, and as for a tensor core, where a root passes through registers; integers, so exactly."""
+    gradient, left, right = (torch.randint(-2, 3, (2, *shape)) for shape in ((70, 90), (70, 70), (90, 90)))
+    config = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True))
+    monkeypatch.setattr(precondition_launch.tuning, "lookup", lambda *args: config)
+    monkeypatch.setattr(precondition_launch.precision, "resolve", lambda *args: "tf32")
+    for factored in (False, True):
+        sides = shaped(left, factored), shaped(right, factored)
+        out, _ = run(gradient.float(), *(side.float() for side in sides), factored)
+        truth, _ = expected(gradient, *sides, factored)
+        assert truth.abs().max() < 2**24
+        assert torch.equal(out.long(), truth)
+
+
 def test_what_a_root_is_known_to_have_zero_is_not_multiplied() -> None:
     """NaN far above the diagonal is not seen: sums begin, or end, at the diagonal."""
     gradient, left, right = torch.randn(2, 150, 170), torch.randn(2, 150, 150).tril(), torch.randn(2, 170, 170).tril()
