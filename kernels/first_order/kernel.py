@@ -33,66 +33,67 @@ def factors_kernel(
 
 @triton.jit
 def _move(
-    parameter, gradient, first, second, size, start, step, rate, root, decay, weight, other, eps,
-    ADAM: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    parameter, gradient, first, second, at, inside, rate, root, decay, keep, gain, keep_square, gain_square, eps,
+    ADAM: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """A share of one parameter. ALIGNED: addresses are multiples of 16, and the number of elements of 8."""
-    if ALIGNED:  # with these hints, copies are 16 bytes wide
-        parameter, gradient, size = tl.multiple_of(parameter, 16), tl.multiple_of(gradient, 16), tl.multiple_of(size, 8)
-        first, second = tl.multiple_of(first, 16), tl.multiple_of(second, 16)
-    for begin in range(start, size, step):
-        at = begin + tl.arange(0, BLOCK)
-        inside = at < size
-        x = tl.load(parameter + at, mask=inside).to(tl.float32) * decay
-        along = tl.load(gradient + at, mask=inside).to(tl.float32)
-        if MAXIMIZE:
-            along = -along
-        if ADAM:
-            mean = tl.load(first + at, mask=inside).to(tl.float32)
-            square = tl.load(second + at, mask=inside).to(tl.float32)
-            mean += weight * (along - mean)
-            square += other * (along * along - square)
-            x -= rate * mean / (tl.sqrt(square) / root + eps)
+    """Some elements of one parameter."""
+    x = tl.load(parameter + at, mask=inside).to(tl.float32) * decay
+    along = tl.load(gradient + at, mask=inside).to(tl.float32)
+    if MAXIMIZE:
+        along = -along
+    if ADAM:
+        mean = keep * tl.load(first + at, mask=inside).to(tl.float32) + gain * along
+        square = keep_square * tl.load(second + at, mask=inside).to(tl.float32) + gain_square * along * along
+        x -= rate * mean / (tl.sqrt(square) / root + eps)
+        tl.store(first + at, mean.to(DTYPE), mask=inside)
+        tl.store(second + at, square.to(DTYPE), mask=inside)
+    else:
+        if MOMENTUM:
+            mean = keep * tl.load(first + at, mask=inside).to(tl.float32) + along
             tl.store(first + at, mean.to(DTYPE), mask=inside)
-            tl.store(second + at, square.to(DTYPE), mask=inside)
-        else:
-            if MOMENTUM:
-                mean = weight * tl.load(first + at, mask=inside).to(tl.float32) + along
-                tl.store(first + at, mean.to(DTYPE), mask=inside)
-                along = along + weight * mean if NESTEROV else mean
-            x -= rate * along
-        tl.store(parameter + at, x.to(DTYPE), mask=inside)
+            along = along + keep * mean if NESTEROV else mean
+        x -= rate * along
+    tl.store(parameter + at, x.to(DTYPE), mask=inside)
 
 
 @triton.jit
 def move_kernel(
     table,  # int64 (parameters, 7): addresses of a parameter, its gradient, the two tensors of its state and its counter;
-    # number of elements; whether these allow wide copies
-    factors,  # float32 (parameters, 4), see `factors_kernel`
-    finite,  # uint8 (parameters,)
-    weight, other, eps,  # of the moving averages: 1 - beta1 and 1 - beta2, or the momentum
+    # number of elements; place in the vectors
+    factors,  # float32 (all parameters, 4), see `factors_kernel`
+    finite,  # uint8 (all parameters,)
+    keep, gain,  # weights of the old and the new in the mean, or the momentum and 1
+    keep_square, gain_square, eps,
     ADAM: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """A share of one parameter with a finite gradient, and its counter; the others are not even read."""
-    number = tl.program_id(0)
-    if tl.load(finite + number) == 0:
+    """A share of one parameter with a finite gradient, and its counter; the others are not even read.
+
+    ALIGNED: addresses are multiples of 16. All but the last elements, fewer than eight, are then copied 16 bytes at a time.
+    """
+    row = table + tl.program_id(0) * 7
+    place = tl.load(row + 6)
+    if tl.load(finite + place) == 0:
         return
-    row, own = table + number * 7, factors + number * 4
+    own = factors + place * 4
     parameter, gradient = tl.load(row).to(tl.pointer_type(DTYPE)), tl.load(row + 1).to(tl.pointer_type(DTYPE))
     first, second = tl.load(row + 2).to(tl.pointer_type(DTYPE)), tl.load(row + 3).to(tl.pointer_type(DTYPE))
+    size, rate, root, decay = tl.load(row + 5).to(tl.int32), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
+    most = size
+    if ALIGNED:
+        parameter, gradient = tl.multiple_of(parameter, 16), tl.multiple_of(gradient, 16)
+        first, second, most = tl.multiple_of(first, 16), tl.multiple_of(second, 16), tl.multiple_of(size // 8 * 8, 8)
     if tl.program_id(1) == 0:
         tl.store(tl.load(row + 4).to(tl.pointer_type(tl.float32)), tl.load(own))
-    size, rate, root, decay = tl.load(row + 5).to(tl.int32), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
-    start, step = tl.program_id(1) * BLOCK, tl.num_programs(1) * BLOCK
-    if tl.load(row + 6) != 0:
+        if most < size:
+            at = most + tl.arange(0, 8)
+            _move(
+                parameter, gradient, first, second, at, at < size, rate, root, decay, keep, gain, keep_square, gain_square, eps,
+                ADAM, MOMENTUM, NESTEROV, MAXIMIZE, DTYPE,
+            )  # fmt: skip
+    for start in range(tl.program_id(1) * BLOCK, most, tl.num_programs(1) * BLOCK):
+        at = start + tl.arange(0, BLOCK)
         _move(
-            parameter, gradient, first, second, size, start, step, rate, root, decay, weight, other, eps,
-            ADAM, MOMENTUM, NESTEROV, MAXIMIZE, BLOCK, DTYPE, True,
-        )  # fmt: skip
-    else:
-        _move(
-            parameter, gradient, first, second, size, start, step, rate, root, decay, weight, other, eps,
-            ADAM, MOMENTUM, NESTEROV, MAXIMIZE, BLOCK, DTYPE, False,
+            parameter, gradient, first, second, at, at < most, rate, root, decay, keep, gain, keep_square, gain_square, eps,
+            ADAM, MOMENTUM, NESTEROV, MAXIMIZE, DTYPE,
         )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from . import kernel
 from .rule import Rule
 
 _BLOCK = 1024
-_PROGRAMS = 4096  # of a launch, about; enough for any GPU
+_PROGRAMS, _SHARES = 4096, 16  # of a launch, about, enough for any GPU; and of one parameter, if there are many
 
 
 def can_move(parameter: Tensor, gradient: Tensor, moments: tuple[Tensor, ...], step: Tensor) -> bool:
@@ -62,22 +64,17 @@ def launch(
         device_vector(counters, device), rate, constants, factors, len(steps), ADAM=rule.adam, BLOCK=128, num_warps=4
     )
     first, second = [*moments, parameters, parameters][:2]  # of a state that has no tensors nothing is read
-    lists = parameters, gradients, first, second
-    for dtype in dict.fromkeys(p.dtype for p in parameters):
-        members = [i for i, p in enumerate(parameters) if p.dtype == dtype]
-        rows = []
-        for i in members:
-            addresses = [tensors[i].data_ptr() for tensors in lists]
-            size = parameters[i].numel()
-            rows.append((*addresses, counters[i], size, int(size % 8 == 0 and not any(x % 16 for x in addresses))))
-        flags, own = finite, factors
-        if len(members) < len(parameters):
-            places = device_vector(members, device)
-            flags, own = finite[places], factors[places]
-        shares = min(count(max(row[5] for row in rows), _BLOCK), max(16, count(_PROGRAMS, len(rows))))
-        weights = (1 - rule.betas[0], 1 - rule.betas[1]) if rule.adam else (rule.momentum, 0.0)
-        kernel.move_kernel[(len(rows), shares)](
-            device_table(tuple(rows), device), own, flags.view(torch.uint8), *weights, rule.eps,
+    rows: dict[tuple[torch.dtype, bool], list[tuple[int, ...]]] = defaultdict(list)
+    for i, tensors in enumerate(zip(parameters, gradients, first, second, strict=True)):
+        addresses = [x.data_ptr() for x in tensors]
+        kind = parameters[i].dtype, not any(address % 16 for address in addresses)
+        rows[kind].append((*addresses, counters[i], parameters[i].numel(), i))
+    beta1, beta2 = rule.betas
+    weights = (beta1, 1 - beta1, beta2, 1 - beta2) if rule.adam else (rule.momentum, 1.0, 0.0, 0.0)
+    for (dtype, aligned), some in rows.items():
+        shares = min(count(max(row[5] for row in some), _BLOCK), max(_SHARES, count(_PROGRAMS, len(some))))
+        kernel.move_kernel[(len(some), shares)](
+            device_table(tuple(some), device), factors, finite.view(torch.uint8), *weights, rule.eps,
             ADAM=rule.adam, MOMENTUM=rule.momentum > 0, NESTEROV=rule.nesterov, MAXIMIZE=rule.maximize, BLOCK=_BLOCK,
-            DTYPE=runtime.TYPES[dtype], num_warps=4, enable_fp_fusion=True,
+            DTYPE=runtime.TYPES[dtype], ALIGNED=aligned, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from . import kernel
 
 _WORDS = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}  # what elements of so many bytes are copied as
 _SHARES = 16  # programs for each tensor that might be restored; all but those of bad gradients end at once
+_SQUARES_BLOCK = 1024 if runtime.INTERPRETED else 4096
 _PROGRAMS = 4096  # of a launch over tensors of different sizes, about; enough for any GPU
 
 
@@ -34,13 +36,21 @@ def can_use_squares(inputs: list[Tensor], out: Tensor) -> str | None:
 
 
 def launch_squares(inputs: list[Tensor], out: Tensor) -> None:
-    """The Triton implementation of `squares_reference`."""
-    for dtype in sorted({source.dtype for source in inputs}, key=str):
-        members = [i for i, source in enumerate(inputs) if source.dtype == dtype]
-        table = device_table(tuple((inputs[i].data_ptr(), inputs[i].numel(), i) for i in members), out.device)
-        kernel.squares_kernel[(len(members),)](
-            table, out, DTYPE=runtime.TYPES[dtype], BLOCK=1024 if runtime.INTERPRETED else 8192, num_warps=8
-        )
+    """The Triton implementation of `squares_reference`. Shares are added in the same order every time."""
+    rows: dict[tuple[torch.dtype, bool], list[tuple[int, ...]]] = defaultdict(list)
+    for i, source in enumerate(inputs):
+        address = source.data_ptr()
+        rows[source.dtype, address % 16 == 0].append((address, source.numel(), i))
+    block = _SQUARES_BLOCK
+    shares = min(max(1, count(max(source.numel() for source in inputs), block)), max(_SHARES, count(_PROGRAMS, len(inputs))))
+    partials = out if shares == 1 else out.new_empty(len(inputs), shares)
+    for (dtype, aligned), some in rows.items():
+        kernel.squares_kernel[(len(some), shares)](
+            device_table(tuple(some), out.device), partials, DTYPE=runtime.TYPES[dtype], BLOCK=block, ALIGNED=aligned,
+            num_warps=4,
+        )  # fmt: skip
+    if shares > 1:
+        torch.sum(partials, 1, out=out)
 
 
 def can_use_blend(

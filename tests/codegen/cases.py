@@ -17,6 +17,10 @@ from kfac_triton.kernels.covariance import plan as covariance_plan
 from kfac_triton.kernels.factored_newton import kernel as factored_newton_kernel
 from kfac_triton.kernels.factored_newton import launch as factored_newton_launch
 from kfac_triton.kernels.factored_newton import plan_kernel as factored_newton_plan_kernel
+from kfac_triton.kernels.first_order import kernel as first_order_kernel
+from kfac_triton.kernels.first_order import launch as first_order_launch
+from kfac_triton.kernels.gradients import kernel as gradients_kernel
+from kfac_triton.kernels.gradients import launch as gradients_launch
 from kfac_triton.kernels.multi_tensor import kernel as multi_tensor_kernel
 from kfac_triton.kernels.newton_schulz import kernel as newton_schulz_kernel
 from kfac_triton.kernels.newton_schulz import launch as newton_schulz_launch
@@ -215,12 +219,15 @@ def _lists(arch: str) -> Iterator[Case]:
     del arch  # a kernel that only adds is the same everywhere
     kernel = multi_tensor_kernel
     for dtype, type_ in (("bf16", tl.bfloat16), ("fp32", tl.float32)):
-        constants = {"DTYPE": type_, "BLOCK": 8192}
-        yield Case(f"-/-/squares_kernel/{dtype}", kernel.squares_kernel, "*i64 *fp32", constants, {"num_warps": 8})
-        constants = {"DTYPE": type_, "BLOCK": 1024}
-        yield Case(f"-/-/gather_kernel/{dtype}", kernel.gather_kernel, "*i64 *fp32 i32:16 i32:16", constants, {"num_warps": 4})
-    types = "*fp32 *fp32 *fp32 *fp32 *u8 i32:16"
-    yield Case("-/-/blend_kernel/-", kernel.blend_kernel, types, {"BLOCK": 1024}, {"num_warps": 4})
+        for aligned in (True, False):
+            constants = {"DTYPE": type_, "BLOCK": 4096, "ALIGNED": aligned}
+            label = f"-/-/squares_kernel/{dtype}{'' if aligned else ', unaligned'}"
+            yield Case(label, kernel.squares_kernel, "*i64 *fp32", constants, {"num_warps": 4}, wide=aligned)
+    for name, aligned in (("-", True), ("unaligned", False)):
+        constants = {"BLOCK": 1024, "ALIGNED": aligned}
+        types = "*i64 *fp32 *fp32 *u8 *u8 *u8"
+        yield Case(f"-/-/blend_kernel/{name}", kernel.blend_kernel, types, constants, {"num_warps": 4}, wide=aligned)
+    yield Case("-/-/traces_kernel/-", kernel.traces_kernel, "*i64 *fp32", {"BLOCK": 1024}, {"num_warps": 4})
     for bits, type_ in ((16, tl.int16), (32, tl.int32)):
         constants = {"DTYPE": type_, "BLOCK": 1024}
         yield Case(f"-/-/restore_kernel/{bits}", kernel.restore_kernel, "*i64 *u8", constants, {"num_warps": 4})
@@ -281,7 +288,41 @@ def _norm_fisher(arch: str) -> Iterator[Case]:
         )
 
 
+def _gradients(arch: str) -> Iterator[Case]:
+    del arch
+    kernel, warps = gradients_kernel, {"num_warps": 4}
+    tile = {"BLOCK_M": gradients_launch._BLOCK_M, "BLOCK_N": gradients_launch._BLOCK_N}
+    for dtype, type_ in (("bf16", tl.bfloat16), ("fp32", tl.float32)):
+        constants = {"DTYPE": type_, **tile}
+        yield Case(f"-/-/gather_kernel/{dtype}", kernel.gather_kernel, "*i64 *i64", constants, warps)
+        yield Case(f"-/-/scatter_kernel/{dtype}", kernel.scatter_kernel, "*i64 *i64 *fp32 *u8", constants, warps)
+    for name, aligned in (("-", True), ("unaligned", False)):
+        constants = {"BLOCK": 1024, "ALIGNED": aligned}
+        yield Case(f"-/-/inner_kernel/{name}", kernel.inner_kernel, "*i64 *fp32", constants, warps, wide=aligned)
+    types = "*fp32 *fp32 *i32 *i64 fp32 *fp32 *u8 *u8 *i64 i32"
+    for members, block in ((1, 1), (100, 64)):
+        constants = {"MEMBERS": members, "BLOCK_W": 2048 // block, "BLOCK_K": block}
+        yield Case(f"-/-/clip_kernel/{members}", kernel.clip_kernel, types, constants, warps)
+
+
+def _first_order(arch: str) -> Iterator[Case]:
+    del arch
+    kernel, warps = first_order_kernel, {"num_warps": 4}
+    for name, adam in (("sgd", False), ("adamw", True)):
+        constants: dict[str, Any] = {"ADAM": adam, "BLOCK": 128}
+        yield Case(f"-/-/factors_kernel/{name}", kernel.factors_kernel, "*i64 *fp64 *fp64 *fp32 i32", constants, warps)
+        for dtype, type_ in (("bf16", tl.bfloat16), ("fp32", tl.float32)):
+            for aligned in (True, False):
+                constants = {
+                    "ADAM": adam, "MOMENTUM": not adam, "NESTEROV": not adam, "MAXIMIZE": False,
+                    "BLOCK": first_order_launch._BLOCK, "DTYPE": type_, "ALIGNED": aligned,
+                }  # fmt: skip
+                label = f"-/-/move_kernel/{name}, {dtype}{'' if aligned else ', unaligned'}"
+                types = "*i64 *fp32 *u8 fp32 fp32 fp32 fp32 fp32"
+                yield Case(label, kernel.move_kernel, types, constants, warps, wide=aligned)
+
+
 def shipped(arch: str) -> list[Case]:
     """All of them for one architecture."""
-    families = (_covariance, _newton_schulz, _factored_newton, _precondition, _lists, _norm_fisher)
+    families = (_covariance, _newton_schulz, _factored_newton, _precondition, _lists, _gradients, _first_order, _norm_fisher)
     return [case for family in families for case in family(arch)]

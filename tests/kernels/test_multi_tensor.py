@@ -52,6 +52,27 @@ def test_squares_of_dense_tensors_in_any_order(backend: str, order: str) -> None
     assert out == x.square().sum()
 
 
+def test_squares_in_shares_of_several_turns_and_at_odd_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact on integers; the same numbers each time; what is between the last whole vector and the end counts, too."""
+    monkeypatch.setattr(launch, "_SQUARES_BLOCK", 64)
+    monkeypatch.setattr(launch, "_PROGRAMS", 3)
+    monkeypatch.setattr(launch, "_SHARES", 3)
+    inputs = [torch.randint(-3, 4, (n,)).to(dtype)[offset:] for n in (0, 5, 64, 1001) for dtype in TYPES for offset in (0, 3)]
+    expected = [float(x.double().square().sum()) for x in inputs]
+    for last in (None, torch.nan):
+        if last is not None:
+            inputs[-1][-1] = inputs[-2][-1] = last
+        out = torch.full((len(inputs),), torch.nan)
+        ops.squares(inputs, out, backend="triton")
+        assert out[:-2].tolist() == expected[:-2]
+    assert out[-2:].isnan().all()
+    random = [torch.randn(3000)]
+    first, second = torch.zeros(1), torch.zeros(1)
+    ops.squares(random, first, backend="triton")
+    ops.squares(random, second, backend="triton")
+    assert torch.equal(first, second)
+
+
 def test_squares_of_tensors_with_gaps_are_left_to_the_reference() -> None:
     gaps, out = torch.ones(4, 6)[:, ::2], torch.zeros(1)
     with pytest.raises(ValueError, match=r"inputs\[0\] .* has gaps; use 'auto' or 'torch'"):

@@ -343,7 +343,7 @@ def test_room_is_that_of_the_largest_portion_and_counters_move_to_the_parameters
     group = {**GROUP, "capturable": False}
     states = [param_groups.initial_state(p, group) for p in params]
     assert {state["step"].device.type for state in states} == {"cpu"}
-    held = hold.Hold(FiniteFlags.of({p: torch.ones((), dtype=torch.bool, device="meta") for p in params}))
+    held = hold.Hold(FiniteFlags.of({p: torch.ones((), dtype=torch.bool) for p in params}))
     held.reserve(params, states, ("momentum_buffer",), together=True)
     assert {state["step"].device.type for state in states} == {"meta"}
     assert [len(room) for room in held._room.values()] == [2 * 448]  # 400 bytes each, aligned
