@@ -181,14 +181,13 @@ def channel_sums_kernel(
     g_example, g_position, g_channel = tl.load(layer + 7), tl.load(layer + 8), tl.load(layer + 9)
     if ALIGNED:
         x, g, n = tl.multiple_of(x, 16), tl.multiple_of(g, 16), tl.multiple_of(n, 8)
-        x_example, x_position, x_channel = (
-            tl.multiple_of(x_example, 8), tl.multiple_of(x_position, 8), tl.multiple_of(x_channel, 8),
-        )  # fmt: skip
-        g_example, g_position, g_channel = (
-            tl.multiple_of(g_example, 8), tl.multiple_of(g_position, 8), tl.multiple_of(g_channel, 8),
-        )  # fmt: skip
-        # They are multiples of 8. The compiler sees that only in a product, as hints are lost where a function returns.
-        position, last_position = position // 8 * 8, last_position // 8 * 8
+        x_example, g_example = tl.multiple_of(x_example, 8), tl.multiple_of(g_example, 8)
+        if CHANNELS_LAST:
+            x_position, g_position = tl.multiple_of(x_position, 8), tl.multiple_of(g_position, 8)
+        else:
+            x_channel, g_channel = tl.multiple_of(x_channel, 8), tl.multiple_of(g_channel, 8)
+            # They are multiples of 8. The compiler sees that only in a product, as hints are lost where a function returns.
+            position, last_position = position // 8 * 8, last_position // 8 * 8
     channels = block * CHANNELS + tl.arange(0, CHANNELS)
     partials = workspace + tl.load(layer + 16) + channels
     each = 1.0 / (last_position - position)

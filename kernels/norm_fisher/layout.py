@@ -109,6 +109,8 @@ def _merged(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
 def _view(source: Tensor, norm: Norm) -> View | None:
     """How a tensor lies in memory; None if not as the kernels read it."""
     sizes, strides = source.shape, source.stride()
+    if not source.numel():  # whose strides mean nothing
+        return View(0, 0, 1, False)
     if norm.has_channels:
         channels, position = sizes[1], _merged(sizes[2:], strides[2:])
         column = 1 if channels == 1 else strides[1]

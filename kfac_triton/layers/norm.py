@@ -139,7 +139,8 @@ class RMSNormLayer(LayerNormLayer):
     @property
     def norm(self) -> Norm:
         """X / sqrt(mean(x^2) + eps). If eps is None, torch takes that of the dtype it computes in, which here is that of x."""
-        return super().norm._replace(kind="rms")
+        module = self.module
+        return Norm("rms", module.eps, self.has_shift, self.by_position, dims=len(module.normalized_shape))
 
 
 class BatchNormLayer(NormLayer):

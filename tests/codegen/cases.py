@@ -6,6 +6,7 @@ Types are in Triton's notation: `*fp32` an address, `i32:16` an integer that 16 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -235,57 +236,45 @@ def _lists(arch: str) -> Iterator[Case]:
 
 def _norm_fisher(arch: str) -> Iterator[Case]:
     """Widths of GPT-2 and of large models, the widest that a program holds, and those that it does not."""
-    kernel, backend = norm_fisher_kernel, target(arch).backend
-    types, tables, wide_columns = {"bf16": tl.bfloat16, "fp32": tl.float32}, "*i64 *i64", norm_fisher_layout.WIDE_COLUMNS
-    kinds = (("", False, True), (", positions", True, True), (", unaligned", False, False))
-    for dtype, type_ in types.items():
-        for wide, sizes in ((False, (64, 1024, 4096, 8192)), (True, (wide_columns,))):
-            for columns in sizes:
-                rows = norm_fisher_layout.rows_of(columns)
-                options = {"num_warps": norm_fisher_launch.warps(columns * rows, backend)}
-                for kind, by_position, aligned in kinds:
-                    if columns > norm_fisher_layout.WIDEST[aligned]:
-                        continue
-                    constants = {
-                        "X_TYPE": type_, "G_TYPE": type_, "ROWS": rows, "COLUMNS": columns, "BY_POSITION": by_position,
-                        "ALIGNED": aligned, "WIDE": wide,
-                    }  # fmt: skip
-                    yield Case(
-                        f"-/-/row_sums_kernel/{dtype}, {columns} columns{' of more' if wide else ''}{kind}",
-                        kernel.row_sums_kernel, f"{tables} *fp32 *fp32", constants, options, wide=aligned and not wide,
-                    )  # fmt: skip
-        for last in (False, True):
-            positions, channels = norm_fisher_layout.CHANNEL_TILE[last]
+    kernel, backend, layout = norm_fisher_kernel, target(arch).backend, norm_fisher_layout
+    tables, options = "*i64 *i64", norm_fisher_launch.options
+    plain, positions, unaligned = ("", False, True), (", positions", True, True), (", unaligned", False, False)
+    sizes = [(64, [plain]), (1024, [plain, positions, unaligned]), (4096, [plain, unaligned]), (8192, [plain])]
+    for dtype, type_ in (("bf16", tl.bfloat16), ("fp32", tl.float32)):
+        types = {"X_TYPE": type_, "G_TYPE": type_}
+        for columns, kinds in [*sizes, (layout.WIDE_COLUMNS, [plain, unaligned])]:
+            wide, rows = columns == layout.WIDE_COLUMNS, layout.rows_of(columns)
             for kind, by_position, aligned in kinds:
-                constants = {
-                    "X_TYPE": type_, "G_TYPE": type_, "CHANNELS": channels, "POSITIONS": positions, "BY_POSITION": by_position,
-                    "ALIGNED": aligned, "CHANNELS_LAST": last,
-                }  # fmt: skip
+                shape = {"ROWS": rows, "COLUMNS": columns, "BY_POSITION": by_position, "ALIGNED": aligned, "WIDE": wide}
                 yield Case(
-                    f"-/-/channel_sums_kernel/{dtype}, channels {'last' if last else 'first'}{kind}",
-                    kernel.channel_sums_kernel, f"{tables} *fp32", constants,
-                    {"num_warps": norm_fisher_launch.warps(channels * positions, backend)}, wide=aligned,
+                    f"-/-/row_sums_kernel/{dtype}, {columns} columns{' of more' if wide else ''}{kind}",
+                    kernel.row_sums_kernel, f"{tables} *fp32 *fp32", types | shape, options(rows * columns, backend),
+                    wide=aligned and not wide,  # the statistics of a row are 4 bytes
                 )  # fmt: skip
-        for aligned in (True, False):
-            constants = {"X_TYPE": type_, "COLUMNS": wide_columns, "ALIGNED": aligned}
+        for last, (kind, by_position, aligned) in itertools.product((False, True), (plain, positions, unaligned)):
+            rows, channels = layout.CHANNEL_TILE[last]
+            shape = {
+                "CHANNELS": channels, "POSITIONS": rows, "BY_POSITION": by_position, "ALIGNED": aligned, "CHANNELS_LAST": last,
+            }  # fmt: skip
             yield Case(
-                f"-/-/row_statistics_kernel/{dtype}{'' if aligned else ', unaligned'}", kernel.row_statistics_kernel,
-                f"{tables} *fp32", constants, {"num_warps": norm_fisher_launch.warps(wide_columns // 2, backend)},
-                wide=aligned,
+                f"-/-/channel_sums_kernel/{dtype}, channels {'last' if last else 'first'}{kind}",
+                kernel.channel_sums_kernel, f"{tables} *fp32", types | shape, options(rows * channels, backend), wide=aligned,
             )  # fmt: skip
-    constants = {"UNITS": norm_fisher_launch.UNITS, "ITEMS": norm_fisher_launch.ITEMS}
-    yield Case(
-        "-/-/channel_statistics_kernel/-", kernel.channel_statistics_kernel, f"{tables} *fp32 *fp32", constants,
-        {"num_warps": 4},
-    )  # fmt: skip
+        for kind, _, aligned in (plain, unaligned):
+            shape = {"COLUMNS": layout.WIDE_COLUMNS, "ALIGNED": aligned}
+            yield Case(
+                f"-/-/row_statistics_kernel/{dtype}{kind}", kernel.row_statistics_kernel, f"{tables} *fp32",
+                {"X_TYPE": type_} | shape, options(layout.WIDE_COLUMNS // 2, backend), wide=aligned,
+            )  # fmt: skip
+    four = {"num_warps": 4}
+    tile = {"UNITS": norm_fisher_launch.UNITS, "ITEMS": norm_fisher_launch.ITEMS}
+    statistics = kernel.channel_statistics_kernel
+    yield Case("-/-/channel_statistics_kernel/-", statistics, f"{tables} *fp32 *fp32", tile, four)
+    tile = {"EXAMPLES": norm_fisher_launch.EXAMPLES, "COLUMNS": norm_fisher_launch.COLUMNS}
     for kind, has_channels, by_position in (("rows", False, False), ("channels", True, False), ("positions", True, True)):
-        constants = {
-            "EXAMPLES": norm_fisher_launch.EXAMPLES, "COLUMNS": norm_fisher_launch.COLUMNS, "HAS_CHANNELS": has_channels,
-            "BY_POSITION": by_position,
-        }  # fmt: skip
-        yield Case(
-            f"-/-/fisher_kernel/{kind}", kernel.fisher_kernel, f"{tables} *fp32 *fp32 *fp32 *fp32", constants, {"num_warps": 4}
-        )
+        constants = tile | {"HAS_CHANNELS": has_channels, "BY_POSITION": by_position}
+        types_of = f"{tables} *fp32 *fp32 *fp32 *fp32"
+        yield Case(f"-/-/fisher_kernel/{kind}", kernel.fisher_kernel, types_of, constants, four)
 
 
 def _gradients(arch: str) -> Iterator[Case]:
