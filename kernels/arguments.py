@@ -61,7 +61,8 @@ def columns_of(i: int, shape: Sequence[int], window: Window) -> int:
         return shape[1]
     require(
         0 < spatial <= 3,
-        f"inputs[{i}] must be a matrix of rows or (N, C, *spatial) with 1 to 3 spatial dimensions, but has shape {tuple(shape)}",
+        f"inputs[{i}] must be a matrix of rows or (N, C, *spatial) with 1 to 3 spatial dimensions, but has shape "
+        f"{tuple(shape)}",
     )
     kernel, stride, padding, dilation = window
     if not (
@@ -77,8 +78,8 @@ def columns_of(i: int, shape: Sequence[int], window: Window) -> int:
         )
     if min(window.positions(shape[2:])) <= 0:
         raise ValueError(
-            f"inputs[{i}] of shape {tuple(shape)} must be at least as large as its kernel, but the kernel is {list(kernel)} with "
-            f"dilation {list(dilation)} and padding {list(padding)}"
+            f"inputs[{i}] of shape {tuple(shape)} must be at least as large as its kernel, but the kernel is {list(kernel)} "
+            f"with dilation {list(dilation)} and padding {list(padding)}"
         )
     return shape[1] * math.prod(kernel)
 

@@ -31,8 +31,8 @@ class Operator:
         reference: in plain PyTorch.
         launch: of the Triton kernel.
         can_use: why the kernel cannot serve a call; None if it can.
-        plan: what the launch needs to know and `can_use` finds out: an object with an `obstacle`, the answer of `can_use`, which
-            the launch takes as its argument `plan`. An operator with a plan is asked for it instead, once.
+        plan: finds out at once what the launch needs to know and what `can_use` answers, which is its attribute `obstacle`; the
+            launch takes it as its argument `plan`.
         library: the reference with other settings of the library that multiplies matrices.
         prefers_library: whether backend="auto" uses the library on a device.
     """

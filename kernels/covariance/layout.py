@@ -7,6 +7,7 @@ its columns lie side by side (channels_last) or, within an image, its rows (cont
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -48,7 +49,7 @@ class Layout(NamedTuple):
 def collapsed(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
     """The stride of the one dimension that these dimensions are together; None if they are not one."""
     pairs = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
-    for (_, outer), (size, inner) in zip(pairs, pairs[1:], strict=False):
+    for (_, outer), (size, inner) in itertools.pairwise(pairs):
         if outer != size * inner:
             return None
     return pairs[-1][1] if pairs else strides[-1]
@@ -59,9 +60,9 @@ def layout_of(source: Operand, factor: Operand, window: Window) -> Layout:
     sizes, strides = source.shape, source.strides
     if len(sizes) == 2:
         return _matrix(sizes[0], sizes[1], strides[0], strides[1], source, factor)
-    spatial, images, channels = len(sizes) - 2, sizes[0], sizes[1]
+    images, channels = sizes[:2]
     step = collapsed(sizes[2:], strides[2:])
-    if step is None or window != Window((1,) * spatial, (1,) * spatial, (0,) * spatial, window.dilation):
+    if step is None or not window.reads_as_it_is:
         return _patches(source, factor, window)
     positions = math.prod(sizes[2:])
     row = collapsed((images, positions), (strides[0], step))
@@ -94,10 +95,8 @@ def _images(
     return Layout(0, True, width, _fields(rows, columns, image_stride, column_stride, factor.strides[0], positions))
 
 
-def _fields(
-    rows: int, columns: int, row_stride: int, column_stride: int, factor_stride: int, positions: int
-) -> tuple[int, ...]:
-    known = (rows, columns, row_stride, column_stride, factor_stride, positions)
+def _fields(*known: int) -> tuple[int, ...]:
+    """Rows, columns, their strides, the factor's stride and the positions; what only windows need is 0."""
     return known + (0,) * (kernel.LAYER_FIELDS - len(known))
 
 

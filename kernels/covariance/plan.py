@@ -154,9 +154,9 @@ def configuration(group: Group, target: Target) -> tuning.Config:
 
     Large tiles load less in all, and small ones fill more multiprocessors. On an H200, tiles of 64 were 28 % faster than tiles
     of 128 on 20 factors of sizes 128 to 512 with 1,024 rows, and 20 % slower on 64 factors of size 512 (see
-    `benchmarks/results/nvidia-h200-2026-11-27`). There, the 20 factors have some hundred tiles of 128, fewer than the programs
-    that the card holds: their rows were split into shares of a third, whose partial sums cost a launch more, and as much traffic
-    as the rows. Long shares are worth that, short ones are not.
+    `benchmarks/results/nvidia-h200-2026-11-27`). There, the 20 factors have a hundred tiles of 128, fewer than the programs
+    that the card holds: their rows were split into three shares, whose partial sums cost a launch more and as much traffic as
+    the rows. Long shares are worth that, short ones are not; where the line is (`LEAST_SHARE`) was not measured.
     """
     key = config_key(group.dtype, group.layout)
     config = tuning.lookup(key, group.widest, target)

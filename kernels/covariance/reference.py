@@ -16,6 +16,10 @@ from .window import Window, unflatten
 
 _COLUMN_BLOCK = 128  # columns per GEMM of the symmetric product: measured fastest of 128..504 at n = 1008
 _PATCH_CHUNK = 1 << 20  # patch elements in flight: 4 MiB of fp32 stays in cache, 100 MiB of im2col does not
+# Elements of an image, and positions for each of its channels, from which on its product is faster than a copy of its rows next
+# to those of other images: 4.6 ms instead of 6.0 for 32 images of 64 channels and 32 x 32, but 2.3 instead of 1.4 for 64 of 16
+# channels and 28 x 28.
+_LARGE_IMAGE, _LONG_IMAGE = 1 << 16, 8
 
 
 def patch_matrix(images: Tensor, window: Window) -> Tensor:
@@ -55,6 +59,9 @@ def _row_chunks(source: Tensor, window: Window) -> Sequence[Tensor]:
         return [source]
     per_image = source.shape[1:].numel() * math.prod(window.kernel) // max(1, math.prod(window.stride))
     count = max(1, _PATCH_CHUNK // max(1, per_image))
+    if window.reads_as_it_is and source.stride(1) == source.shape[2:].numel() >= _LONG_IMAGE * source.shape[1]:
+        # The patch matrix of one such image is a view of it.
+        count = 1 if source.shape[1:].numel() >= _LARGE_IMAGE else count
     return source.split(count) if len(source) else ()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,11 @@ class Window(NamedTuple):
         missing = 3 - len(self.kernel)
         ones, zeros = (1,) * missing, (0,) * missing
         return Window(ones + self.kernel, ones + self.stride, zeros + self.padding, ones + self.dilation)
+
+    @property
+    def reads_as_it_is(self) -> bool:
+        """Whether the rows are an input's positions: of size one, moves by one, without padding."""
+        return math.prod(self.kernel) == math.prod(self.stride) == 1 and not any(self.padding)
 
     def positions(self, sizes: Sequence[int]) -> list[int]:
         """Number of places of the window along each spatial dimension of images of these sizes."""

@@ -75,7 +75,7 @@ class ConvLayer(Layer):
         """
         conv, padding = self.module, padding_amounts(self.module)
         before = [amount for amount, _ in padding]
-        if conv.padding_mode != "zeros" or any(first != last for first, last in padding):
+        if any(first != last for first, last in padding) or (conv.padding_mode != "zeros" and any(before)):
             # Only these need a padded copy. The code that reads the patches adds zeros itself, equally many on both sides.
             mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
             x = F.pad(x, [amount for pair in reversed(padding) for amount in pair], mode=mode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -35,7 +36,9 @@ class ConvTransposeLayer(ConvLayer):
 
     def patches(self, x: Tensor, output: Sequence[int]) -> tuple[Tensor, ops.Window]:
         """The tensor z, and the window of its patches. Its size follows from that of the output, which a call may choose."""
-        conv = self.module
+        conv, window = self.module, ops.window(self.module.kernel_size, dilation=self.module.dilation)
+        if window.reads_as_it_is and math.prod(conv.stride) == 1 and not any(conv.padding):
+            return x, window  # z is x
         spans = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         z = x.new_zeros(*x.shape[:2], *(n + span for n, span in zip(output, spans, strict=True)))
         places, taken = [slice(None)] * 2, [slice(None)] * 2
@@ -46,7 +49,7 @@ class ConvTransposeLayer(ConvLayer):
             places.append(slice(before + first * s, before + last * s, s))
             taken.append(slice(first, last))
         z[tuple(places)] = x[tuple(taken)]
-        return z, ops.window(conv.kernel_size, dilation=conv.dilation)
+        return z, window
 
     def to_matrix(self, stored: Tensor, group: int) -> Tensor:
         """One group of channels of the weight, with its channels swapped and its kernel flipped."""

@@ -125,7 +125,7 @@ def test_a_factor_whose_rows_are_not_aligned_is_not_hinted_to_be() -> None:
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), spatial=st.integers(1, 3), dtype=st.sampled_from([BF16, FP32]))
 def test_what_the_compiler_is_told_is_true(data: st.DataObject, spatial: int, dtype: torch.dtype) -> None:
-    """Rows come in runs of `width` neighbours in memory that start at a multiple of their size, by the addresses of elements."""
+    """Rows come in runs of `width` neighbours in memory that start at a multiple of their size, by addresses of elements."""
     sizes = data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 8]), min_size=spatial, max_size=spatial))
     images = torch.empty(data.draw(st.integers(1, 3)), data.draw(st.sampled_from([3, 8, 16])), *sizes, dtype=dtype)
     if data.draw(st.booleans()):

@@ -37,6 +37,8 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "output padding": {"kernel_size": (2, 3), "stride": (3, 2), "output_padding": (2, 1)},
     "dilation": {"kernel_size": (2, 3), "stride": (1, 2), "dilation": (3, 2), "padding": (2, 1), "output_padding": (2, 1)},
     "pointwise": {"kernel_size": (1, 1)},
+    "pointwise, padding": {"kernel_size": (1, 1), "padding": (1, 1)},
+    "pointwise, stride": {"kernel_size": (1, 1), "stride": (2, 3), "output_padding": (1, 0)},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -114,6 +116,12 @@ def test_rows_are_those_of_the_jacobian(spatial: int, name: str, options: str, w
         else:
             assert_close(a, expected.flatten(0, 1))
             assert_close(g, channels.mT.flatten(0, 1))
+
+
+def test_the_input_of_a_pointwise_layer_is_not_copied() -> None:
+    module = make(2, GEOMETRIES["pointwise"])
+    x, gradient = run(module, 2)
+    assert adapter(module).rows(x, gradient).inputs[0].data_ptr() == x.data_ptr()
 
 
 def assert_rows_add_up(module: Any, x: Tensor, gradient: Tensor) -> None:

@@ -136,6 +136,11 @@ def problem_for(kernel: str, side: int, device: torch.device) -> Problem:
         channels, edge = max(1, side // 9), 6 if small else 14
         images = torch.randn(max(1, rows // edge**2), channels, edge, edge, device=device).bfloat16()
         return Covariance(kernel, [RowSource(images, ops.window((3, 3), (1, 1), (1, 1)))] * (1 if small else 4))
+    if kernel.startswith("covariance_images"):
+        columns, edge = max(16, side // 16 * 16), 4 if small else 28
+        dtype = torch.float32 if kernel.endswith("_fp32") else torch.bfloat16
+        images = torch.randn(max(1, rows // edge**2), columns, edge, edge, device=device).to(dtype)
+        return Covariance(kernel, [RowSource(images, ops.window((1, 1)))] * (1 if small else 4))
     if kernel in ("covariance", "covariance_fp32", "covariance_unaligned"):
         columns = side | 1 if kernel == "covariance_unaligned" else max(16, side // 16 * 16)
         dtype = torch.float32 if kernel == "covariance_fp32" else torch.bfloat16
