@@ -15,6 +15,10 @@ from .gate import Gate
 from .sums import Item, Kind
 
 
+def _current_stream(device: torch.device) -> Any:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
 class Pass(NamedTuple):
     """Rows of one backward pass through a layer, and whether those of A are to be summed, too."""
 
@@ -56,7 +60,11 @@ class RowQueue:
         """Queues passes through a layer; if there are earlier ones, these are summed first."""
         if statistics in self._passes:
             self.flush()
-        self._follow_stream()
+        stream = _current_stream(self._betas.device)
+        if self._passes and stream != self._stream:
+            with torch.cuda.stream(self._stream):  # where the rows are ready
+                self.flush()
+        self._stream = stream
         self._passes[statistics] = passes
         task = torch._C._current_graph_task_id()
         if not self._can_wait or task < 0:
@@ -73,7 +81,9 @@ class RowQueue:
         """Sums all passes. Where a layer has several, as many calls follow one another, each with at most one of a layer."""
         if not self._passes:
             return
-        self._lend_to_stream()
+        stream = _current_stream(self._betas.device)
+        if stream != self._stream:  # that of the caller of backward, at its end, or that of the step
+            self._lend_to(stream)
         with torch.no_grad():
             while self._passes:
                 self._sum({statistics: passes[0] for statistics, passes in self._passes.items()})
@@ -120,23 +130,10 @@ class RowQueue:
                     self._storages[address] = size = storage.nbytes()
                     self._bytes += size
 
-    def _follow_stream(self) -> None:
-        """Rows that were computed on another stream are summed there, where they are ready."""
-        if self._betas.device.type != "cuda":
-            return
-        stream = torch.cuda.current_stream(self._betas.device)
-        if self._passes and stream != self._stream:
-            with torch.cuda.stream(self._stream):
-                self.flush()
-        self._stream = stream
-
-    def _lend_to_stream(self) -> None:
-        """At the end of a backward pass autograd lets its caller's stream wait; the memory must not be reused before that."""
-        if self._betas.device.type != "cuda":
-            return
-        stream = torch.cuda.current_stream(self._betas.device)
-        if stream != self._stream:
-            for passes in self._passes.values():
-                for one in passes:
-                    for source in one.rows.inputs + one.rows.gradients:
-                        source.record_stream(stream)
+    def _lend_to(self, stream: Any) -> None:
+        """Lets this stream read rows of another one: when they are ready, and before their memory is reused."""
+        stream.wait_stream(self._stream)
+        for passes in self._passes.values():
+            for one in passes:
+                for source in one.rows.inputs + one.rows.gradients:
+                    source.record_stream(stream)

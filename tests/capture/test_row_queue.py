@@ -1,148 +1,21 @@
-"""Passes that wait for those of other layers: they are summed by few launches, and the sums are those of PyTorch."""
+"""Passes that wait for those of other layers: launches, memory, and what happens when something fails."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
-from support.helpers import relative_error
 from support.launches import CountedOperators, counted_launches
 from support.memory_meter import MemoryMeter
+from support.queued import ROWS, WIDTH, Net, queued
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from kfac_triton import KFAC, KFACPreconditioner
+from kfac_triton import KFACPreconditioner
+from kfac_triton.capture import row_queue
 from kfac_triton.kernels import ops
-
-WIDTH, ROWS = 5, 80  # so many rows take more memory than the sums of their layer
-LOSS = nn.CrossEntropyLoss()
-
-
-class Net(nn.Module):
-    """Linear layers of one width; the middle one may be called twice."""
-
-    def __init__(self, depth: int = 3, calls: int = 1, width: int = WIDTH) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        self.calls = calls
-
-    def forward(self, x: Tensor) -> Tensor:
-        for number, layer in enumerate(self.layers):
-            for _ in range(self.calls if number == 1 else 1):
-                x = torch.tanh(layer(x))
-        return x
-
-
-class Language(nn.Module):
-    """Diagonal and dense factors; the head may share the embedding's weight."""
-
-    def __init__(self, tied: bool) -> None:
-        super().__init__()
-        self.embedding, self.norm, self.middle = nn.Embedding(7, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.head = nn.Linear(WIDTH, 7, bias=False)
-        if tied:
-            self.head.weight = self.embedding.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = (x[..., 0].abs() * 5).long() % 7
-        return self.head(torch.tanh(self.middle(self.norm(self.embedding(tokens)))))
-
-
-def _queued(ours: KFACPreconditioner | KFAC) -> int:
-    return sum(len(passes) for queue in ours.engine.collector._shared.queues for passes in queue._passes.values())
-
-
-def _pass(model: nn.Module, x: Tensor, ours: KFACPreconditioner) -> None:
-    outputs = model(x)
-    y = torch.arange(len(x)) % outputs.shape[1]
-    if ours.engine.settings.loss is not None:
-        ours.accumulate_fisher(outputs, y)
-    LOSS(outputs, y).backward()
-
-
-def _several(model: nn.Module, x: Tensor, ours: KFACPreconditioner) -> None:
-    for part in x.split([8, 56, 16]):  # few rows, many, and few again
-        _pass(model, part, ours)
-
-
-def _retained(model: nn.Module, x: Tensor, ours: KFACPreconditioner) -> None:
-    loss = model(x).square().mean()
-    loss.backward(retain_graph=True)
-    loss.backward()
-
-
-def _differentiated_twice(model: nn.Module, x: Tensor, ours: KFACPreconditioner) -> None:
-    (slope,) = torch.autograd.grad(model(x).square().mean(), x, create_graph=True)
-    slope.square().sum().backward()
-
-
-def _checkpointed(model: nn.Module, x: Tensor, ours: KFACPreconditioner, use_reentrant: bool = False) -> None:
-    checkpoint(model, x, use_reentrant=use_reentrant).square().mean().backward()
-
-
-def _partly_compiled(model: nn.Module, x: Tensor, ours: KFACPreconditioner) -> None:
-    torch.compiler.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for number, part in enumerate(x.chunk(4)):
-        (compiled if number in (1, 3) else model)(part.repeat(4, 1)).square().mean().backward()
-
-
-def _under_another(model: nn.Module, x: Tensor, ours: KFACPreconditioner) -> None:
-    with KFACPreconditioner(model, backend=ours.engine.settings.backend):
-        _pass(model, x, ours)
-
-
-MAKERS: dict[str, Callable[[], nn.Module]] = {
-    "plain": Net,
-    "shared": lambda: Net(calls=2),
-    "language": lambda: Language(False),
-    "tied": lambda: Language(True),
-}
-RUNS: dict[str, tuple[str, Callable[..., None], dict[str, Any]]] = {
-    "one pass": ("plain", _pass, {}),
-    "accumulation": ("plain", _several, {}),
-    "a module called twice": ("shared", _pass, {}),
-    "a module called twice, accumulation": ("shared", _several, {}),
-    "retain_graph": ("plain", _retained, {}),
-    "double backward": ("plain", _differentiated_twice, {}),
-    "checkpointing": ("plain", _checkpointed, {}),
-    "reentrant checkpointing": ("plain", lambda *args: _checkpointed(*args, use_reentrant=True), {}),
-    "compiled and eager passes": ("plain", _partly_compiled, {}),
-    "two engines": ("plain", _under_another, {}),
-    "ggn": ("plain", _pass, {"fisher": "ggn", "loss": LOSS}),
-    "ggn, accumulation": ("plain", _several, {"fisher": "ggn", "loss": LOSS}),
-    "mc": ("plain", _pass, {"fisher": "mc", "loss": LOSS}),
-    "EKFAC": ("plain", _several, {"curvature": "ekfac"}),
-    "16-bit factors": ("plain", _several, {"factor_dtype": "bfloat16", "ema_decay": 0.5}),
-    "sampled": ("plain", _pass, {"stats_fraction": 0.25}),
-    "diagonals": ("language", _several, {}),
-    "tied weights": ("tied", _several, {}),
-    "oversized": ("plain", _several, {"max_factor_size": WIDTH}),
-}
-
-
-def _factors(name: str, backend: str, **settings: Any) -> list[Tensor]:
-    maker, run, own = RUNS[name]
-    torch.manual_seed(0)
-    model = MAKERS[maker]()
-    with KFACPreconditioner(model, backend=backend, damping=0.1, **own, **settings) as ours:
-        for _ in range(2):
-            run(model, torch.randn(ROWS, WIDTH).requires_grad_(), ours)
-            assert _queued(ours) == 0
-            ours.precondition_()
-        return [side for pair in ours.factors().values() for side in pair]
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_sums_are_those_of_pytorch_whatever_is_kept(name: str) -> None:
-    expected = _factors(name, "torch")
-    tolerance = 2e-2 if name == "16-bit factors" else 1e-5
-    for limit in (4000, 1 << 28):  # one layer or two, and all
-        for found, truth in zip(_factors(name, "triton", max_kept_bytes=limit), expected, strict=True):
-            assert relative_error(found, truth) <= tolerance, limit
 
 
 def _backward_launches(depth: int, rows: int, **settings: Any) -> tuple[int, int]:
@@ -214,7 +87,7 @@ def test_nothing_is_kept_where_nothing_is_gained() -> None:
             seen: list[tuple[int, bool]] = []
             for statistics in ours.engine.statistics:
                 statistics.layer.weight.register_hook(
-                    lambda _, s=statistics, seen=seen, ours=ours: seen.append((_queued(ours), bool(s.on_host.passes)))
+                    lambda _, s=statistics, seen=seen, ours=ours: seen.append((queued(ours), bool(s.on_host.passes)))
                 )
             model(torch.randn(ROWS, WIDTH, dtype=dtype)).sum().backward()
             assert seen == [(0, True)] * 3
@@ -270,14 +143,14 @@ def test_what_a_backward_pass_leaves_when_it_fails(then: str) -> None:
             with pytest.raises(ArithmeticError):
                 model(torch.randn(ROWS, WIDTH)).square().mean().backward()
             handle.remove()
-            assert _queued(ours) == (2 if backend == "triton" else 0)
+            assert queued(ours) == (2 if backend == "triton" else 0)
             if then == "forget":
                 with counted_launches() as counts:
                     ours.forget_statistics()
-                assert _queued(ours) == counts.total() == 0
+                assert queued(ours) == counts.total() == 0
             if then != "step":
                 model(torch.randn(ROWS, WIDTH)).square().mean().backward()
-                assert _queued(ours) == 0
+                assert queued(ours) == 0
             ours.engine.precondition(lambda p: 0.1)
             factors.append([side for pair in ours.factors().values() for side in pair])
     for found, truth in zip(*factors, strict=True):
@@ -301,7 +174,7 @@ def test_a_sum_that_fails_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
                 with pytest.raises(torch.OutOfMemoryError):
                     loss.backward()
                 patch.undo()
-                assert _queued(ours) == 3
+                assert queued(ours) == 3
             else:
                 loss.backward()
             ours.engine.precondition(lambda p: 0.1)
@@ -326,6 +199,48 @@ def test_a_step_within_a_backward_pass_takes_what_has_come() -> None:
             factors.append([side for pair in ours.factors().values() for side in pair])
     for found, truth in zip(*factors, strict=True):
         torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-7)
+
+
+class Stream:
+    """Stands in for a CUDA stream; writes down what waits for what."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: Stream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+def test_rows_are_summed_where_they_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one stream there, before rows of another are queued, and at the end on the stream of the caller, which waits."""
+    log: list[str] = []
+    streams = [Stream("caller", log), Stream("first", log), Stream("second", log)]
+    current = [streams[0]]
+
+    @contextmanager
+    def within(stream: Stream) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    def launch(*args: Any, **options: Any) -> None:
+        log.append(f"{len(args[0])} sums on {current[-1].name}")
+
+    monkeypatch.setattr(row_queue, "_current_stream", lambda device: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: log.append(f"memory for {stream.name}"))
+    monkeypatch.setattr(ops, "covariance_ema", launch)
+    model = Net()
+    with KFACPreconditioner(model, backend="triton") as ours:
+        for statistics, number in zip(ours.engine.statistics, (2, 2, 1), strict=True):
+
+            def add(*args: Any, original: Any = statistics.add, stream: Stream = streams[number], **options: Any) -> None:
+                with within(stream):
+                    original(*args, **options)
+
+            monkeypatch.setattr(statistics, "add", add)
+        model(torch.randn(ROWS, WIDTH)).square().mean().backward()
+    assert log == ["2 sums on first", "caller waits for second", *["memory for caller"] * 4, "4 sums on caller"]
 
 
 def test_the_limit_can_be_changed_and_is_checked() -> None:
