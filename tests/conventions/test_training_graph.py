@@ -1,120 +1,23 @@
-"""`graphed_step`: whatever it replays, runs eagerly or records anew, training is that of eager steps, bit for bit.
-
-Graphs are those of `recording`, on a CPU. As a GPU would not have, they have executed the step when it was recorded; so the
-first replay of each does nothing.
-"""
+"""`graphed_step`: whatever it replays, runs eagerly or records anew, training is that of eager steps, bit for bit."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support.helpers import mlp
-from support.recording import LOSS, Case, Run, Tape, equal, recorded
+from support.graphed import WARMUP, both, graphed, kinds, pair, pretend_gpu, same, sgd, tiny
+from support.recording import LOSS, Case, Run
 from torch import Tensor, nn
 
-from kfac_triton import KFAC, GraphedStep, KFACPreconditioner, graphed_step, training_graph
+from kfac_triton import KFAC, KFACPreconditioner, graphed_step, training_graph
 from kfac_triton.curvature.inverse import ACCEPT
-
-WARMUP = 2
-
-
-class Graph:
-    """A `torch.cuda.CUDAGraph`."""
-
-    def __init__(self) -> None:
-        self.tape: Tape | None = None
-        self.has_run = False
-
-    def replay(self) -> None:
-        assert self.tape is not None, "a replay before the recording has ended"
-        if self.has_run:
-            self.tape.replay()
-        self.has_run = True
-
-
-@contextmanager
-def _recording(graph: Graph, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
-    assert (pool, capture_error_mode) == ("pool", "thread_local")
-    with recorded() as tape:
-        yield
-    graph.tape = tape
 
 
 @pytest.fixture
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    fakes = {
-        "Stream": lambda device: stream,
-        "current_stream": lambda device: stream,
-        "stream": lambda stream: nullcontext(),
-        "graph_pool_handle": lambda: "pool",
-        "CUDAGraph": Graph,
-        "graph": _recording,
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(training_graph, "can_record", lambda device: True)
-
-
-def loss_of(run: Run) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda x, y: LOSS(run.model(x), y)
-
-
-def tiny() -> nn.Module:
-    """One layer: the interpreter of the kernels is slow."""
-    return nn.Sequential(nn.Linear(5, 4))
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """For what does not depend on K-FAC."""
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-
-def pair(make: Any = None, case: Case | None = None, **options: Any) -> tuple[Run, Run]:
-    """Two equal runs."""
-    return Run(case or Case(tiny), make, **options), Run(case or Case(tiny), make, **options)
-
-
-def same(eager: Run, run: Run) -> bool:
-    """Whether training was the same, bit for bit."""
-    if isinstance(run.optimizer, KFAC):
-        return equal(eager, run)
-    return all(torch.equal(*x) for x in zip(eager.model.parameters(), run.model.parameters(), strict=True))
-
-
-def graphed(run: Run, **options: Any) -> GraphedStep:
-    return graphed_step(run.optimizer, loss_of(run), **{"warmup": WARMUP, **options})
-
-
-def both(eager: Run, run: Run, step: GraphedStep, count: int, change: Callable[[Tensor], Tensor] = lambda x: x) -> list[float]:
-    """As many steps of each on the same batches, whose tensors may be changed; the losses, which are equal."""
-    losses = []
-    for _ in range(count):
-        torch.manual_seed(eager.seed)
-        batch = [change(x) for x in eager.case.batch()]
-        eager.seed += 1
-        state = torch.get_rng_state()
-        eager.optimizer.zero_grad()
-        loss = loss_of(eager)(*batch)
-        loss.backward()
-        eager.optimizer.step()
-        torch.set_rng_state(state)
-        result = step(*batch)
-        assert not result.requires_grad
-        assert torch.equal(result, loss.detach())
-        losses.append(result)
-    return [float(x) for x in losses]
-
-
-def kinds(step: GraphedStep) -> tuple[int, int, int, int]:
-    counts = step.counts
-    return counts.eager, counts.replayed, counts.mended, counts.recorded
+    pretend_gpu(monkeypatch)
 
 
 CASES = {
@@ -351,23 +254,6 @@ def test_batches_may_be_named_and_nested_and_have_constants() -> None:
 
 
 @pytest.mark.usefixtures("_gpu")
-def test_a_step_that_reads_from_the_device_is_refused_with_the_reason() -> None:
-    run = Run(Case(tiny), sgd)
-
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        value = LOSS(run.model(x), y)
-        return value if value.detach() > 0 else -value
-
-    step = graphed_step(run.optimizer, loss, warmup=1)
-    step(*run.batch)
-    before = [p.detach().clone() for p in run.model.parameters()]
-    with pytest.raises(RuntimeError, match=r"cannot record this step: .*reads from the device.*docs/speed.md") as caught:
-        step(*run.batch)
-    assert isinstance(caught.value.__cause__, AssertionError)
-    assert all(torch.equal(*x) for x in zip(before, run.model.parameters(), strict=True))
-
-
-@pytest.mark.usefixtures("_gpu")
 def test_the_batch_that_was_recorded_is_not_the_users() -> None:
     eager, run = pair(sgd)
     step = graphed(run)
@@ -377,68 +263,6 @@ def test_the_batch_that_was_recorded_is_not_the_users() -> None:
     before = [x.clone() for x in batch]
     step(*eager.case.batch())
     assert all(torch.equal(*x) for x in zip(batch, before, strict=True))
-
-
-@pytest.mark.usefixtures("_gpu")
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"capturable": False}, "group 0 has capturable=False"),
-        ({"inverse": "cholesky"}, "inverse must be 'factored', but is 'cholesky'"),
-        ({"backend": "torch"}, "Triton kernels only"),
-    ],
-)
-def test_what_cannot_be_recorded_is_said_at_once(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        graphed(Run(Case(), **options))
-
-
-def test_parameters_on_two_devices_are_refused() -> None:
-    params = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, device="meta"))]
-    with pytest.raises(ValueError, match="records one device, but the optimizer's parameters are on cpu, meta"):
-        graphed_step(torch.optim.SGD(params, lr=0.1), lambda: params[0].sum())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"optimizer": 3}, TypeError, "optimizer must be a torch.optim.Optimizer, but is int"),
-        ({"loss_of_batch": None}, TypeError, "loss_of_batch must be a function of the batch, but is NoneType"),
-        ({"warmup": 0}, ValueError, "warmup"),
-        ({"mend_every": 0}, ValueError, "mend_every"),
-        ({"max_shapes": 1.5}, TypeError, "max_shapes"),
-    ],
-)
-def test_arguments_are_checked(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    usual = {"optimizer": torch.optim.SGD(mlp().parameters(), lr=0.1), "loss_of_batch": len}
-    with pytest.raises(error, match=message):
-        graphed_step(**{**usual, **arguments})
-
-
-@pytest.mark.filterwarnings("ignore:CUDA graphs need a GPU:UserWarning")
-@pytest.mark.parametrize("result", [None, torch.zeros(2, requires_grad=True)])
-def test_a_loss_that_is_none_is_refused(result: Any) -> None:
-    run = Run(Case(tiny), sgd)
-    with pytest.raises(TypeError, match="loss_of_batch must return the loss, a tensor with one element, but the result"):
-        graphed_step(run.optimizer, lambda x: result)(run.batch[0])
-
-
-def test_on_a_cpu_every_step_is_eager_and_this_is_said_once() -> None:
-    eager, run = pair(sgd)
-    with pytest.warns(UserWarning, match="CUDA graphs need a GPU, and the parameters are on cpu") as caught:
-        step = graphed(run)
-    assert caught[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        both(eager, run, step, 5)
-        both(eager, run, step, 2, lambda x: x[:5])
-    assert kinds(step) == (7, 0, 0, 0)
-    assert same(eager, run)
-
-
-def test_on_a_gpu_alone_there_are_graphs() -> None:
-    assert training_graph.can_record(torch.device("cuda"))
-    assert not training_graph.can_record(torch.device("cpu"))
 
 
 @pytest.mark.usefixtures("_gpu")
