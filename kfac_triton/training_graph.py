@@ -92,7 +92,7 @@ class _Recording:
 
 @dataclass
 class _Shape:
-    """Batches of one shape: how many ran eagerly since the start, or since something changed, and the recorded step."""
+    """Batches of one shape: how many ran eagerly since something changed, and the recorded step."""
 
     eager: int = 0
     recording: _Recording | None = None
@@ -325,8 +325,10 @@ class GraphedStep:
         return devices.pop()
 
     def _require_recordable(self) -> None:
+        # PyTorch's own optimizers refuse capturable=True on a CPU.
+        must_be_capturable = self._records or isinstance(self._optimizer, KFACBase)
         for number, group in enumerate(self._optimizer.param_groups):
-            if group.get("capturable") is False:
+            if must_be_capturable and group.get("capturable") is False:
                 raise ValueError(
                     f"group {number} has capturable=False, so no CUDA graph can record a step: pass capturable=True"
                 )

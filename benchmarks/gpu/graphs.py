@@ -8,9 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kfac_triton import graphed_step
+
 from .findings import Bench
 from .others import Task
-from .workloads import Step, Variant, clock, task, training_step
+from .workloads import Step, Variant, clock, prepared, task, training_step
 
 REPLAYS = 200
 WARM_UP = 4  # eager steps, on the stream that is captured: the first ones allocate state and compile kernels
@@ -32,37 +34,66 @@ def capture(step: Step, warm_up: Callable[[], object]) -> tuple[torch.cuda.CUDAG
 
 
 def run(bench: Bench, names: Sequence[str]) -> None:
-    """Says the times of eager steps and of replays, in two lines, and whether replays end where eager steps do."""
+    """Says the times of eager steps and of replays, recorded by hand and by `graphed_step`, and whether all end alike."""
     for name in names:
         workload = task(bench, name)
         for variant in CAPTURABLE:
             what = f"{name} {variant.name}"
             if bench.on_gpu:
-                bench.attempt(what, partial(_compare, bench, what, workload, variant))
+                stepped = bench.attempt(what, partial(_eager, bench, what, workload, variant))
+                if stepped is not None:
+                    bench.attempt(what, partial(_replays, bench, what, workload, variant, stepped))
+                    what = f"{what}, graphed_step"
+                    bench.attempt(what, partial(_graphed_step, bench, what, workload, variant, stepped))
             else:
                 bench.say(what, skipped="no GPU")
 
 
-def _compare(bench: Bench, what: str, workload: Task, variant: Variant) -> None:
-    eager, other = training_step(workload, variant)
-    losses = [eager() for _ in range(WARM_UP + REPLAYS)]
-    stepped = [p.detach().clone() for p in _parameters(other)]
+def _eager(bench: Bench, what: str, workload: Task, variant: Variant) -> list[Tensor]:
+    """Says the times of eager steps at once: recording may fail, and leave the device unusable. Returns the parameters."""
+    step, optimizer = training_step(workload, variant)
+    losses = [step() for _ in range(WARM_UP + REPLAYS)]
+    stepped = [p.detach().clone() for p in _parameters(optimizer)]
     first, last = float(losses[0]), float(losses[-1])
-    milliseconds, host = clock(bench, eager, 0.5)
-    # At once: recording may fail, and leave the device unusable.
+    milliseconds, host = clock(bench, step, 0.5)
     bench.say(what, eager_ms=milliseconds, eager_host_ms=host, first_loss=first, eager_loss=last)
-    del eager, other, losses
+    return stepped
+
+
+def _replays(bench: Bench, what: str, workload: Task, variant: Variant, stepped: list[Tensor]) -> None:
     step, optimizer = training_step(workload, variant)
     graph, loss = capture(step, lambda: [step() for _ in range(WARM_UP)])
     for _ in range(REPLAYS):
         graph.replay()
+    _judge(bench, what, workload, optimizer, stepped, graph.replay, float(loss))
+
+
+def _graphed_step(bench: Bench, what: str, workload: Task, variant: Variant, stepped: list[Tensor]) -> None:
+    """As users record a step; each call copies the batch, and no step is eager that is not warm-up or made by a refusal."""
+    model, optimizer = prepared(workload, variant)
+    step = graphed_step(optimizer, partial(workload.loss, model), warmup=WARM_UP, mend_every=10**6)
+    losses = [step(workload.batch) for _ in range(WARM_UP + REPLAYS)]
+    counts = {"eager_steps": step.counts.eager, "recorded": step.counts.recorded}
+    _judge(bench, what, workload, optimizer, stepped, lambda: step(workload.batch), float(losses[-1]), **counts)
+
+
+def _judge(
+    bench: Bench,
+    what: str,
+    workload: Task,
+    optimizer: torch.optim.Optimizer,
+    stepped: list[Tensor],
+    replay: Callable[[], object],
+    loss: float,
+    **facts: int,
+) -> None:
+    """Says whether parameters are those of eager steps, and how fast a replay is."""
     replayed = [p.detach().clone() for p in _parameters(optimizer)]
-    last = float(loss)  # before more replays write another one
     off = _largest_difference(replayed, stepped)
     moved = _largest_difference(replayed, list(workload.model.parameters()))
-    milliseconds, host = clock(bench, graph.replay, 1.0)
+    milliseconds, host = clock(bench, replay, 1.0)
     verdict = "right" if off <= ALLOWED * moved else "WRONG"
-    bench.say(what, verdict=verdict, ms=milliseconds, host_ms=host, off=off, moved=moved, loss=last)
+    bench.say(what, verdict=verdict, ms=milliseconds, host_ms=host, off=off, moved=moved, loss=loss, **facts)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

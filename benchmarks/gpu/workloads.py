@@ -61,8 +61,8 @@ def _classification_loss(model: torch.nn.Module, images: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), torch.arange(len(images), device=images.device) % logits.shape[1])
 
 
-def training_step(task: Task, variant: Variant) -> tuple[Step, torch.optim.Optimizer]:
-    """A step of a copy of the task's model, and its optimizer."""
+def prepared(task: Task, variant: Variant) -> tuple[Any, torch.optim.Optimizer]:
+    """A copy of the task's model, to be called, and its optimizer."""
     model = copy.deepcopy(task.model)
     if variant.kfac:
         settings: dict[str, Any] = {"lr": LEARNING_RATE, "tail": "adamw", "damping": DAMPING, "kl_clip": KL_CLIP}
@@ -72,7 +72,12 @@ def training_step(task: Task, variant: Variant) -> tuple[Step, torch.optim.Optim
         optimizer: torch.optim.Optimizer = KFAC(model, **settings | variant.settings)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, **variant.settings)
-    called: Any = torch.compile(model) if variant.compiled else model
+    return torch.compile(model) if variant.compiled else model, optimizer
+
+
+def training_step(task: Task, variant: Variant) -> tuple[Step, torch.optim.Optimizer]:
+    """A step of a copy of the task's model, and its optimizer."""
+    called, optimizer = prepared(task, variant)
 
     def step() -> Tensor:
         optimizer.zero_grad()

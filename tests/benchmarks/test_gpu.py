@@ -234,6 +234,7 @@ def test_graphs_need_a_gpu(bench: Bench) -> None:
     assert [line["skipped"] for line in bench.said] == ["no GPU"] * 2
 
 
+@pytest.mark.filterwarnings("ignore:CUDA graphs need a GPU:UserWarning")
 @pytest.mark.parametrize("fails", [False, True])
 def test_eager_times_are_said_before_a_recording_can_fail(bench: Bench, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
     """With a stand-in for the graph that replays by calling."""
@@ -242,12 +243,8 @@ def test_eager_times_are_said_before_a_recording_can_fail(bench: Bench, monkeypa
         if fails:
             raise RuntimeError("operation not permitted when stream is capturing")
         warm_up()
-        losses = [step()]  # the last replay's
-
-        def replay() -> None:
-            losses[0].copy_(step())
-
-        return SimpleNamespace(replay=replay), losses[0]
+        loss = torch.zeros(())
+        return SimpleNamespace(replay=lambda: loss.copy_(step())), loss
 
     monkeypatch.setattr(graphs, "capture", stand_in)
     monkeypatch.setattr(graphs, "REPLAYS", 2)
@@ -257,13 +254,15 @@ def test_eager_times_are_said_before_a_recording_can_fail(bench: Bench, monkeypa
     monkeypatch.setattr(Bench, "wait", lambda self: None)
     bench.part = "graph"
     graphs.run(bench, ["autoencoder"])
-    eager, replays = bench.said
+    eager, replays, graphed = bench.said
     assert (eager["eager_ms"], eager["eager_host_ms"]) == (2.0, 1.0)
     if fails:
         assert "not permitted" in replays["FAILED"]
     else:
-        assert replays["ms"] == 2.0
-    (row,) = [x for x in tables.graphs([line | {"run": "1"} for line in bench.said]) if x.startswith("| autoencoder AdamW")]
+        assert (replays["ms"], replays["verdict"]) == (2.0, "right")
+    assert (graphed["ms"], graphed["verdict"], graphed["off"]) == (2.0, "right", 0.0)
+    assert graphed["what"] == "autoencoder AdamW, graphed_step"
+    (row,) = [x for x in tables.graphs([line | {"run": "1"} for line in bench.said]) if x.startswith("| autoencoder AdamW |")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[3:5] == ["2", "1"]
     assert cells[-1] == "1"

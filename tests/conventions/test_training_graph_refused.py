@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.graphed import both, graphed, kinds, pair, pretend_gpu, same, sgd, tiny
+from support.graphed import both, graphed, kinds, loss_of, pair, pretend_gpu, same, sgd, tiny
 from support.helpers import mlp
 from support.recording import LOSS, Case, Run
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ def test_a_loss_that_is_none_is_refused(result: Any) -> None:
 def test_on_a_cpu_every_step_is_eager_and_this_is_said_once() -> None:
     eager, run = pair(sgd)
     with pytest.warns(UserWarning, match="CUDA graphs need a GPU, and the parameters are on cpu") as caught:
-        step = graphed(run)
+        step = graphed_step(run.optimizer, loss_of(run))
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -92,6 +92,14 @@ def test_on_a_cpu_every_step_is_eager_and_this_is_said_once() -> None:
         both(eager, run, step, 2, lambda x: x[:5])
     assert kinds(step) == (7, 0, 0, 0)
     assert same(eager, run)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA graphs need a GPU:UserWarning")
+def test_on_a_cpu_pytorchs_optimizers_need_not_be_capturable_as_they_cannot() -> None:
+    run = Run(Case(tiny), lambda model: torch.optim.AdamW(model.parameters()))
+    graphed(run)(*run.batch)
+    with pytest.raises(ValueError, match="group 0 has capturable=False"):
+        graphed(Run(Case(tiny), capturable=False))
 
 
 def test_on_a_gpu_alone_there_are_graphs() -> None:
