@@ -42,13 +42,14 @@ def can_use(
     return None
 
 
-def options(elements: int, backend: str) -> dict[str, int]:
-    """Launch options for a tile of so many elements: 8 for each thread, 16 bytes of 16-bit numbers; of the largest, 16."""
-    warps = max(4, min(16, elements // 256))
-    if backend == "hip":
-        return {"num_warps": warps // 2}  # they have twice as many threads
-    # Left to itself, the compiler for NVIDIA spills some bytes so that one more program may fit.
-    return {"num_warps": warps, "maxnreg": 128 if elements > 4096 else 96}
+def warps(elements: int, backend: str) -> int:
+    """Warps of a program with a tile of so many elements: 8 for each thread, 16 bytes of 16-bit numbers; of the largest, 16."""
+    return max(4, min(16, elements // 256)) // (2 if backend == "hip" else 1)  # which have twice as many threads
+
+
+def row_options(elements: int, backend: str) -> dict[str, int]:
+    """Launch options of `row_sums_kernel`. Left to itself, NVIDIA's compiler spills some bytes for one more program to fit."""
+    return {"num_warps": warps(elements, backend)} | ({} if backend == "hip" else {"maxnreg": 128 if elements > 4096 else 96})
 
 
 def launch(
@@ -130,17 +131,17 @@ def _launch_sums(
         kernel.channel_sums_kernel[grid](
             addresses, layers, workspace, X_TYPE=x_type, G_TYPE=g_type, CHANNELS=columns, POSITIONS=rows,
             BY_POSITION=shape.by_position, ALIGNED=shape.aligned, CHANNELS_LAST=shape.channels_last,
-            enable_fp_fusion=True, **options(columns * rows, backend),
+            num_warps=warps(columns * rows, backend), enable_fp_fusion=True,
         )  # fmt: skip
         return
     if shape.is_wide:
         longest = max(max(1, shape.examples * shape.positions) for shape in shapes)
         kernel.row_statistics_kernel[(longest, len(shapes))](
             addresses, layers, statistics, X_TYPE=x_type, COLUMNS=WIDE_COLUMNS, ALIGNED=shape.aligned,
-            enable_fp_fusion=True, **options(WIDE_COLUMNS // 2, backend),
+            num_warps=warps(WIDE_COLUMNS // 2, backend), enable_fp_fusion=True,
         )  # fmt: skip
     kernel.row_sums_kernel[grid](
         addresses, layers, statistics, workspace, X_TYPE=x_type, G_TYPE=g_type, ROWS=rows, COLUMNS=columns,
         BY_POSITION=shape.by_position, ALIGNED=shape.aligned, WIDE=shape.is_wide,
-        enable_fp_fusion=True, **options(columns * rows, backend),
+        enable_fp_fusion=True, **row_options(columns * rows, backend),
     )  # fmt: skip

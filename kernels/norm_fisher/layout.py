@@ -149,13 +149,8 @@ def describe(x: Tensor, g: Tensor, norm: Norm, running: bool) -> tuple[Tensor, T
     """Input and gradient as the kernels read them, and their description."""
     x, x_view = _readable(x, norm)
     g, g_view = _readable(g, norm, x_view)
-    sizes = x.shape
-    width = norm.width(sizes)
-    if norm.has_channels:
-        examples, positions = sizes[0], math.prod(sizes[2:])
-    else:
-        outer = sizes[: x.dim() - norm.dims]
-        examples, positions = (outer[0], math.prod(outer[1:])) if outer else (1, 1)
+    width = norm.width(x.shape)
+    examples, positions = norm.counts(x.shape)
     by_position = norm.by_position or positions == 1
     adjacent = positions == 1 or (x_view.example, g_view.example) == (positions * x_view.position, positions * g_view.position)
     # The statistics of a group are those of an example. Otherwise examples only part the sums over positions.

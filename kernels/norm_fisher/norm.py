@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,10 +36,15 @@ class Norm(NamedTuple):
 
     def width(self, shape: Sequence[int]) -> int:
         """The number of entries of the scale, from the shape of an input."""
-        width = 1
-        for size in shape[1:2] if self.has_channels else shape[len(shape) - self.dims :]:
-            width *= size
-        return width
+        return math.prod(shape[1:2] if self.has_channels else shape[len(shape) - self.dims :])
+
+    def counts(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Examples, and positions of each, of an input of this shape.
+
+        The first dimension is that of examples; if all dimensions are normalized, there is one example with one position.
+        """
+        outer = [shape[0], *shape[2:]] if self.has_channels else shape[: len(shape) - self.dims]
+        return (outer[0], math.prod(outer[1:])) if outer else (1, 1)
 
 
 def flatten(norms: Sequence[Norm]) -> tuple[list[int], list[float]]:

@@ -39,28 +39,22 @@ def normalized(x: Tensor, norm: Norm, mean: Tensor | None = None, variance: Tens
 
 
 def by_position(values: Tensor, norm: Norm) -> Tensor:
-    """Values of the output's shape as (examples, positions, entries of scale).
-
-    The first dimension is that of examples; if all dimensions are normalized, there is one example with one position.
-    """
+    """Values of the output's shape as (examples, positions, entries of scale)."""
     if norm.has_channels:
         return values.reshape(*values.shape[:2], values.shape[2:].numel()).mT
-    outer = values.shape[: values.dim() - norm.dims]
-    return values.reshape(outer[0] if outer else 1, outer[1:].numel(), values.shape[len(outer) :].numel())
+    return values.reshape(*norm.counts(values.shape), norm.width(values.shape))
 
 
 def per_example_gradients(
     x: Tensor, gradient: Tensor, norm: Norm, mean: Tensor | None = None, variance: Tensor | None = None
-) -> tuple[Tensor, int, int]:
-    """Gradients of [scale | shift] as rows, one for each example or position, and the numbers of examples and positions."""
+) -> Tensor:
+    """Gradients of [scale | shift] as rows, one for each example or position."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, gradient.dtype), torch.float32)
     gradient = gradient.to(dtype)
     parts = [by_position(gradient * normalized(x.to(dtype), norm, mean, variance), norm)]
     if norm.has_shift:
         parts.append(by_position(gradient, norm))
-    examples, positions = parts[0].shape[:2]
-    rows = torch.cat([part.flatten(0, 1) if norm.by_position else part.sum(1) for part in parts], 1)
-    return rows, examples, positions
+    return torch.cat([part.flatten(0, 1) if norm.by_position else part.sum(1) for part in parts], 1)
 
 
 def norm_fisher_diagonal_reference(
@@ -76,7 +70,7 @@ def norm_fisher_diagonal_reference(
 ) -> None:
     """Plain PyTorch, the kernel's reference. See `kfac_triton.kernels.ops.norm_fisher_diagonal`."""
     for i, (total, norm) in enumerate(zip(totals, unflatten(norms, epsilons), strict=True)):
-        rows, _, _ = per_example_gradients(inputs[i], gradients[i], norm, means[i], variances[i])
+        rows = per_example_gradients(inputs[i], gradients[i], norm, means[i], variances[i])
         added = rows.to(total.dtype).square().sum(0) * alpha[i].to(total.dtype)
         # An old sum that does not count may contain a NaN, so it is not multiplied by zero.
         total.copy_(torch.where(beta[i] > 0, beta[i].to(total.dtype) * total + added, added))

@@ -15,6 +15,7 @@ so `rows` should return views of the input and the gradient, and leave what need
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops
+from ..kernels.device_tables import device_vector
 from ..layers import Layer, Rows
+from ..layers.norm import NormPass
 from ..layers.partition import Part
 from .diagonal_sums import squared_rows
 
@@ -41,7 +44,11 @@ Kind = Callable[[Sequence[Item], Tensor, Tensor, str], None]
 
 def kind_of(layer: Layer, part: Part) -> Kind:
     """How the sum of this part of a layer is computed."""
-    return add_squares if part.diagonal else add_products
+    if not part.diagonal:
+        return add_products
+    if layer.constant_input:
+        return add_counts if part.is_input else add_norms
+    return add_squares
 
 
 def add_products(items: Sequence[Item], alpha: Tensor, beta: Tensor, backend: str) -> None:
@@ -56,6 +63,35 @@ def add_squares(items: Sequence[Item], alpha: Tensor, beta: Tensor, backend: str
     for number, item in enumerate(items):
         added = _squares(item) * alpha[number]
         item.total.copy_(torch.where(beta[number] > 0, item.total + added, added))
+
+
+def add_counts(items: Sequence[Item], alpha: Tensor, beta: Tensor, backend: str) -> None:
+    """A of layers whose input is the constant 1: the number of rows, of all layers together."""
+    if torch.compiler.is_compiling():
+        add_squares(items, alpha, beta, backend)
+        return
+    totals = [item.total for item in items]
+    added = alpha * device_vector([item.rows.input_count for item in items], alpha.device, alpha.dtype)
+    torch._foreach_copy_(totals, torch.where(beta > 0, torch.cat(totals) + added, added).split(1))
+
+
+def add_norms(items: Sequence[Item], alpha: Tensor, beta: Tensor, backend: str) -> None:
+    """The diagonals of norm layers, in a few launches for all of them; rows that are made already, one layer after another."""
+    start = 0
+    for is_made, run in itertools.groupby(items, key=lambda item: item.rows.make is None):
+        members = list(run)
+        stop = start + len(members)
+        if is_made:
+            add_squares(members, alpha[start:stop], beta[start:stop], backend)
+        else:
+            passes = [item.rows.make for item in members]
+            norms = [one for one in passes if isinstance(one, NormPass)]
+            ops.norm_fisher_diagonal(
+                [item.total for item in members], [one.x for one in norms], [one.gradient for one in norms],
+                alpha[start:stop], beta[start:stop], [one.norm for one in norms], [one.running for one in norms],
+                backend=backend if alpha.dtype == torch.float32 else "auto",
+            )  # fmt: skip
+        start = stop
 
 
 def _squares(item: Item) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ class Rows(NamedTuple):
         terms: loss terms in this pass, the number that a mean loss divides by.
         examples: number of examples; each has the same number of rows, which are adjacent.
         share: the fraction of the rows that is kept, if the rows are sampled.
+        make: makes the rows, if inputs and gradients are still those of the module, because a kernel reads them as they are.
     """
 
     inputs: list[Tensor]
@@ -35,6 +37,11 @@ class Rows(NamedTuple):
     terms: int
     examples: int = 0
     share: float = 1.0
+    make: Callable[[], Rows] | None = None
+
+    def made(self) -> Rows:
+        """The rows as matrices or images."""
+        return self if self.make is None else self.make()
 
     @property
     def windows(self) -> list[ops.Window]:
@@ -43,6 +50,8 @@ class Rows(NamedTuple):
 
     def sample(self, every: int, offset: int) -> Rows:
         """Every `every`-th row (of a matrix) or example (of a convolution), starting with number `offset`, as views."""
+        if self.make is not None:
+            return self.make().sample(every, offset)
         first = min(offset, max(0, len(self.gradients[0]) - 1))
         inputs = [source[first::every] for source in self.inputs]
         gradients = [source[first::every] for source in self.gradients]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,31 @@ from torch import Tensor, nn
 from ..kernels.norm_fisher.reference import per_example_gradients
 from ..kernels.ops import ROWS, Norm
 from .base import Layer, Rows
+
+
+@dataclass(frozen=True)
+class NormPass:
+    """A backward pass through a norm layer, from which a kernel sums squares without making the rows.
+
+    Attributes:
+        x: input of the module.
+        gradient: with respect to its output.
+        norm: what was normalized.
+        running: mean and variance, if these were running statistics.
+        counts: rows, loss terms and examples.
+    """
+
+    x: Tensor
+    gradient: Tensor
+    norm: Norm
+    running: tuple[Tensor, Tensor] | None
+    counts: tuple[int, int, int]
+
+    def __call__(self) -> Rows:
+        """Makes the rows, of G alone."""
+        mean, variance = self.running or (None, None)
+        rows = per_example_gradients(self.x, self.gradient, self.norm, mean, variance)
+        return Rows([], [rows], ROWS, ROWS, *self.counts)
 
 
 class NormLayer(Layer):
@@ -85,11 +111,18 @@ class NormLayer(Layer):
         return self.tokens and not self.reduce
 
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
-        """The gradients of each example, or of each position if that is a loss term. A's rows are ones, which nothing reads."""
-        mean, variance = self.running() or (None, None)
-        rows, examples, positions = per_example_gradients(x, gradient, self.norm, mean, variance)
-        terms = examples * positions if self.tokens else examples
-        return Rows([], [rows], ROWS, ROWS, len(rows), terms, examples)
+        """The gradients of each example, or of each position if that is a loss term; they are made when they are needed.
+
+        A's rows are ones, which nothing reads.
+        """
+        norm = self.norm
+        examples, positions = norm.counts(x.shape)
+        count = examples * positions if norm.by_position else examples
+        counts = count, examples * positions if self.tokens else examples, examples
+        one = NormPass(x, gradient, norm, self.running(), counts)
+        if torch.compiler.is_compiling() or not self.diagonal_gradients:
+            return one()
+        return Rows([x], [gradient], ROWS, ROWS, *counts, make=one)
 
     def gradient(self, group: int) -> tuple[Tensor | None, Tensor | None]:
         """The gradient of [scale | shift] as a column, with zeros for a shift without one (which was frozen since)."""

@@ -72,6 +72,7 @@ class Part:
 
     def sources(self, rows: Rows) -> tuple[Tensor, ops.Window]:
         """Its columns of the rows of a backward pass, and the window to read them with."""
+        rows = rows.made()
         if self.is_input:
             return self.cut(rows.inputs[self.group]), rows.input_window
         source = rows.gradients[self.group]

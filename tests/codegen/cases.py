@@ -237,7 +237,7 @@ def _lists(arch: str) -> Iterator[Case]:
 def _norm_fisher(arch: str) -> Iterator[Case]:
     """Widths of GPT-2 and of large models, the widest that a program holds, and those that it does not."""
     kernel, backend, layout = norm_fisher_kernel, target(arch).backend, norm_fisher_layout
-    tables, options = "*i64 *i64", norm_fisher_launch.options
+    tables, warps = "*i64 *i64", norm_fisher_launch.warps
     plain, positions, unaligned = ("", False, True), (", positions", True, True), (", unaligned", False, False)
     sizes = [(64, [plain]), (1024, [plain, positions, unaligned]), (4096, [plain, unaligned]), (8192, [plain])]
     for dtype, type_ in (("bf16", tl.bfloat16), ("fp32", tl.float32)):
@@ -248,7 +248,8 @@ def _norm_fisher(arch: str) -> Iterator[Case]:
                 shape = {"ROWS": rows, "COLUMNS": columns, "BY_POSITION": by_position, "ALIGNED": aligned, "WIDE": wide}
                 yield Case(
                     f"-/-/row_sums_kernel/{dtype}, {columns} columns{' of more' if wide else ''}{kind}",
-                    kernel.row_sums_kernel, f"{tables} *fp32 *fp32", types | shape, options(rows * columns, backend),
+                    kernel.row_sums_kernel, f"{tables} *fp32 *fp32", types | shape,
+                    norm_fisher_launch.row_options(rows * columns, backend),
                     wide=aligned and not wide,  # the statistics of a row are 4 bytes
                 )  # fmt: skip
         for last, (kind, by_position, aligned) in itertools.product((False, True), (plain, positions, unaligned)):
@@ -258,13 +259,14 @@ def _norm_fisher(arch: str) -> Iterator[Case]:
             }  # fmt: skip
             yield Case(
                 f"-/-/channel_sums_kernel/{dtype}, channels {'last' if last else 'first'}{kind}",
-                kernel.channel_sums_kernel, f"{tables} *fp32", types | shape, options(rows * channels, backend), wide=aligned,
+                kernel.channel_sums_kernel, f"{tables} *fp32", types | shape,
+                {"num_warps": warps(rows * channels, backend)}, wide=aligned,
             )  # fmt: skip
         for kind, _, aligned in (plain, unaligned):
             shape = {"COLUMNS": layout.WIDE_COLUMNS, "ALIGNED": aligned}
             yield Case(
                 f"-/-/row_statistics_kernel/{dtype}{kind}", kernel.row_statistics_kernel, f"{tables} *fp32",
-                {"X_TYPE": type_} | shape, options(layout.WIDE_COLUMNS // 2, backend), wide=aligned,
+                {"X_TYPE": type_} | shape, {"num_warps": warps(layout.WIDE_COLUMNS // 2, backend)}, wide=aligned,
             )  # fmt: skip
     four = {"num_warps": 4}
     tile = {"UNITS": norm_fisher_launch.UNITS, "ITEMS": norm_fisher_launch.ITEMS}

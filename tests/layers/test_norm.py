@@ -152,14 +152,14 @@ def layer_of(norm: nn.Module, loss_terms: str = "examples") -> Layer:
 )
 def test_counts(case: str, loss_terms: str, input_count: int, terms: int) -> None:
     make, shape = CASES[case]
-    rows = layer_of(make(), loss_terms).rows(torch.randn(shape), torch.randn(shape))
+    rows = layer_of(make(), loss_terms).rows(torch.randn(shape), torch.randn(shape)).made()
     assert (rows.input_count, rows.terms, rows.examples, len(rows.gradients[0])) == (input_count, terms, N, input_count)
 
 
 @pytest.mark.parametrize("module", [nn.LayerNorm((2, 3)), nn.RMSNorm((2, 3))], ids=["layer", "rms"])
 def test_one_example_without_a_batch_dimension(module: nn.Module) -> None:
     x, gradient = torch.randn(2, 3), torch.randn(2, 3)
-    alone, batch = (layer_of(module).rows(*pair) for pair in ((x, gradient), (x[None], gradient[None])))
+    alone, batch = (layer_of(module).rows(*pair).made() for pair in ((x, gradient), (x[None], gradient[None])))
     assert (alone.examples, alone.input_count, alone.terms) == (1, 1, 1)
     assert torch.equal(alone.gradients[0], batch.gradients[0])
 
@@ -170,8 +170,8 @@ def test_rows_of_16_bit_tensors_are_made_in_single_precision(case: str, dtype: t
     make, shape = CASES[case]
     norm = make()
     x, gradient = (10 + torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
-    rows = layer_of(norm.to(dtype)).rows(x, gradient).gradients[0]
-    exact = layer_of(norm.double()).rows(x.double(), gradient.double()).gradients[0]
+    rows = layer_of(norm.to(dtype)).rows(x, gradient).made().gradients[0]
+    exact = layer_of(norm.double()).rows(x.double(), gradient.double()).made().gradients[0]
     assert rows.dtype == torch.float32
     assert_close(rows.double(), exact, 1e-4)
 
@@ -194,7 +194,7 @@ def test_training_in_bfloat16(case: str) -> None:
 def test_an_empty_batch_has_no_rows(case: str, loss_terms: str) -> None:
     make, shape = CASES[case]
     layer = layer_of(make(), loss_terms)
-    rows = layer.rows(torch.randn(0, *shape[1:]), torch.randn(0, *shape[1:]))
+    rows = layer.rows(torch.randn(0, *shape[1:]), torch.randn(0, *shape[1:])).made()
     assert (rows.input_count, rows.terms) == (0, 0)
     assert rows.gradients[0].shape == (0, layer.output_size)
 
