@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -84,33 +85,39 @@ def columns_of(i: int, shape: Sequence[int], window: Window) -> int:
     return shape[1] * math.prod(kernel)
 
 
+@functools.lru_cache(maxsize=1024)
+def _norm_fault(norm: Norm, total: tuple[int, ...], x: tuple[int, ...], gradient: tuple[int, ...]) -> str | None:
+    """What is wrong with the shapes of a norm layer, with {i} for its number; remembered, as there may be many of them."""
+    if norm.kind not in KINDS:
+        return f"norms[{{i}}].kind must be one of {', '.join(KINDS)}, but is {norm.kind!r}"
+    if norm.dims < 1 or norm.groups < 1:
+        return f"norms[{{i}}] must have positive dims and groups, but has {norm.dims} and {norm.groups}"
+    least = 2 if norm.has_channels else norm.dims
+    if len(x) < least or x != gradient:
+        return (
+            f"inputs[{{i}}] must have at least {least} dimensions and the shape of gradients[{{i}}], but they have shapes "
+            f"{tuple(x)} and {tuple(gradient)}"
+        )
+    width = norm.width(x)
+    if norm.kind == "group" and width % norm.groups:
+        return f"norms[{{i}}].groups must divide the {width} channels of inputs[{{i}}], but is {norm.groups}"
+    size = width * (1 + norm.has_shift)
+    if total != (size,):
+        return f"totals[{{i}}] must have shape ({size},) for inputs[{{i}}] of shape {tuple(x)}, but has shape {tuple(total)}"
+    return None
+
+
 def require_norm(i: int, norm: Norm, total: Tensor, x: Tensor, gradient: Tensor, running: tuple[Tensor, Tensor] | None) -> None:
     """What a norm layer with number i is, its tensors, and that they fit each other."""
     require_digits(f"totals[{i}]", total)
-    require(norm.kind in KINDS, f"norms[{i}].kind must be one of {', '.join(KINDS)}, but is {norm.kind!r}")
-    require(norm.dims > 0 and norm.groups > 0, f"norms[{i}] must have positive dims and groups, but is {norm}")
-    least = 2 if norm.has_channels else norm.dims
-    require(
-        x.dim() >= least and x.shape == gradient.shape,
-        f"inputs[{i}] must have at least {least} dimensions and the shape of gradients[{i}], but they have shapes "
-        f"{tuple(x.shape)} and {tuple(gradient.shape)}",
-    )
-    width = norm.width(x.shape)
-    require(
-        norm.kind != "group" or width % norm.groups == 0,
-        f"norms[{i}].groups must divide the {width} channels of inputs[{i}], but is {norm.groups}",
-    )
-    size = width * (1 + norm.has_shift)
-    require(
-        tuple(total.shape) == (size,),
-        f"totals[{i}] must have shape ({size},) for inputs[{i}] of shape {tuple(x.shape)}, but has shape {tuple(total.shape)}",
-    )
-    require(
-        x.device == gradient.device == total.device,
-        f"inputs[{i}], gradients[{i}] and totals[{i}] must be on one device, but are on {x.device}, {gradient.device} and "
-        f"{total.device}",
-    )
+    if fault := _norm_fault(norm, total.shape, x.shape, gradient.shape):
+        raise ValueError(fault.format(i=i))
+    if not x.device == gradient.device == total.device:
+        raise ValueError(
+            f"inputs[{i}], gradients[{i}] and totals[{i}] must be on one device, but are on {x.device}, {gradient.device} and "
+            f"{total.device}"
+        )
     if running is not None:
         require(norm.kind == "batch", f"running[{i}] must be None for kind {norm.kind!r}")
         for name, statistic in zip(("mean", "variance"), running, strict=True):
-            require_vector(f"the {name} of running[{i}]", statistic, width, total.device)
+            require_vector(f"the {name} of running[{i}]", statistic, norm.width(x.shape), total.device)

@@ -165,7 +165,8 @@ def norm_fisher_diagonal(
         require_vector(name, vector, count, device)
     for i, total in enumerate(totals):
         require_norm(i, norms[i], total, inputs[i], gradients[i], running[i])
-        require(total.device == device, f"totals[{i}] must be on the device of all layers, {device}, but is on {total.device}")
+        if total.device != device:
+            raise ValueError(f"totals[{i}] must be on the device of all layers, {device}, but is on {total.device}")
     means, variances = ([None if pair is None else pair[side] for pair in running] for side in (0, 1))
     numbers, epsilons = flatten_norms(norms)
     torch.ops.kfac_triton.norm_fisher_diagonal(

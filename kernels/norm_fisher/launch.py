@@ -13,7 +13,7 @@ from ..device_tables import device_table
 from ..tiles import count
 from . import kernel
 from .layout import WIDE_COLUMNS, Shape, describe, plan
-from .norm import unflatten
+from .norm import Norm, unflatten
 
 _PROGRAMS_PER_PROCESSOR = 4  # of a launch; memory is slow, and others work while one waits
 UNITS, ITEMS = 16, 64  # tile of the statistics of channels
@@ -32,12 +32,16 @@ def can_use(
     epsilons: Sequence[float],
 ) -> str | None:
     """Why the kernels cannot serve these layers; None if they can."""
+
+    def norm_of(i: int) -> Norm:
+        return unflatten(norms, epsilons)[i]
+
     for i, (total, x, g) in enumerate(zip(totals, inputs, gradients, strict=True)):
         if total.dtype != torch.float32 or not total.is_contiguous():
             return f"totals[{i}] is {total.dtype} with strides {total.stride()}, and the kernel needs contiguous float32"
         if reason := runtime.unreadable(f"inputs[{i}]", x) or runtime.unreadable(f"gradients[{i}]", g):
             return reason
-        if x.numel() // max(1, unflatten(norms[5 * i : 5 * i + 5], epsilons[i : i + 1])[0].width(x.shape)) >= 2**31:
+        if x.numel() >= 2**31 and x.numel() // norm_of(i).width(x.shape) >= 2**31:
             return f"inputs[{i}] has more positions than 32 bits can count"
     return None
 

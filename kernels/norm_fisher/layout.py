@@ -8,6 +8,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +17,11 @@ from ..tiles import count
 from . import kernel
 from .norm import Norm
 
-_KEPT = 64  # cached plans; a training loop repeats a handful
+_KEPT, _KEPT_LAYERS = 64, 1024  # cached plans and layers; a training loop repeats a handful and some dozens
 _LEAST_ELEMENTS = 1 << 14  # of a program: a smaller one ends before it has paid for its start
 
 # A kind of layer is compiled and launched by itself. The tile of a program: rows and columns, or positions and channels.
-WIDEST = {True: 8192, False: 4096}  # columns that a program holds, by whether it can load 16 bytes at a time
+WIDEST, WIDEST_16_BIT = 4096, 8192  # columns that a program holds; 16-bit numbers, if it can load 16 bytes at a time
 WIDE_COLUMNS = 2048  # of a program of a wider layer
 _ROW_TILE = 2048  # elements of a tile of rows
 CHANNEL_TILE = {True: (16, 64), False: (64, 16)}  # by channels_last: positions, channels
@@ -31,8 +32,7 @@ def rows_of(columns: int) -> int:
     return max(1, _ROW_TILE // columns)
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """A tensor as (examples, positions, columns): its strides, in elements, and whether 16 bytes can be loaded at a time."""
 
     example: int
@@ -41,9 +41,9 @@ class View:
     aligned: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shape:
-    """One layer of a call; layers that differ in the fields of `kind` need launches of their own.
+    """One layer of a call; layers that differ in `kind` need launches of their own. Equal layers have the same object.
 
     Attributes:
         norm: the layer.
@@ -80,9 +80,10 @@ class Shape:
     @property
     def is_wide(self) -> bool:
         """Whether no program holds a whole row."""
-        return not self.norm.has_channels and self.width > WIDEST[self.aligned]
+        is_short = self.aligned and all(dtype.itemsize == 2 for dtype in self.types)
+        return not self.norm.has_channels and self.width > (WIDEST_16_BIT if is_short else WIDEST)
 
-    @property
+    @functools.cached_property
     def tile(self) -> tuple[int, int]:
         """Positions and columns that a program takes at a time."""
         if self.norm.has_channels:
@@ -90,7 +91,7 @@ class Shape:
         columns = WIDE_COLUMNS if self.is_wide else max(16, 1 << (self.width - 1).bit_length())
         return rows_of(columns), columns
 
-    @property
+    @functools.cached_property
     def kind(self) -> tuple[object, ...]:
         """What decides how the first kernel is compiled; channel norms come last."""
         types = tuple(map(str, self.types))
@@ -106,10 +107,10 @@ def _merged(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
     return there[-1][1] if there else 0
 
 
-def _view(source: Tensor, norm: Norm) -> View | None:
+@functools.lru_cache(maxsize=_KEPT_LAYERS)
+def _view(sizes: tuple[int, ...], strides: tuple[int, ...], starts_aligned: bool, norm: Norm) -> View | None:
     """How a tensor lies in memory; None if not as the kernels read it."""
-    sizes, strides = source.shape, source.stride()
-    if not source.numel():  # whose strides mean nothing
+    if not math.prod(sizes):  # whose strides mean nothing
         return View(0, 0, 1, False)
     if norm.has_channels:
         channels, position = sizes[1], _merged(sizes[2:], strides[2:])
@@ -121,26 +122,26 @@ def _view(source: Tensor, norm: Norm) -> View | None:
         inner = channels if column == 1 else math.prod(sizes[2:])
         steps = [position, strides[0]] if column == 1 else [column, strides[0]]
     else:
-        outer = source.dim() - norm.dims
+        outer = len(sizes) - norm.dims
         inner = math.prod(sizes[outer:])
         position = _merged(sizes[1:outer], strides[1:outer])
         if position is None or (_merged(sizes[outer:], strides[outer:]) != 1 and inner != 1):
             return None
         column, steps = 1, [position, strides[0] if outer else 0]
-    aligned = source.data_ptr() % 16 == 0 and inner % 8 == 0 and all(step % 8 == 0 for step in steps)
+    aligned = starts_aligned and inner % 8 == 0 and all(step % 8 == 0 for step in steps)
     return View(steps[-1], position, column, aligned)
 
 
 def _readable(source: Tensor, norm: Norm, like: View | None = None) -> tuple[Tensor, View]:
     """The tensor, or a copy of it that lies as the kernels read it; with channels last if `like` does."""
-    view = _view(source, norm)
+    view = _view(source.shape, source.stride(), source.data_ptr() % 16 == 0, norm)
     if view is not None and (like is None or (view.column == 1) == (like.column == 1)):
         return source, view
     if like is not None and like.column == 1 and norm.has_channels:
         source = source.movedim(1, -1).contiguous().movedim(-1, 1)
     else:
         source = source.contiguous()
-    view = _view(source, norm)
+    view = _view(source.shape, source.stride(), source.data_ptr() % 16 == 0, norm)
     assert view is not None
     return source, view
 
@@ -149,19 +150,24 @@ def describe(x: Tensor, g: Tensor, norm: Norm, running: bool) -> tuple[Tensor, T
     """Input and gradient as the kernels read them, and their description."""
     x, x_view = _readable(x, norm)
     g, g_view = _readable(g, norm, x_view)
-    width = norm.width(x.shape)
-    examples, positions = norm.counts(x.shape)
+    return x, g, _shape(x.shape, x_view, g_view, norm, running, (x.dtype, g.dtype))
+
+
+@functools.lru_cache(maxsize=_KEPT_LAYERS)
+def _shape(
+    sizes: tuple[int, ...], x: View, g: View, norm: Norm, running: bool, types: tuple[torch.dtype, torch.dtype]
+) -> Shape:
+    examples, positions = norm.counts(sizes)
     by_position = norm.by_position or positions == 1
-    adjacent = positions == 1 or (x_view.example, g_view.example) == (positions * x_view.position, positions * g_view.position)
+    adjacent = positions == 1 or (x.example, g.example) == (positions * x.position, positions * g.position)
     # The statistics of a group are those of an example. Otherwise examples only part the sums over positions.
-    if by_position and adjacent and norm.kind != "group" and x_view.column == 1:
+    if by_position and adjacent and norm.kind != "group" and x.column == 1:
         if positions == 1:
-            x_view = View(0, x_view.example, 1, x_view.aligned)
-            g_view = View(0, g_view.example, 1, g_view.aligned)
+            x, g = (view._replace(example=0, position=view.example) for view in (x, g))
         examples, positions = 1, examples * positions
     if examples * positions == 0:
         examples = positions = 0
-    return x, g, Shape(norm, width, examples, positions, x_view, g_view, by_position, running, (x.dtype, g.dtype))
+    return Shape(norm, norm.width(sizes), examples, positions, x, g, by_position, running, types)
 
 
 def split(shape: Shape, elements: int) -> tuple[int, int, int]:

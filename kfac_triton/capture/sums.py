@@ -7,8 +7,8 @@ A kind is a function (items, alpha, beta, backend) that sets
 for every item of a list. Alpha and beta are vectors on the device with an entry for each item. Where beta is 0 the old total
 must not be read, as it may contain a NaN of an earlier step. No two items of a call have the same total.
 
-To sum the factors of some layers in another way (for example the diagonals of all norms by one kernel), write such a function
-and return it in `kind_of` for these factors. What `Rows` contain is between the layer, whose `rows` makes them, and the kind,
+To sum the factors of some layers in another way, as `add_norms` does, write such a function and return it in `kind_of` for these
+factors. What `Rows` contain is between the layer, whose `rows` makes them, and the kind,
 which reads them; only `Rows.sample` and EKFAC's moments do so, too. The rows may be kept until the end of the backward pass,
 so `rows` should return views of the input and the gradient, and leave what needs memory to the kind.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 from ..kernels import ops
 from ..kernels.device_tables import device_vector
 from ..layers import Layer, Rows
-from ..layers.norm import NormPass
+from ..layers.norm import NormLayer, NormPass
 from ..layers.partition import Part
 from .diagonal_sums import squared_rows
 
@@ -46,9 +46,9 @@ def kind_of(layer: Layer, part: Part) -> Kind:
     """How the sum of this part of a layer is computed."""
     if not part.diagonal:
         return add_products
-    if layer.constant_input:
-        return add_counts if part.is_input else add_norms
-    return add_squares
+    if layer.constant_input and part.is_input and part.size == 1:
+        return add_counts
+    return add_norms if isinstance(layer, NormLayer) and not part.is_input else add_squares
 
 
 def add_products(items: Sequence[Item], alpha: Tensor, beta: Tensor, backend: str) -> None:

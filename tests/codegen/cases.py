@@ -239,10 +239,11 @@ def _norm_fisher(arch: str) -> Iterator[Case]:
     kernel, backend, layout = norm_fisher_kernel, target(arch).backend, norm_fisher_layout
     tables, warps = "*i64 *i64", norm_fisher_launch.warps
     plain, positions, unaligned = ("", False, True), (", positions", True, True), (", unaligned", False, False)
-    sizes = [(64, [plain]), (1024, [plain, positions, unaligned]), (4096, [plain, unaligned]), (8192, [plain])]
+    sizes = [(64, [plain]), (1024, [plain, positions, unaligned]), (layout.WIDEST, [plain, unaligned])]
     for dtype, type_ in (("bf16", tl.bfloat16), ("fp32", tl.float32)):
         types = {"X_TYPE": type_, "G_TYPE": type_}
-        for columns, kinds in [*sizes, (layout.WIDE_COLUMNS, [plain, unaligned])]:
+        widest = [(layout.WIDEST_16_BIT, [plain])] if dtype == "bf16" else []
+        for columns, kinds in [*sizes, *widest, (layout.WIDE_COLUMNS, [plain, unaligned])]:
             wide, rows = columns == layout.WIDE_COLUMNS, layout.rows_of(columns)
             for kind, by_position, aligned in kinds:
                 shape = {"ROWS": rows, "COLUMNS": columns, "BY_POSITION": by_position, "ALIGNED": aligned, "WIDE": wide}

@@ -169,16 +169,17 @@ def test_sums_are_those_of_single_gradients(backend: str, layers: list[Case], da
     check(layers, [a for a, _ in weights], [b for _, b in weights], backend, 1e-4)
 
 
-def normal(norm: Norm, *shape: int, running: bool = False) -> Case:
+def normal(norm: Norm, *shape: int, running: bool = False, dtype: torch.dtype = torch.float32) -> Case:
     width = norm.width(shape)
     given_statistics = (torch.randn(width), torch.rand(width) + 0.5) if running else None
-    return Case(norm, 2 * torch.randn(shape) + 1, torch.randn(shape), given_statistics)
+    return Case(norm, (2 * torch.randn(shape) + 1).to(dtype), torch.randn(shape).to(dtype), given_statistics)
 
 
 LARGE = {
     "a width that is loaded 16 bytes at a time": lambda: normal(Norm("layer"), 3, 20, 768),
     "a width that is not": lambda: normal(Norm("layer"), 2, 9, 779),
-    "the widest that a program holds": lambda: normal(Norm("layer"), 2, 2, 8192),
+    "the widest that a program holds": lambda: normal(Norm("layer"), 2, 3, 4096),
+    "the widest of 16-bit numbers": lambda: normal(Norm("layer"), 2, 2, 8192, dtype=torch.bfloat16),
     "wider than a program holds": lambda: normal(Norm("layer"), 2, 3, 8200),
     "wider, of positions": lambda: normal(Norm("rms", by_position=True), 2, 3, 8200),
     "wider, unaligned": lambda: normal(Norm("layer"), 3, 2, 4097),
