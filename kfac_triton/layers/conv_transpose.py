@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -37,8 +36,8 @@ class ConvTransposeLayer(ConvLayer):
     def patches(self, x: Tensor, output: Sequence[int]) -> tuple[Tensor, ops.Window]:
         """The tensor z, and the window of its patches. Its size follows from that of the output, which a call may choose."""
         conv, window = self.module, ops.window(self.module.kernel_size, dilation=self.module.dilation)
-        if window.reads_as_it_is and math.prod(conv.stride) == 1 and not any(conv.padding):
-            return x, window  # z is x
+        if window.reads_as_it_is and list(output) == list(x.shape[2:]) and not any(conv.padding):
+            return x, window  # z is x: nothing is put between its values or behind them
         spans = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         z = x.new_zeros(*x.shape[:2], *(n + span for n, span in zip(output, spans, strict=True)))
         places, taken = [slice(None)] * 2, [slice(None)] * 2

@@ -37,7 +37,8 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "output padding": {"kernel_size": (2, 3), "stride": (3, 2), "output_padding": (2, 1)},
     "dilation": {"kernel_size": (2, 3), "stride": (1, 2), "dilation": (3, 2), "padding": (2, 1), "output_padding": (2, 1)},
     "pointwise": {"kernel_size": (1, 1)},
-    "pointwise, padding": {"kernel_size": (1, 1), "padding": (1, 1)},
+    "pointwise, shifted": {"kernel_size": (1, 1), "padding": (1, 1), "dilation": (3, 3), "output_padding": (2, 2)},
+    "pointwise, longer": {"kernel_size": (1, 1), "dilation": (2, 2), "output_padding": (1, 0)},
     "pointwise, stride": {"kernel_size": (1, 1), "stride": (2, 3), "output_padding": (1, 0)},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
