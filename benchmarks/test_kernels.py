@@ -187,8 +187,7 @@ def test_factored_newton_refresh(benchmark: Any) -> None:
         return (), {}
 
     def run() -> None:
-        for factor, damping, root, residual in zip(case.factors, case.dampings, refreshed, residuals, strict=True):
-            ops.factored_newton_refresh(factor, damping, root, residual)
+        ops.factored_newton_refresh(case.factors, case.dampings, refreshed, residuals)
 
     def error() -> float:
         case.results = [root.double().mT @ root.double() for root in refreshed]

@@ -212,39 +212,73 @@ def newton_schulz_inverse(
 
 
 @operator(
-    "Tensor factor, Tensor damping, Tensor(a!) root, Tensor(b!) residual, float tolerance, int max_steps",
+    "Tensor[] factors, Tensor[] dampings, Tensor(a!)[] roots, Tensor(b!)[] residuals, float tolerance, int max_steps, "
+    "float? accept, Tensor(c!)[] used, Tensor(d!)[] fallbacks, Tensor(e!)[] refused",
     reference=factored_newton_refresh_reference,
     launch=factored_newton_launch.launch,
     can_use=factored_newton_launch.can_use,
 )
 def factored_newton_refresh(
-    factor: Tensor,
-    damping: Tensor,
-    root: Tensor,
-    residual: Tensor,
+    factors: list[Tensor],
+    dampings: list[Tensor],
+    roots: list[Tensor],
+    residuals: list[Tensor],
     tolerance: float = 0.05,
     max_steps: int = 8,
+    accept: float | None = None,
+    used: Sequence[Tensor] = (),
+    fallbacks: Sequence[Tensor] = (),
+    refused: Sequence[Tensor] = (),
     backend: str = "auto",
 ) -> None:
     """Warm refresh in place of T, lower triangular with T^T T close to (factor + damping I)^-1 (see `factored_newton`).
 
+    Lists have an entry for each stack. The stacks may be of different sizes: one call serves them all.
+
     Args:
-        factor: symmetric positive semidefinite stack (B, n, n), fp32 or fp64.
-        damping: (B,), positive.
-        root: T, (B, n, n), updated in place; a matrix whose step does not contract keeps its last finite T.
-        residual: output (B,): bound on the energy-norm error of T^T T after the refresh; infinite asks for a refactoring.
+        factors: symmetric positive semidefinite stacks (B, n, n), fp32 or fp64.
+        dampings: (B,), positive.
+        roots: T, (B, n, n), updated in place; a matrix whose step does not contract keeps its last finite T.
+        residuals: output (B,): bound on the energy-norm error of T^T T after the refresh; infinite asks for a refactoring.
         tolerance: residual at which a matrix stops; it also stops when rounding makes up half of its residual.
         max_steps: largest number of Newton steps; at least one is taken.
+        accept: if given, a matrix with a larger residual is refused: it keeps the T and the residual that came in.
+        used: with `accept`, the damping in each T, (B,), updated where it is not refused.
+        fallbacks: with `accept`, counters (B,), int64, increased where it is refused.
+        refused: with `accept`, output (B,), bool.
         backend: "auto", "triton" or "torch".
 
     Raises:
-        ValueError: if shapes, dtypes or devices disagree, or backend is "triton" and no kernel can serve the call.
+        ValueError: if lists differ in length, shapes, dtypes or devices disagree, or backend is "triton" and no kernel can
+            serve the call.
     """
-    require_stack("factor", factor)
-    require_like("root", root, tuple(factor.shape), factor)
-    require_like("damping", damping, (factor.shape[0],), factor)
-    require_like("residual", residual, (factor.shape[0],), factor)
-    torch.ops.kfac_triton.factored_newton_refresh(factor, damping, root, residual, tolerance, max_steps, backend=backend)
+    count = len(factors)
+    kept = count if accept is not None else 0
+    lengths = [len(x) for x in (dampings, roots, residuals, used, fallbacks, refused)]
+    require(
+        lengths == [count] * 3 + [kept] * 3,
+        f"dampings, roots and residuals must have an entry for each of {count} factors, and used, fallbacks and refused for "
+        f"each of {kept}, but have {', '.join(map(str, lengths))}",
+    )
+    require(accept is None or max_steps > 0, f"max_steps must be at least 1 with accept, but is {max_steps}")
+    for i, factor in enumerate(factors):
+        require_stack(f"factors[{i}]", factor)
+        require(
+            factor.dtype == factors[0].dtype and factor.device == factors[0].device,
+            f"factors[{i}] must have the dtype and device of factors[0], {factors[0].dtype} and {factors[0].device}, but has "
+            f"{factor.dtype} and {factor.device}",
+        )
+        require_like(f"roots[{i}]", roots[i], tuple(factor.shape), factor)
+        for name, vectors in (("dampings", dampings), ("residuals", residuals), ("used", used)):
+            if vectors:
+                require_like(f"{name}[{i}]", vectors[i], (len(factor),), factor)
+        for name, vectors, dtype in (("fallbacks", fallbacks, torch.int64), ("refused", refused, torch.bool)):
+            if vectors:
+                require_vector(f"{name}[{i}]", vectors[i], len(factor), factor.device)
+                require(vectors[i].dtype == dtype, f"{name}[{i}] must be {dtype}, but is {vectors[i].dtype}")
+    torch.ops.kfac_triton.factored_newton_refresh(
+        factors, dampings, roots, residuals, tolerance, max_steps, accept, used, fallbacks, refused, backend=backend
+    )
 
 
 @operator(

@@ -13,17 +13,20 @@ ALIGNMENT = 16  # in elements: rows of scratch start a multiple of 64 bytes apar
 MOST_MATRICES = 65535  # a grid has no more programs along its second axis
 
 
-@functools.cache  # for good: a CUDA graph goes on reading them
-def lower_tiles(tiles: int, device: torch.device) -> Tensor:
-    """(i, j) of every tile on and below the diagonal of a matrix of tiles x tiles, int32 (count, 2).
+def tile_order(tiles: int) -> list[tuple[int, int]]:
+    """(i, j) of every tile on and below the diagonal of a matrix of tiles x tiles.
 
-    In bands of columns: neighbours in the table share operands, which are then loaded into a cache only once.
+    In bands of columns: neighbours in the list share operands, which are then loaded into a cache only once.
     """
     band = 8
-    table = [
-        (i, j) for start in range(0, tiles, band) for i in range(start, tiles) for j in range(start, min(i + 1, start + band))
-    ]
-    return torch.tensor(table, dtype=torch.int32, device=device).reshape(-1, 2)
+    starts = range(0, tiles, band)
+    return [(i, j) for start in starts for i in range(start, tiles) for j in range(start, min(i + 1, start + band))]
+
+
+@functools.cache  # for good: a CUDA graph goes on reading them
+def lower_tiles(tiles: int, device: torch.device) -> Tensor:
+    """`tile_order` as int32 (count, 2)."""
+    return torch.tensor(tile_order(tiles), dtype=torch.int32, device=device).reshape(-1, 2)
 
 
 def count(size: int, block: int) -> int:

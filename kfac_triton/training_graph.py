@@ -281,7 +281,7 @@ class GraphedStep:
             return False
         if self._since_eager >= self._mend_every or not self._is_ready():
             return True
-        return self._since_eager >= _APART and any(x.was_refused() for x in self._kfac.engine.curvature.inverses)
+        return self._since_eager >= _APART and self._kfac.engine.curvature.was_refused()
 
     def _keep_rates(self) -> None:
         """Puts learning rates that a scheduler or the user has assigned into the tensors that a graph reads."""

@@ -1,106 +1,146 @@
-"""Launches the warm refresh: one kernel first, then four per step (thirteen for large matrices), for any number of matrices.
+"""Launches the warm refresh: one kernel first, then four per step, for any number of matrices in stacks of any sizes.
 
-Which matrices go on is decided on the device, without a host read: for a finished matrix, programs return at once.
+In the first step there are as many more as the power iteration takes. Which matrices go on is decided on the device, without a
+host read: for a finished matrix, programs return at once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import precision, runtime, tuning
 from ..certificate import COMPUTED
-from ..tiles import ALIGNMENT, MOST_MATRICES, count, lower_tiles, padded
-from . import kernel
+from ..device_tables import device_table
+from ..tiles import ALIGNMENT, count, padded
+from . import kernel, tables
 from . import plan_kernel as planning
-from .reference import ITERATE_ABOVE, fixed_probes
+from .reference import ITERATE_ABOVE, LARGEST_SCALE, POWER_STEPS, fixed_probes
 
 _CHUNK = 128  # sums over tiles and over the diagonal; from 256 on, the plan spills registers on sm_100
-# Above this side, the power iteration is spread over the grid: one program would read the matrix eight times for milliseconds.
-# For smaller ones, nine more launches per step would cost the host more than they save.
-_SPREAD_ABOVE = 1024
 
 
-def can_use(factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tolerance: float, max_steps: int) -> str | None:
-    """Why the kernel cannot serve this stack; None if it can."""
-    batch, n, _ = factor.shape
-    if factor.dtype != torch.float32:
-        return f"factor is {factor.dtype}, and the kernel needs float32"
-    if n == 0:
-        return "the matrices are empty"
-    if batch > MOST_MATRICES:
-        return f"factor has {batch} matrices, and a launch takes {MOST_MATRICES}"
-    for name, stack in (("factor", factor), ("root", root)):
-        if n > 1 and stack.stride(2) != 1:
-            return f"{name} has columns {stack.stride(2)} elements apart, and the kernel needs adjacent ones"
-        if n * max(stack.stride(1), n + ALIGNMENT) >= 2**31:
-            return f"{name} has matrices with more elements than 32 bits can count"
-    if not residual.is_contiguous():
-        return "residual has gaps, and the kernel needs it contiguous"
+def can_use(
+    factors: list[Tensor],
+    dampings: list[Tensor],
+    roots: list[Tensor],
+    residuals: list[Tensor],
+    tolerance: float,
+    max_steps: int,
+    accept: float | None = None,
+    used: Sequence[Tensor] = (),
+    fallbacks: Sequence[Tensor] = (),
+    refused: Sequence[Tensor] = (),
+) -> str | None:
+    """Why the kernel cannot serve these stacks; None if it can."""
+    for i, (factor, root) in enumerate(zip(factors, roots, strict=True)):
+        n = factor.shape[1]
+        if factor.dtype != torch.float32:
+            return f"factors[{i}] is {factor.dtype}, and the kernel needs float32"
+        if n == 0:
+            return f"the matrices of factors[{i}] are empty"
+        for name, stack in ((f"factors[{i}]", factor), (f"roots[{i}]", root)):
+            if n > 1 and stack.stride(2) != 1:
+                return f"{name} has columns {stack.stride(2)} elements apart, and the kernel needs adjacent ones"
+            if n * max(stack.stride(1), n + ALIGNMENT) >= 2**31:
+                return f"{name} has matrices with more elements than 32 bits can count"
+    written = {"residuals": residuals, "used": used, "fallbacks": fallbacks, "refused": refused}
+    for name, vectors in written.items():
+        for i, vector in enumerate(vectors):
+            if not vector.is_contiguous():
+                return f"{name}[{i}] has gaps, and the kernel needs it contiguous"
     return None
 
 
-def launch(factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tolerance: float, max_steps: int) -> None:
+def launch(
+    factors: list[Tensor],
+    dampings: list[Tensor],
+    roots: list[Tensor],
+    residuals: list[Tensor],
+    tolerance: float,
+    max_steps: int,
+    accept: float | None = None,
+    used: Sequence[Tensor] = (),
+    fallbacks: Sequence[Tensor] = (),
+    refused: Sequence[Tensor] = (),
+) -> None:
     """The Triton implementation of `factored_newton_refresh_reference`, for a call that `can_use` accepts."""
-    batch, n, _ = factor.shape
-    if batch == 0:
-        return
-    device, target = factor.device, runtime.target(factor.device)
+    dampings = [damping.contiguous() for damping in dampings]
+    lists = [factors, dampings, roots, residuals, *([used, fallbacks, refused] if accept is not None else [])]
+    # Two kinds of stacks, because the kind decides how the kernels are compiled. Padded stacks are aligned.
+    kinds: dict[bool, list[int]] = {}
+    for i, (factor, root) in enumerate(zip(factors, roots, strict=True)):
+        if len(factor):
+            kinds.setdefault(tables.is_aligned(factor, root), []).append(i)
+    for aligned, members in kinds.items():
+        _refresh([[x[i] for i in members] for x in lists], tolerance, max_steps, accept, aligned)
+
+
+def _refresh(lists: list[list[Tensor]], tolerance: float, max_steps: int, accept: float | None, aligned: bool) -> None:
+    factors = lists[0]
+    device = factors[0].device
+    target = runtime.target(device)
     mode = precision.resolve(precision.COARSE, target)
-    rounds = mode == "tf32"
-    side = padded(n)
-    config = dict(tuning.lookup("factored_newton", n, target))
+    rounds, keeps = mode == "tf32", accept is not None
+    shapes = tables.shapes_of(factors)
+    widest = max(n for _, n in shapes)
+    config = dict(tuning.lookup("factored_newton", widest, target))
     block, block_k = config.pop("BLOCK"), config.pop("BLOCK_K")
-    plan_config = tuning.lookup("factored_newton_plan", n, target)
-    tiles = lower_tiles(count(n, block), device)
-    grid = (len(tiles), batch)
+    plan_config = tuning.lookup("factored_newton_plan", widest, target)
+    half = POWER_STEPS + 1
+    layout = tables.layout(shapes, block, plan_config["BLOCK"], 2 * half, rounds, keeps)
+    stacks = device_table(_rows(lists, layout, block, plan_config["BLOCK"]), device)
+    scratch = torch.empty(layout.size, dtype=torch.float32, device=device)
+    matrices = tables.programs(shapes, widest, "rows", device)  # one block each
+    bands = tables.programs(shapes, plan_config["BLOCK"], "rows", device)
+    orders = [tables.programs(shapes, block, order, device) for order in ("factor", "energy", "update")]
+    grid = (len(orders[0]),)
 
-    def scratch(*sides: int) -> Tensor:
-        return torch.empty(batch, *sides, dtype=torch.float32, device=device)
-
-    damping = damping.contiguous()
-    transposed, product, energy = scratch(n, side), scratch(n, side), scratch(n, side)
-    rounded = scratch(n, side) if rounds else root
-    diagonal = scratch(side)
-    partials, scales = scratch(len(tiles), kernel.PARTIALS), scratch()
-    flags = torch.empty(batch, kernel.FLAGS, dtype=torch.int32, device=device)
-    probes = fixed_probes(n, torch.float32, device)
-    blocks = scratch(2, len(probes), side)
-    spread = n > _SPREAD_ABOVE
-    blocks_of_rows = count(n, plan_config["BLOCK"])
-    growth = scratch(planning.PRODUCTS, blocks_of_rows, len(probes)) if spread else None
-
-    tile = {"BLOCK": block, "BLOCK_K": block_k, "PRECISION": mode, "enable_fp_fusion": True, **config}
+    common = {"ROUND": rounds, "ALIGNED": aligned, "enable_fp_fusion": True}
+    tile = {"BLOCK": block, "BLOCK_K": block_k, "PRECISION": mode, **common, **config}
+    plan = {"CHUNK": _CHUNK, "FLUSHED": rounds, "enable_fp_fusion": True}
     noise = COMPUTED * torch.finfo(torch.float32).eps / 2
+    bound = torch.inf if accept is None else accept
     kernel.prepare_kernel[grid](
-        root, rounded, transposed, flags, residual, tiles, n, root.stride(0), root.stride(1), side,
-        BLOCK=block, ROUND=rounds, enable_fp_fusion=True, num_warps=config.get("num_warps", 4),
+        stacks, orders[0], scratch, BLOCK=block, KEEP=keeps, num_warps=config.get("num_warps", 4), **common
     )  # fmt: skip
-    for _ in range(max_steps):
-        kernel.factor_kernel[grid](
-            factor, damping, rounded, product, partials, flags, tiles, n,
-            factor.stride(0), factor.stride(1), rounded.stride(0), rounded.stride(1), side, SPLIT=rounds, **tile,
+    for step in range(max_steps):
+        kernel.factor_kernel[grid](stacks, orders[0], scratch, step, **tile)
+        kernel.energy_kernel[grid](stacks, orders[1], scratch, step, **tile)
+        planning.plan_kernel[(len(matrices),)](
+            stacks, matrices, scratch, int(step == 0), tolerance, noise, ITERATE_ABOVE, LARGEST_SCALE, **plan
         )  # fmt: skip
-        kernel.energy_kernel[grid](
-            product, rounded, energy, diagonal, partials, flags, tiles, n, rounded.stride(0), rounded.stride(1), side,
-            SPLIT=rounds, **tile,
-        )  # fmt: skip
-        planning.plan_kernel[(batch,)](
-            energy, diagonal, partials, flags, scales, residual, probes, blocks, n, side, len(tiles), tolerance, noise,
-            ITERATE_ABOVE, CHUNK=_CHUNK, SPREAD=spread, PRECISION=mode, enable_fp_fusion=True, **plan_config,
-        )  # fmt: skip
-        for step in range(planning.PRODUCTS if spread else 0):
-            planning.grow_kernel[(blocks_of_rows, batch)](
-                energy, scales, flags, probes, blocks, growth, step, n, side,
-                PRECISION=mode, enable_fp_fusion=True, **plan_config,
-            )  # fmt: skip
-        if spread:
-            planning.conclude_kernel[(batch,)](
-                diagonal, partials, flags, scales, residual, growth, n, side, len(tiles), blocks_of_rows, tolerance, noise,
-                CHUNK=_CHUNK, enable_fp_fusion=True,
-            )  # fmt: skip
+        if step == 0:
+            for product in range(2 * half):
+                planning.grow_kernel[(len(bands),)](
+                    stacks, bands, scratch, product,
+                    HALF=half, ALIGNED=aligned, PRECISION=mode, enable_fp_fusion=True, **plan_config,
+                )  # fmt: skip
+            planning.conclude_kernel[(len(matrices),)](stacks, matrices, scratch, tolerance, noise, HALF=half, **plan)
         kernel.update_kernel[grid](
-            energy, root, rounded, transposed, product, flags, scales, tiles, n,
-            root.stride(0), root.stride(1), rounded.stride(0), rounded.stride(1), side, ROUND=rounds, **tile,
+            stacks, orders[2], scratch, step, int(step == max_steps - 1), bound, KEEP=keeps, **tile
         )  # fmt: skip
-        transposed, product = product, transposed  # Y is no longer needed, and U of the next step has overwritten it
+
+
+def _rows(lists: list[list[Tensor]], layout: tables.Layout, block: int, block_of_rows: int) -> tuple[tuple[int, ...], ...]:
+    """The table of stacks."""
+    rows, first = [], 0
+    for places, (factor, damping, root, residual, *kept) in zip(layout.places, zip(*lists, strict=True), strict=True):
+        batch, n, _ = factor.shape
+        blocks = count(n, block)
+        row = [0] * tables.STACK_FIELDS
+        row[tables.FACTOR : tables.N] = (
+            factor.data_ptr(), factor.stride(0), factor.stride(1), root.data_ptr(), root.stride(0), root.stride(1),
+            damping.data_ptr(), residual.data_ptr(),
+        )  # fmt: skip
+        row[tables.N : tables.USED] = (
+            n, padded(n), first, blocks * (blocks + 1) // 2, count(n, block_of_rows),
+            fixed_probes(n, torch.float32, factor.device).data_ptr(),
+        )  # fmt: skip
+        row[tables.USED : tables.USED + len(kept)] = (vector.data_ptr() for vector in kept)
+        row[tables.TRANSPOSED : tables.TRANSPOSED + len(places)] = places
+        rows.append(tuple(row))
+        first += batch
+    return tuple(rows)

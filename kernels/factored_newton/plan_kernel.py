@@ -1,20 +1,19 @@
 """Plans a step of the warm refresh: its scale c, the bound on the error after it, and whether to take it.
 
-    plan        all of it, from sums over tiles; where those leave c M far from I, the power iteration as well
-    grow        one product of the power iteration, one program per block of rows: one per matrix would take too long
-    conclude    what plan does after the power iteration
+    plan        all of it, from sums over tiles; in the first step a matrix whose c M they leave far from I waits
+    grow        one product of the power iteration for it, a program per block of rows: one per matrix would take too long
+    conclude    what plan does, after the power iteration
 
 c = tr M / ||M||_F^2 minimises ||I - c M||_F. Where a few eigenvalues are far above the rest, it leaves those above 2 and the
-step would diverge, or the rest near 0: there c is 2 / (lower + upper) of the spectrum.
+step would diverge, or the rest near 0: there c is 2 / (lower + upper) of the spectrum. After such a step no eigenvalue is far
+above 1, so that in later steps an upper bound on c is enough.
 """
 
 from __future__ import annotations
 
 from ..runtime import tl, triton
 from ..tiles import load_tile, multiply
-
-# Products of the power iteration: four for the upper end of the spectrum, four for the lower one.
-PRODUCTS = 8
+from .tables import locate, scratch_matrix, state_of
 
 
 @triton.jit
@@ -45,31 +44,6 @@ def _grow(
 
 
 @triton.jit
-def _largest_growth(
-    energy, unit, shift, probes, blocks, n, side,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Power iteration on shift I - M / unit from 16 probes: the largest factor by which its last product lengthens one.
-
-    blocks: room for two blocks of vectors.
-    """
-    for first in range(0, n, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        _store_vectors(blocks, side, at, _load_vectors(probes, n, at, n), n)
-    norms = tl.full((16,), 1.0, tl.float32)
-    for step in range(4):
-        tl.debug_barrier()  # other threads of this program have written what is read next
-        source, target = blocks + (step % 2) * (16 * side), blocks + ((step + 1) % 2) * (16 * side)
-        squares = tl.zeros((16,), tl.float32)
-        for first in range(0, n, BLOCK):
-            rows = first + tl.arange(0, BLOCK)
-            squares += _grow(energy, unit, shift, source, side, target, norms, rows, n, side, BLOCK, BLOCK_K, PRECISION)
-        norms = tl.maximum(tl.sqrt(squares), 1e-30)
-    tl.debug_barrier()
-    return tl.max(norms, 0)
-
-
-@triton.jit
 def _norms(growth, blocks_of_rows):
     """Norms of 16 vectors, from their squares over blocks of rows."""
     squares = tl.zeros((16,), tl.float32)
@@ -87,15 +61,17 @@ def _middle_scale(upper, below, unit):
 
 @triton.jit
 def _tile_sums(partials, count, CHUNK: tl.constexpr):
-    """The sum of off-diagonal squares and the rounding estimate, float64."""
+    """The sum of off-diagonal squares, the rounding estimate and the sum of |T|, float64."""
     off_diagonal, rounding = tl.zeros((CHUNK,), tl.float64), tl.zeros((CHUNK,), tl.float64)
+    absolute = tl.zeros((CHUNK,), tl.float64)
     for first in range(0, count, CHUNK):
         at = first + tl.arange(0, CHUNK)
         largest = tl.load(partials + at * 4 + 1, mask=at < count, other=0.0).to(tl.float64)
         squares = tl.load(partials + at * 4 + 2, mask=at < count, other=0.0).to(tl.float64)
         off_diagonal += 2.0 * largest * largest * squares
         rounding += tl.load(partials + at * 4, mask=at < count, other=0.0).to(tl.float64)
-    return tl.sum(off_diagonal, 0), tl.sum(rounding, 0)
+        absolute += tl.load(partials + at * 4 + 3, mask=at < count, other=0.0).to(tl.float64)
+    return tl.sum(off_diagonal, 0), tl.sum(rounding, 0), tl.sum(absolute, 0)
 
 
 @triton.jit
@@ -125,103 +101,115 @@ def _distance(diagonal, n, off_diagonal, scale, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _decide(flags, scales, residual, scale, distance, rounding, tolerance):
+def _rounding_error(rounding, absolute, n, noise, FLUSHED: tl.constexpr):
+    """Of M, in the energy norm: the estimate, and what is lost below the normal numbers, which is not relative to the result.
+
+    Every product of T A loses half of float32's smallest number at most. A tensor core may lose all that is no normal
+    number, of A as well: with FLUSHED, entries of T A T^T lose up to the smallest normal number times the rows' sums of |T|.
+    """
+    error = rounding * noise + absolute * (n.to(tl.float64) * 1.401298464324817e-45)
+    if FLUSHED:
+        error += absolute * (absolute + n.to(tl.float64)) * 1.1754943508222875e-38
+    return error
+
+
+@triton.jit
+def _decide(state, scale, distance, rounding, tolerance):
     """A step whose bound is not finite is not taken, and all that follow would be the same."""
     error = rounding * scale
     after = (1.5 * distance * distance + 0.5 * distance * distance * distance + error).to(tl.float32)
     # A scale below the normal numbers may count as zero where it is used.
-    taken = tl.where((after < float("inf")) & (scale > 1.2e-38), 1, 0)
-    after = tl.where(taken == 1, after, float("inf"))
-    tl.store(scales, scale)
-    tl.store(residual, after)
-    tl.store(flags + 1, taken)
+    taken = tl.where((after < float("inf")) & (scale > 1.2e-38), 1.0, 0.0)
+    after = tl.where(taken == 1.0, after, float("inf"))
     # Below twice the rounding there is nothing left to gain.
-    tl.store(flags, tl.where(after > tl.maximum(tolerance, 2.0 * error), taken, 0))
+    tl.store(state, tl.where(after > tl.maximum(tolerance, 2.0 * error), taken, 0.0))
+    tl.store(state + 1, taken)
+    tl.store(state + 3, scale)
+    tl.store(state + 4, after)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["iterates"])
 def plan_kernel(
-    energy, diagonal, partials, flags, scales, residual, probes, blocks, n, side, count, tolerance, noise, iterate_above,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, SPREAD: tl.constexpr, PRECISION: tl.constexpr,
+    stacks, matrices, scratch, iterates, tolerance, noise, iterate_above, largest_scale,
+    CHUNK: tl.constexpr, FLUSHED: tl.constexpr,
 ):  # fmt: skip
-    """What one matrix does next: c, whether it takes the step, whether it goes on after it, and the residual it then has.
+    """What one matrix does next: c, whether it takes the step, whether it goes on after it, and the bound on its error then.
 
+    iterates: whether a matrix that is far from I waits for the power iteration; if not, its c is at most largest_scale.
     noise: what the rounding estimate is to be multiplied by. Scalars in float64: squares of what float32 holds are beyond
-    float32. SPREAD: leave the power iteration, and all that follows from it, to the other two kernels.
+    float32.
     """
-    batch = tl.program_id(0).to(tl.int64)
-    flags += batch * 3
-    if tl.load(flags) == 0:
-        tl.store(flags + 1, 0)
+    row, matrix, _, _, n, side = locate(stacks, matrices, False)
+    state = state_of(row, matrix, scratch)
+    if tl.load(state) == 0.0:
+        tl.store(state + 1, 0.0)
         return
-    diagonal += batch * side
-    off_diagonal, rounding = _tile_sums(partials + batch * count * 4, count, CHUNK)
+    diagonal = scratch + tl.load(row + 22) + matrix * side
+    count = tl.load(row + 11).to(tl.int32)
+    off_diagonal, rounding, absolute = _tile_sums(scratch + tl.load(row + 23) + matrix * count * 4, count, CHUNK)
     trace, squares, unit = _diagonal_sums(diagonal, n, CHUNK)
     scale = (trace / (off_diagonal + squares)).to(tl.float32)
     distance = _distance(diagonal, n, off_diagonal, scale.to(tl.float64), CHUNK)
-    if SPREAD:
-        waits = distance > iterate_above
-        tl.store(flags + 2, tl.where(waits, 1, 0))
-        if waits:
-            tl.store(scales + batch, unit)
+    if distance > iterate_above:
+        if iterates != 0:
+            tl.store(state + 2, 1.0)
+            tl.store(state + 3, unit)
             return
-    elif distance > iterate_above:
-        energy += batch * n * side
-        blocks += batch * (2 * 16) * side
-        upper = 1.05 * _largest_growth(energy, unit, 0.0, probes, blocks, n, side, BLOCK, BLOCK_K, PRECISION)
-        below = _largest_growth(energy, unit, upper, probes, blocks, n, side, BLOCK, BLOCK_K, PRECISION)
-        scale = _middle_scale(upper, below, unit)
+        scale = tl.minimum(scale, largest_scale)
         distance = _distance(diagonal, n, off_diagonal, scale.to(tl.float64), CHUNK)
-    _decide(flags, scales + batch, residual + batch, scale, distance, rounding * noise, tolerance)
+    _decide(state, scale, distance, _rounding_error(rounding, absolute, n, noise, FLUSHED), tolerance)
 
 
 @triton.jit(do_not_specialize=["step"])
 def grow_kernel(
-    energy, scales, flags, probes, blocks, growth, step, n, side,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    stacks, programs, scratch, step,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows of product number `step` (0 to 7) of the power iteration, for matrices that wait for it.
+    """One block of rows of product number `step` (0 to 2 HALF - 1) of the power iteration, for matrices that wait for it.
 
-    scales: the largest entry of M. growth: squares of the vectors that come out, (batch, 8, blocks of rows, 16).
+    The first HALF products are those of M / unit, where unit is its largest entry; the others of upper I - M / unit. Squares
+    of the vectors that come out are kept for each product and block of rows.
     """
-    batch = tl.program_id(1).to(tl.int64)
-    if tl.load(flags + batch * 3 + 2) == 0:
+    row, matrix, block, _, n, side = locate(stacks, programs, ALIGNED)
+    state = state_of(row, matrix, scratch)
+    if tl.load(state + 2) == 0.0:
         return
-    blocks += batch * (2 * 16) * side
-    blocks_of_rows = tl.num_programs(0)
-    growth += batch * (8 * 16) * blocks_of_rows
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    unit = tl.load(scales + batch)
+    vectors = scratch + tl.multiple_of(tl.load(row + 24), 16) + matrix * (2 * 16) * side
+    blocks_of_rows = tl.load(row + 12).to(tl.int32)
+    growth = scratch + tl.load(row + 25) + matrix * (2 * HALF * 16) * blocks_of_rows
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    unit = tl.load(state + 3)
     shift = 0.0
-    if step >= 4:
-        shift = 1.05 * tl.max(_norms(growth + 3 * 16 * blocks_of_rows, blocks_of_rows), 0)
-    source, stride = blocks + (step % 2) * (16 * side), side
+    if step >= HALF:
+        shift = 1.05 * tl.max(_norms(growth + (HALF - 1) * 16 * blocks_of_rows, blocks_of_rows), 0)
+    source, stride = vectors + (step % 2) * (16 * side), side
     norms = tl.full((16,), 1.0, tl.float32)
-    if step % 4 == 0:
-        source, stride = probes, n
+    if step % HALF == 0:
+        source, stride = tl.multiple_of(tl.load(row + 13).to(tl.pointer_type(tl.float32)), 16), n
     else:
         norms = _norms(growth + (step - 1) * 16 * blocks_of_rows, blocks_of_rows)
-    target = blocks + ((step + 1) % 2) * (16 * side)
-    energy += batch * n * side
+    target = vectors + ((step + 1) % 2) * (16 * side)
+    energy = scratch_matrix(row, 19, matrix, scratch, n, side)
     squares = _grow(energy, unit, shift, source, stride, target, norms, rows, n, side, BLOCK, BLOCK_K, PRECISION)
-    tl.store(growth + (step * blocks_of_rows + tl.program_id(0)) * 16 + tl.arange(0, 16), squares)
+    tl.store(growth + (step * blocks_of_rows + block) * 16 + tl.arange(0, 16), squares)
 
 
 @triton.jit
 def conclude_kernel(
-    diagonal, partials, flags, scales, residual, growth, n, side, count, blocks_of_rows, tolerance, noise,
-    CHUNK: tl.constexpr,
+    stacks, matrices, scratch, tolerance, noise,
+    HALF: tl.constexpr, CHUNK: tl.constexpr, FLUSHED: tl.constexpr,
 ):  # fmt: skip
     """The plan of one matrix that waited for the power iteration."""
-    batch = tl.program_id(0).to(tl.int64)
-    flags += batch * 3
-    if tl.load(flags + 2) == 0:
+    row, matrix, _, _, n, side = locate(stacks, matrices, False)
+    state = state_of(row, matrix, scratch)
+    if tl.load(state + 2) == 0.0:
         return
-    tl.store(flags + 2, 0)
-    growth += batch * (8 * 16) * blocks_of_rows
-    off_diagonal, rounding = _tile_sums(partials + batch * count * 4, count, CHUNK)
-    upper = 1.05 * tl.max(_norms(growth + 3 * 16 * blocks_of_rows, blocks_of_rows), 0)
-    below = tl.max(_norms(growth + 7 * 16 * blocks_of_rows, blocks_of_rows), 0)
-    scale = _middle_scale(upper, below, tl.load(scales + batch))
-    distance = _distance(diagonal + batch * side, n, off_diagonal, scale.to(tl.float64), CHUNK)
-    _decide(flags, scales + batch, residual + batch, scale, distance, rounding * noise, tolerance)
+    blocks_of_rows, count = tl.load(row + 12).to(tl.int32), tl.load(row + 11).to(tl.int32)
+    growth = scratch + tl.load(row + 25) + matrix * (2 * HALF * 16) * blocks_of_rows
+    off_diagonal, rounding, absolute = _tile_sums(scratch + tl.load(row + 23) + matrix * count * 4, count, CHUNK)
+    upper = 1.05 * tl.max(_norms(growth + (HALF - 1) * 16 * blocks_of_rows, blocks_of_rows), 0)
+    below = tl.max(_norms(growth + (2 * HALF - 1) * 16 * blocks_of_rows, blocks_of_rows), 0)
+    scale = _middle_scale(upper, below, tl.load(state + 3))
+    diagonal = scratch + tl.load(row + 22) + matrix * side
+    distance = _distance(diagonal, n, off_diagonal, scale.to(tl.float64), CHUNK)
+    _decide(state, scale, distance, _rounding_error(rounding, absolute, n, noise, FLUSHED), tolerance)

@@ -5,7 +5,8 @@
 Quadratic, self-correcting, matrix products only, and T^T T is positive semidefinite whatever is rounded. After one step
 ||R'||_F <= 1.5 ||R||_F^2 + 0.5 ||R||_F^3: the residual of the scaled factor that came in bounds the one that goes out.
 The scale c = tr M / ||M||_F^2 minimises that residual, and needs sums alone. Where even so it is large, a few eigenvalues
-of M may be so far above the rest that the step would not contract: there c is 2 / (lower + upper) of the spectrum.
+of M may be so far above the rest that the step would not contract: there c is 2 / (lower + upper) of the spectrum in the first
+step. That step brings all eigenvalues below about 1, so that in later steps it is enough to bound c.
 (Niklasson, PRB 70, 193102 (2004) refines an inverse factor in this way; Rubensson et al., JCP 128, 104105 (2008).)
 """
 
@@ -13,15 +14,20 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..certificate import damped, root_energy
 
-# Below 1, all eigenvalues of c M are below 2 and the step contracts. Above this ||I - c M||_F, the power iteration makes sure.
+# Below 1, all eigenvalues of c M are below 2 and the step contracts. Above this ||I - c M||_F, the power iteration makes sure
+# in the first step, and the largest scale in later ones. Of 716 refreshes in the training of a small GPT (damping 0.001 to
+# 0.03) and of an autoencoder (0.03), four steps leave 2 above an error of 0.3; with eight products in every step they leave 3.
 ITERATE_ABOVE = 0.8
-_PROBES, _POWER_STEPS = 16, 3  # a tensor core multiplies 16 vectors at a time
+LARGEST_SCALE = 1.5
+POWER_STEPS = 2  # products before the one that measures growth
+_PROBES = 16  # a tensor core multiplies 16 vectors at a time
 
 
 @functools.cache  # for good: a CUDA graph goes on reading them
@@ -47,7 +53,7 @@ def _spectral_bounds(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     def top(operator: Tensor) -> Tensor:
         block = probes.expand(len(matrix), -1, -1)
-        for _ in range(_POWER_STEPS):
+        for _ in range(POWER_STEPS):
             block = operator @ block
             block = block / torch.linalg.vector_norm(block, dim=-2, keepdim=True).clamp_min(1e-30)
         return torch.linalg.vector_norm(operator @ block, dim=-2).amax(-1)
@@ -59,25 +65,49 @@ def _spectral_bounds(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def factored_newton_refresh_reference(
-    factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tolerance: float, max_steps: int
+    factors: list[Tensor],
+    dampings: list[Tensor],
+    roots: list[Tensor],
+    residuals: list[Tensor],
+    tolerance: float,
+    max_steps: int,
+    accept: float | None = None,
+    used: Sequence[Tensor] = (),
+    fallbacks: Sequence[Tensor] = (),
+    refused: Sequence[Tensor] = (),
 ) -> None:
     """Plain PyTorch: fallback, CPU path and reference of the tests. See `kfac_triton.kernels.ops.factored_newton_refresh`."""
+    for i, stack in enumerate(zip(factors, dampings, roots, strict=True)):
+        root, bound = _refreshed(*stack, tolerance, max_steps)
+        if accept is not None:
+            is_refused = ~(bound <= accept)
+            root = torch.where(is_refused[:, None, None], stack[2], root)
+            bound = torch.where(is_refused, residuals[i], bound)
+            used[i].copy_(torch.where(is_refused, used[i], dampings[i]))
+            fallbacks[i].add_(is_refused)
+            refused[i].copy_(is_refused)
+        roots[i].copy_(root)
+        residuals[i].copy_(bound)
+
+
+def _refreshed(factor: Tensor, damping: Tensor, root: Tensor, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor]:
+    """The new root of every matrix of a stack, and the bound on its error."""
     target = damped(factor, damping)
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     current = root.clone()
-    bound = torch.full_like(residual, math.inf)
+    bound = torch.full_like(damping, math.inf)
     running = torch.ones_like(bound, dtype=torch.bool)
     # What T B loses below the normal numbers is not relative to the result.
     lost = current.shape[-1] * torch.finfo(current.dtype).smallest_normal * torch.finfo(current.dtype).eps
-    for _ in range(max_steps):
+    for number in range(max_steps):
         energy, rounding = root_energy(target, current)
         scale = _nearest_scale(energy)
         gap = identity - scale[:, None, None] * energy
         distance = torch.linalg.matrix_norm(gap)
         far = running & (distance > ITERATE_ABOVE)
         if factor.is_cuda or bool(far.any()):
-            lower, upper = _spectral_bounds(energy)
-            scale = torch.where(far, 2 / (lower + upper), scale)
+            safe = scale.clamp(max=LARGEST_SCALE) if number else 2 / sum(_spectral_bounds(energy))
+            scale = torch.where(far, safe, scale)
             gap = identity - scale[:, None, None] * energy
             distance = torch.linalg.matrix_norm(gap)
         rounding = (rounding + lost * current.abs().sum((-2, -1))) * scale  # of the scaled root
@@ -93,5 +123,4 @@ def factored_newton_refresh_reference(
         running = running & (after > tolerance) & (after > 2 * rounding)
         if not factor.is_cuda and not bool(running.any()):
             break
-    root.copy_(current)
-    residual.copy_(bound)
+    return current, bound

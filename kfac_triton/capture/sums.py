@@ -7,7 +7,8 @@ A kind is a function (items, alpha, beta, backend) that sets
 for every item of a list. Alpha and beta are vectors on the device with an entry for each item. Where beta is 0 the old total
 must not be read, as it may contain a NaN of an earlier step. No two items of a call have the same total.
 
-To sum the factors of some layers in another way, as `add_norms` does, write such a function and return it in `kind_of` for these
+To sum the factors of some layers in another way, as `add_norms` does, write such a function and return it in `kind_of` for
+these
 factors. What `Rows` contain is between the layer, whose `rows` makes them, and the kind,
 which reads them; only `Rows.sample` and EKFAC's moments do so, too. The rows may be kept until the end of the backward pass,
 so `rows` should return views of the input and the gradient, and leave what needs memory to the kind.

@@ -17,7 +17,7 @@ from .factor_bank import FactorBank
 from .factor_stack import newest_weight
 from .factor_update import Accepted
 from .groups import TileGroup
-from .inverse import Inverse, InverseStack
+from .inverse import Inverse, InverseGroup, InverseStack
 from .preconditioning import GradientStack, Solve
 from .solvers import Basis, EigenSolve, EkfacSolve, InverseSolve
 
@@ -35,6 +35,7 @@ class Curvature:
     Attributes:
         bank: the factors.
         inverses: one for each store of factors, in the order of the stores.
+        inverse_groups: the dense inverses among them, by device and dtype.
         inverse_at: for each slot, the `Inverse` that holds its inverse, and the place in it.
         gradients: one for each tile group.
         moments: one for each layer, None where EKFAC has nothing to sum.
@@ -68,6 +69,7 @@ class Curvature:
             GradientStack(group, partition, self.bank, solve, host_looks)
             for group, solve in zip(self.bank.groups, solves, strict=True)
         ]
+        self.inverse_groups = InverseGroup.all_of(self.inverses, self.bank.runs())
         self.inverse_at = [(self.inverses[store], i) for store, i in self.bank.places]
         # These convert vectors over slots to vectors over the sides of blocks, and back.
         parts = [partition.parts[i] for i in self.bank.order]
@@ -115,8 +117,15 @@ class Curvature:
         for store, inverse, run in zip(self.bank.stores, self.inverses, self.bank.runs(), strict=True):
             if restart:
                 inverse.restart()
-            inverse.refresh(store.factors, over_slots[run])
+            if not isinstance(inverse, InverseStack):
+                inverse.refresh(store.factors, over_slots[run])
+        for group in self.inverse_groups:
+            group.refresh([self.bank.stacks[i] for i in group.stores], over_slots)
         self._turn_moments(old_bases)
+
+    def was_refused(self) -> bool:
+        """Whether the host has been told that an inverse was refused; a step that is not a replay then computes it anew."""
+        return any(group.refused is not None and group.refused.is_any_set() for group in self.inverse_groups)
 
     @property
     def kind(self) -> str:

@@ -56,7 +56,7 @@ class EigenStack(Inverse):
         """Computes the eigenbases of factors (B, n, n); where eigh fails, the last one remains."""
         damping = damping.to(factors)
         remaining = torch.arange(len(factors), device=factors.device)
-        if not self._is_cold:
+        if not self.is_cold:
             vectors = self.vectors
             # Without the shift, rounding errors would rotate eigenvectors with tiny eigenvalues at random. With it they stay.
             # That is accurate enough, as eigenvectors do not matter below the damping.
@@ -70,7 +70,7 @@ class EigenStack(Inverse):
             self.fallbacks[remaining] += 1
         for index in remaining.tolist():
             self._decompose(index, factors[index], damping)
-        self._is_cold = False
+        self.is_cold = False
 
     def left(self, side: SideGroup, x: Tensor, back: bool = False) -> Tensor:
         """Q^T x, into the eigenbasis, or Q x, back from it; `EigenSolve` divides by the spectrum in between."""

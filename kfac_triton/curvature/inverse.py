@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from functools import partial
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from ..kernels import ops, precision, runtime
 from ..kernels.certificate import FACTORED, damped, inverse_residual, mirror, probe_error, root_residual, rounding_error
 from ..kernels.device_tables import device_vector
 from .async_flags import AsyncFlags
+from .factor_stack import FactorStack
 from .groups import SideGroup
 from .triangular import prefers_batches, symmetric_product, triangular_inverse
 
@@ -124,7 +127,7 @@ class Inverse(ABC):
         self.damping = values.new_zeros(count)
         self.fallbacks = torch.zeros(count, dtype=torch.long, device=values.device)
         self.raised = torch.zeros_like(self.fallbacks)
-        self._is_cold = True
+        self.is_cold = True
 
     @abstractmethod
     def refresh(self, factors: Tensor, damping: Tensor) -> None:
@@ -140,11 +143,7 @@ class Inverse(ABC):
 
     def restart(self) -> None:
         """Makes the next refresh ignore the present values, because the factors were replaced."""
-        self._is_cold = True
-
-    def was_refused(self) -> bool:
-        """Whether the host has been told that an inverse was refused; a step that is not a replay then computes it anew."""
-        return False
+        self.is_cold = True
 
     def kept(self, index: int) -> Tensor:
         """The part of a checkpoint for one inverse."""
@@ -154,7 +153,7 @@ class Inverse(ABC):
         """Writes what `kept` returned, with its certificate."""
         self.values[index] = values.to(self.values)
         self.residual[index], self.damping[index] = residual, damping
-        self._is_cold = not bool((self.residual <= ACCEPT).all())
+        self.is_cold = not bool((self.residual <= ACCEPT).all())
 
 
 class InverseStack(Inverse):
@@ -177,15 +176,24 @@ class InverseStack(Inverse):
         self.factored = self.method == "factored"
         self.kind = "root" if self.factored else "inverse"
         self.tolerance = tolerance
-        self._backend = backend
-        self._refused = None if wait else AsyncFlags(len(factors), factors.device)
+        self.backend = backend
+        self.waits = wait
+
+    @cached_property
+    def refused(self) -> AsyncFlags | None:
+        """Refused matrices, for the host to read when the flags arrive; None where refreshes wait."""
+        return None if self.waits else AsyncFlags(len(self.values), self.values.device)
 
     def refresh(self, factors: Tensor, damping: Tensor) -> None:
         """Inverts factors (B, n, n) + damping (B,) I; afterwards every inverse is certified, or zero."""
         damping = damping.to(factors)
-        if self._refused is not None and not self._is_cold:
-            self._refresh_without_waiting(factors, damping, self._refused)
-            return
+        if self.refused is None or self.is_cold:
+            self.refresh_and_wait(factors, damping)
+        else:
+            refresh_together([self], [factors], [damping], self.refused)
+
+    def refresh_and_wait(self, factors: Tensor, damping: Tensor) -> None:
+        """Inverts and reads the certificates; matrices whose inverse is refused are inverted by Cholesky at once."""
         self.damping.copy_(damping)
         cold = ~(self.residual <= ACCEPT) & self.factored  # without the certified inverse that this method starts from
         if not self.factored or not bool(cold.all()):
@@ -195,16 +203,12 @@ class InverseStack(Inverse):
         if bool(refused.any()):
             self.fallbacks += refused & ~cold
             self._fall_back(factors, refused.nonzero().squeeze(-1))
-        self._is_cold = False
+        self.is_cold = False
 
     def restart(self) -> None:
         """See `Inverse`."""
         super().restart()
         self.residual.fill_(torch.inf)
-
-    def was_refused(self) -> bool:
-        """See `Inverse`."""
-        return self._refused is not None and self._refused.is_any_set()
 
     def left(self, side: SideGroup, x: Tensor) -> Tensor:
         """See `Inverse`."""
@@ -216,30 +220,31 @@ class InverseStack(Inverse):
         values = side.select(self.values)
         return (x @ values.mT) @ values if self.factored else x @ values
 
-    def _refresh_without_waiting(self, factors: Tensor, damping: Tensor, refused: AsyncFlags) -> None:
-        overdue = refused.arrived()
+    def invert_unless_refused(self, factors: Tensor, damping: Tensor, refused: Tensor) -> None:
+        """Writes which matrices are refused to flags (B,). They keep their last inverse; nobody waits."""
         values, residual = self.values.clone(), torch.empty_like(self.residual)
         self._invert(factors, damping, values, residual)
-        certified = residual <= ACCEPT
-        self.values.copy_(torch.where(certified[:, None, None], values, self.values))
-        self.residual.copy_(torch.where(certified, residual, self.residual))
-        self.damping.copy_(torch.where(certified, damping, self.damping))
-        self.fallbacks += ~certified
-        refused.copy_to_host(~certified)
-        if overdue:
-            places = device_vector(overdue, factors.device)
-            self.damping.index_copy_(0, places, damping[places])
-            self._fall_back(factors, places)
+        torch.gt(residual.nan_to_num(nan=torch.inf), ACCEPT, out=refused)
+        self.values.copy_(torch.where(refused[:, None, None], self.values, values))
+        self.residual.copy_(torch.where(refused, self.residual, residual))
+        self.damping.copy_(torch.where(refused, self.damping, damping))
+        self.fallbacks += refused
+
+    def invert_by_cholesky(self, factors: Tensor, damping: Tensor, places: list[int]) -> None:
+        """Inverts the matrices in these places with their new damping."""
+        chosen = device_vector(places, factors.device)
+        self.damping.index_copy_(0, chosen, damping[chosen])
+        self._fall_back(factors, chosen)
 
     def _invert(self, factors: Tensor, damping: Tensor, values: Tensor, residual: Tensor) -> None:
         """Inverts by the chosen method and writes the results and their certificates to values and residual."""
         if self.method == "newton_schulz":
             tolerance = 0.1 * self.tolerance
-            ops.newton_schulz_inverse(factors, damping, values, residual, tolerance, _DOUBLINGS, backend=self._backend)
+            ops.newton_schulz_inverse(factors, damping, values, residual, tolerance, _DOUBLINGS, backend=self.backend)
         elif self.method == "factored":
-            is_blind = self._refused is not None and not runtime.is_recording()
-            steps = _BLIND_REFINEMENTS if is_blind else _REFINEMENTS
-            ops.factored_newton_refresh(factors, damping, values, residual, self.tolerance, steps, backend=self._backend)
+            ops.factored_newton_refresh(
+                [factors], [damping], [values], [residual], self.tolerance, _REFINEMENTS, backend=self.backend
+            )
         else:
             invert = eigh if self.method == "eigh" else partial(cholesky, as_root=False, dtype=factors.dtype)
             for piece in _pieces(len(factors), factors, factors.dtype):
@@ -275,3 +280,83 @@ class InverseStack(Inverse):
                 return
             chosen = device_vector(again, factors.device)
             remaining, damping = remaining[chosen], damping[chosen]
+
+
+def refresh_together(
+    stacks: Sequence[InverseStack], factors: Sequence[Tensor], dampings: Sequence[Tensor], refused: AsyncFlags
+) -> None:
+    """Inverts the factors of several stacks of one device, dtype and method without waiting for the certificates.
+
+    Warm refreshes share their launches. None of the stacks may be cold.
+
+    Args:
+        stacks: where the inverses are.
+        factors: for each stack, its factors (B, n, n).
+        dampings: for each stack, the damping (B,) in the dtype of the factors.
+        refused: flags of the matrices of all stacks.
+    """
+    cases = list(zip(stacks, factors, dampings, strict=True))
+    overdue = refused.arrived()
+    sizes = [len(stack.values) for stack in stacks]
+    flags = torch.empty(sum(sizes), dtype=torch.bool, device=factors[0].device)
+    parts = flags.split(sizes)
+    if stacks[0].factored:
+        steps = _REFINEMENTS if runtime.is_recording() else _BLIND_REFINEMENTS
+        ops.factored_newton_refresh(
+            list(factors), list(dampings), [x.values for x in stacks], [x.residual for x in stacks], stacks[0].tolerance, steps,
+            ACCEPT, [x.damping for x in stacks], [x.fallbacks for x in stacks], list(parts), backend=stacks[0].backend,
+        )  # fmt: skip
+    else:
+        for (stack, factor, damping), part in zip(cases, parts, strict=True):
+            stack.invert_unless_refused(factor, damping, part)
+    refused.copy_to_host(flags)
+    for (stack, factor, damping), start in zip(cases, itertools.accumulate(sizes, initial=0), strict=False):
+        places = [i - start for i in overdue if start <= i < start + len(stack.values)]
+        if places:
+            stack.invert_by_cholesky(factor, damping, places)
+
+
+class InverseGroup:
+    """The inverse stacks of one device and dtype, whose warm refreshes share launches, and their flags a copy to the host.
+
+    Args:
+        stores: the places of the stacks in the list of all inverses.
+        stacks: the stacks themselves.
+        runs: for each stack, the slots of its factors in vectors over all slots.
+        slots: number of all slots.
+
+    Attributes:
+        stores: see above.
+        refused: see `refresh_together`.
+    """
+
+    def __init__(self, stores: list[int], stacks: list[InverseStack], runs: list[slice], slots: int) -> None:
+        self.stores = stores
+        self._stacks = stacks
+        self._runs = runs
+        values = stacks[0].values
+        self.refused = None if stacks[0].waits else AsyncFlags(sum(len(stack.values) for stack in stacks), values.device)
+        self._damping = values.new_zeros(slots)  # kept, because kernels find it by its address
+
+    @staticmethod
+    def all_of(inverses: Sequence[Inverse], runs: Sequence[slice]) -> list[InverseGroup]:
+        """The groups of all inverse stacks in a list; runs: the slots of each inverse."""
+        members: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+        for i, inverse in enumerate(inverses):
+            if isinstance(inverse, InverseStack):
+                members[inverse.values.device, inverse.values.dtype].append(i)
+        groups = []
+        for stores in members.values():
+            stacks = [inverse for i in stores if isinstance(inverse := inverses[i], InverseStack)]
+            groups.append(InverseGroup(stores, stacks, [runs[i] for i in stores], runs[-1].stop))
+        return groups
+
+    def refresh(self, stores: Sequence[FactorStack], damping: Tensor) -> None:
+        """Inverts the factors of every stack; damping is a vector over all slots."""
+        self._damping.copy_(damping)
+        dampings = [self._damping[run] for run in self._runs]
+        if self.refused is not None and not any(stack.is_cold for stack in self._stacks):
+            refresh_together(self._stacks, [store.factors for store in stores], dampings, self.refused)
+            return
+        for stack, store, part in zip(self._stacks, stores, dampings, strict=True):  # one by one, because factors may be copies
+            stack.refresh_and_wait(store.factors, part)

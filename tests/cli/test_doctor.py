@@ -73,8 +73,8 @@ def damaged(monkeypatch, operation, damage):
         ("covariance_ema", lambda factors, *rest: factors[-1][0, 1].mul_(1 + 1e-5)),  # not symmetric
         ("newton_schulz_inverse", lambda factor, damping, inverse, *rest: inverse.mul_(1.1)),
         ("newton_schulz_inverse", lambda factor, damping, inverse, residual, *rest: residual.fill_(1e-12)),  # a false promise
-        ("factored_newton_refresh", lambda factor, damping, root, *rest: root.mul_(1.1)),
-        ("factored_newton_refresh", lambda factor, damping, root, residual, *rest: residual.fill_(1e-12)),
+        ("factored_newton_refresh", lambda factors, dampings, roots, *rest: roots[0].mul_(1.1)),
+        ("factored_newton_refresh", lambda factors, dampings, roots, residuals, *rest: residuals[0].fill_(1e-12)),
         ("precondition", lambda gradient, left, right, out, *rest: out[0, 0].zero_()),
         ("precondition", lambda gradient, left, right, out, product, *rest: product[0].mul_(1.1)),
         ("precondition", lambda gradient, left, right, out, *rest: out[0, 0, 0].fill_(math.nan)),

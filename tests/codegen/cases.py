@@ -18,6 +18,7 @@ from kfac_triton.kernels.covariance import plan as covariance_plan
 from kfac_triton.kernels.factored_newton import kernel as factored_newton_kernel
 from kfac_triton.kernels.factored_newton import launch as factored_newton_launch
 from kfac_triton.kernels.factored_newton import plan_kernel as factored_newton_plan_kernel
+from kfac_triton.kernels.factored_newton.reference import POWER_STEPS
 from kfac_triton.kernels.first_order import kernel as first_order_kernel
 from kfac_triton.kernels.first_order import launch as first_order_launch
 from kfac_triton.kernels.gradients import kernel as gradients_kernel
@@ -160,44 +161,36 @@ def _newton_schulz(arch: str) -> Iterator[Case]:
 
 
 def _factored_newton(arch: str) -> Iterator[Case]:
-    kernel, mode = factored_newton_kernel, precision.resolve(precision.COARSE, target(arch))
-    split = mode == "tf32"
-    strides = "i32:16 i32:16"
+    kernel, planning = factored_newton_kernel, factored_newton_plan_kernel
+    mode = precision.resolve(precision.COARSE, target(arch))
+    split, tables, half = mode == "tf32", "*i64 *i32 *fp32", POWER_STEPS + 1
+    kinds = {"aligned": True, "unaligned": False}
     for name, _, config in _entries(arch, "factored_newton"):
         block, block_k = config.pop("BLOCK"), config.pop("BLOCK_K")
-        prepare = {"BLOCK": block, "ROUND": split}
-        types = f"*fp32 *fp32 *fp32 *i32 *fp32 *i32 i32:16 {strides} i32:16"
         warps = {"num_warps": config.get("num_warps", 4)}
-        yield Case(f"{name}/prepare_kernel/-", kernel.prepare_kernel, types, prepare, warps)
-        tile: dict[str, Any] = {"BLOCK": block, "BLOCK_K": block_k, "PRECISION": mode}
-        for function, extra, types in (
-            (
-                kernel.factor_kernel,
-                {"SPLIT": split},
-                f"*fp32 *fp32 *fp32 *fp32 *fp32 *i32 *i32 i32:16 {strides} {strides} i32:16",
-            ),
-            (kernel.energy_kernel, {"SPLIT": split}, f"*fp32 *fp32 *fp32 *fp32 *fp32 *i32 *i32 i32:16 {strides} i32:16"),
-            (
-                kernel.update_kernel,
-                {"ROUND": split},
-                f"*fp32 *fp32 *fp32 *fp32 *fp32 *i32 *fp32 *i32 i32:16 {strides} {strides} i32:16",
-            ),
-        ):
-            label = f"{name}/{function.__name__}/-"
-            yield Case(label, function, types, tile | extra, config, rows=block, wide=True)
+        for kind, aligned in kinds.items():
+            common = {"ROUND": split, "ALIGNED": aligned}
+            prepare = {"BLOCK": block, "KEEP": True, **common}
+            yield Case(f"{name}/prepare_kernel/{kind}", kernel.prepare_kernel, tables, prepare, warps)
+            tile: dict[str, Any] = {"BLOCK": block, "BLOCK_K": block_k, "PRECISION": mode, **common}
+            for function, extra, types in (
+                (kernel.factor_kernel, {}, f"{tables} i32"),
+                (kernel.energy_kernel, {}, f"{tables} i32"),
+                (kernel.update_kernel, {"KEEP": True}, f"{tables} i32 i32 fp32"),
+            ):
+                yield Case(
+                    f"{name}/{function.__name__}/{kind}", function, types, tile | extra, config, rows=block, wide=aligned
+                )  # fmt: skip
+    sums = {"CHUNK": factored_newton_launch._CHUNK, "FLUSHED": split}
+    yield Case("-/-/plan_kernel/-", planning.plan_kernel, f"{tables} i32 fp32 fp32 fp32 fp32", sums, {})
+    conclude = {"HALF": half, **sums}
+    yield Case("-/-/conclude_kernel/-", planning.conclude_kernel, f"{tables} fp32 fp32", conclude, {})
     for name, _, config in _entries(arch, "factored_newton_plan"):
-        planning, rows, chunk = factored_newton_plan_kernel, config["BLOCK"], {"CHUNK": factored_newton_launch._CHUNK}
-        constants = {"BLOCK": config.pop("BLOCK"), "BLOCK_K": config.pop("BLOCK_K"), "PRECISION": mode}
-        types = "*fp32 *fp32 *fp32 *i32 *fp32 *fp32 *fp32 *fp32 i32:16 i32:16 i32 fp32 fp32 fp32"
-        for kind, spread in (("-", False), ("spread", True)):
-            yield Case(
-                f"{name}/plan_kernel/{kind}", planning.plan_kernel, types, constants | chunk | {"SPREAD": spread}, config,
-                rows=0 if spread else rows,
-            )  # fmt: skip
-        types = "*fp32 *fp32 *i32 *fp32 *fp32 *fp32 i32 i32:16 i32:16"
-        yield Case(f"{name}/grow_kernel/-", planning.grow_kernel, types, constants, config, rows=rows)
-        types = "*fp32 *fp32 *i32 *fp32 *fp32 *fp32 i32:16 i32:16 i32 i32 fp32 fp32"
-        yield Case(f"{name}/conclude_kernel/-", planning.conclude_kernel, types, chunk, {})
+        rows = config["BLOCK"]
+        constants = {"HALF": half, "BLOCK": config.pop("BLOCK"), "BLOCK_K": config.pop("BLOCK_K"), "PRECISION": mode}
+        for kind, aligned in kinds.items():
+            case = (planning.grow_kernel, f"{tables} i32", constants | {"ALIGNED": aligned}, config)
+            yield Case(f"{name}/grow_kernel/{kind}", *case, rows=rows)
 
 
 def _precondition(arch: str) -> Iterator[Case]:

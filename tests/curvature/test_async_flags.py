@@ -8,7 +8,8 @@ from support.helpers import energy_error
 from torch import Tensor
 
 from kfac_triton.curvature.async_flags import AsyncFlags
-from kfac_triton.curvature.inverse import ACCEPT, InverseStack
+from kfac_triton.curvature.factor_stack import FactorStack
+from kfac_triton.curvature.inverse import ACCEPT, InverseGroup, InverseStack, refresh_together
 from kfac_triton.kernels import runtime
 from kfac_triton.settings import METHODS
 
@@ -94,6 +95,51 @@ def test_the_first_refresh_and_one_after_a_restart_wait() -> None:
     stack.refresh(hard, little)
     assert (stack.residual <= ACCEPT).all()
     assert not torch.equal(stack.values[1], before[1])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("method", NAMED_METHODS)
+def test_flags_of_several_stacks_find_their_matrices(method: str, backend: str) -> None:
+    """Two stacks of different sizes that share flags: a matrix of each is refused, and done again a refresh later."""
+    easy, hard = _factors(100.0), _factors(1e12)
+    factors = [easy, torch.nn.functional.pad(easy, (0, 8, 0, 8))]
+    damping, little = torch.tensor([0.1, 0.1]), torch.tensor([0.1, 1e-12])
+    stacks = [InverseStack(x, method, 0.05, backend, wait=False) for x in factors]
+    flags = AsyncFlags(4, torch.device("cpu"))
+    for stack, x in zip(stacks, factors, strict=True):
+        stack.refresh(x, damping)
+    before = [x.values.clone() for x in stacks]
+    worse, dampings = [hard, torch.nn.functional.pad(hard.flip(0), (0, 8, 0, 8))], [little, little.flip(0)]
+    refresh_together(stacks, worse, dampings, flags)
+    assert [x.fallbacks.tolist() for x in stacks] == [[0, 1], [1, 0]]
+    assert torch.equal(stacks[0].values[1], before[0][1])
+    assert torch.equal(stacks[1].values[0], before[1][0])
+    middle = [x.values.clone() for x in stacks]
+    refresh_together(stacks, worse, dampings, flags)
+    assert [(x.raised > 0).tolist() for x in stacks] == [[False, True], [True, False]]
+    assert not torch.equal(stacks[0].values[1], middle[0][1])
+    assert not torch.equal(stacks[1].values[0], middle[1][0])
+    assert all((x.residual <= ACCEPT).all() for x in stacks)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float32, torch.float64)])
+def test_stacks_of_one_type_are_one_group(dtypes: tuple[torch.dtype, ...]) -> None:
+    """And a checkpoint that leaves one of them cold makes all wait, which leaves no matrix without an inverse."""
+    stores = [FactorStack([24, 24], dtype, torch.device("cpu")) for dtype in dtypes]
+    for store in stores:
+        store.factors[:, :24, :24] = _factors(10.0)
+    inverses = [InverseStack(store.sums, "factored", 0.05, "torch", wait=False) for store in stores]
+    groups = InverseGroup.all_of(inverses, [slice(0, 2), slice(2, 4)])
+    assert [group.stores for group in groups] == ([[0, 1]] if dtypes[0] == dtypes[1] else [[0], [1]])
+    damping = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    for restarted in (None, None, 1):
+        if restarted is not None:
+            inverses[restarted].restart()
+        for group in groups:
+            group.refresh([stores[i] for i in group.stores], damping)
+        for inverse, part in zip(inverses, damping.split(2), strict=True):
+            assert (inverse.residual <= ACCEPT).all()
+            torch.testing.assert_close(inverse.damping.double(), part)
 
 
 def test_flags_are_given_once() -> None:

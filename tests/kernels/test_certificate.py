@@ -81,7 +81,7 @@ def factored_newton(factors: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     before = mirror(0.75 * factors.double() + 0.25 * drift)
     root, _ = cholesky(before, damping.double(), True, torch.float64)
     root, residual = root.to(factors.dtype), torch.full_like(damping, torch.nan)
-    ops.factored_newton_refresh(factors, damping, root, residual)
+    ops.factored_newton_refresh([factors], [damping], [root], [residual])
     return root.double().mT @ root.double(), residual
 
 

@@ -91,7 +91,7 @@ def errors(n: int, condition: float) -> dict[str, tuple[float, float]]:
     root = torch.linalg.inv(torch.linalg.cholesky(before)).tril().float()[None]
     for name in ("warm, TF32", "warm, five refreshes"):
         for _ in range(1 if name == "warm, TF32" else 4):
-            ops.factored_newton_refresh(factor, damping, root, residual, 0.05, 4, backend="triton")
+            ops.factored_newton_refresh([factor], [damping], [root], [residual], 0.05, 4, backend="triton")
         t = root[0].double()
         result[name] = (energy_error(target, t.T @ t), float(residual))
     return result
@@ -128,3 +128,17 @@ def test_rounding_is_that_of_tf32() -> None:
     assert 1e-4 < error("TF32") < 2e-3
     assert error("TF32x3") < 3e-6
     assert error("IEEE") < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:overflow|invalid value:RuntimeWarning")  # of numpy; a GPU does not remark on them
+@pytest.mark.parametrize("power", range(-44, -27, 2))
+def test_factors_near_the_end_of_float32_are_certified_rightly_or_not_at_all(power: int) -> None:
+    """A tensor core loses what is below the normal numbers: of A, whose rest after TF32 is smaller by 2000, and of T A."""
+    factor = (10.0**power * torch.stack([torch.diag(spectrum(24, 10.0)[1]) for _ in range(4)])).float()
+    damping = torch.full((4,), 0.01 * 10.0**power)
+    target = factor.double() + damping.double()[:, None, None] * torch.eye(24, dtype=torch.float64)
+    root, residual = torch.linalg.inv(torch.linalg.cholesky(1.02 * target)).tril().float(), torch.empty(4)
+    ops.factored_newton_refresh([factor], [damping], [root], [residual], 0.0, 2, backend="triton")
+    assert (residual <= ACCEPT).all() == (power >= -34)
+    for matrix, t, bound in zip(target, root.double(), residual.tolist(), strict=True):
+        assert bound > ACCEPT or energy_error(matrix, t.T @ t) <= SLACK * bound

@@ -10,7 +10,6 @@ from support.helpers import energy_error
 from support.refreshes import assert_honest, exact_root, refresh, with_condition
 
 from kfac_triton.curvature.inverse import ACCEPT
-from kfac_triton.kernels import ops
 from kfac_triton.kernels.certificate import damped, mirror, root_residual
 from kfac_triton.kernels.factored_newton.reference import _spectral_bounds
 
@@ -230,8 +229,8 @@ def test_what_is_lost_below_the_normal_numbers_is_in_the_residual() -> None:
     """T B is a number of few digits here, which makes M wrong by more than its rounding."""
     factor = torch.logspace(-43.2, -38, 2000, dtype=torch.float64).float()[:, None, None]
     root = 10 ** torch.empty(len(factor)).uniform_(2.5, 4)[:, None, None]
-    damping, residual = torch.full((len(factor),), 1.4e-45), torch.zeros(len(factor))
-    ops.factored_newton_refresh(factor, damping, root, residual, 0.05, 8, backend="torch")
+    damping = torch.full((len(factor),), 1.4e-45)
+    root, residual = refresh(factor, damping, root, backend="torch")
     error = (root.double() ** 2 * (factor.double() + damping.double()[:, None, None]) - 1).abs().flatten()
     certified = residual.isfinite()
     assert certified.sum() > 1000

@@ -16,7 +16,7 @@ FLOATS = [torch.float32, torch.float64]
 MUTATED = {
     "covariance_ema": {"factors"},
     "newton_schulz_inverse": {"inverse", "residual"},
-    "factored_newton_refresh": {"root", "residual"},
+    "factored_newton_refresh": {"roots", "residuals", "used", "fallbacks", "refused"},
     "precondition": {"out", "product"},
 }
 
@@ -47,12 +47,26 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
             "product": torch.zeros(2, dtype=dtype),
             "factored": False,
         }
-    output = "inverse" if name == "newton_schulz_inverse" else "root"
+    if name == "factored_newton_refresh":
+        factors = [spd(2, 5, dtype), spd(1, 3, dtype)]
+        starts = [x + 0.5 * torch.eye(x.shape[-1], dtype=dtype) for x in factors]
+        return {
+            "factors": factors,
+            "dampings": [torch.tensor([0.1, 1.0], dtype=dtype), torch.ones(1, dtype=dtype)],
+            "roots": [torch.linalg.inv(torch.linalg.cholesky(x)) for x in starts],
+            "residuals": [torch.zeros(len(x), dtype=dtype) for x in factors],
+            "tolerance": 1e-3,
+            "max_steps": 4,
+            "accept": 0.3,
+            "used": [torch.zeros(len(x), dtype=dtype) for x in factors],
+            "fallbacks": [torch.zeros(len(x), dtype=torch.long) for x in factors],
+            "refused": [torch.zeros(len(x), dtype=torch.bool) for x in factors],
+        }
     factor = spd(2, 5, dtype)
     return {
         "factor": factor,
         "damping": torch.tensor([0.1, 1.0], dtype=dtype),
-        output: torch.linalg.inv(torch.linalg.cholesky(factor + 0.5 * torch.eye(5, dtype=dtype))),
+        "inverse": torch.linalg.inv(torch.linalg.cholesky(factor + 0.5 * torch.eye(5, dtype=dtype))),
         "residual": torch.zeros(2, dtype=dtype),
         "tolerance": 1e-3,
         "max_steps": 4,
@@ -153,7 +167,7 @@ def wider(x: Tensor) -> Tensor:
 
 
 CHANGES = [other_device, other_dtype, one_more, one_dimension_more, wider]
-STACKED = ["newton_schulz_inverse", "factored_newton_refresh", "precondition"]
+STACKED = ["newton_schulz_inverse", "precondition"]
 TENSORS = [(name, argument) for name in STACKED for argument, value in arguments(name).items() if isinstance(value, Tensor)]
 
 

@@ -36,7 +36,7 @@ def refresh(
 ) -> tuple[Tensor, Tensor]:
     """Root and residual after a refresh; the residual starts as NaN, the root that came in stays."""
     root, residual = root.clone(), torch.full_like(damping, torch.nan)
-    ops.factored_newton_refresh(factor, damping, root, residual, tolerance, max_steps, backend)
+    ops.factored_newton_refresh([factor], [damping], [root], [residual], tolerance, max_steps, backend=backend)
     return root, residual
 
 

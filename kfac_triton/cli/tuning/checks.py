@@ -163,9 +163,12 @@ class Inverses(Problem):
         self.dampings = [DAMPING * torch.linalg.matrix_norm(stack) for stack in self.factors]
         self.results = [torch.empty_like(stack) for stack in self.factors]
         self.residuals = [torch.empty_like(damping) for damping in self.dampings]
-        arguments = zip(self.factors, self.dampings, self.results, self.residuals, strict=True)
         written = [*zip(self.results, map(self.start, before), strict=True), *((r, _UNSET) for r in self.residuals)]
-        super().__init__(name, [(*stack, self.tolerance, self.steps) for stack in arguments], written)
+        super().__init__(name, self.calls_of(self.factors, self.dampings, self.results, self.residuals), written)
+
+    def calls_of(self, *lists: list[Tensor]) -> list[tuple[Any, ...]]:
+        """A call for each stack, given the operation's arguments as lists over stacks."""
+        return [(*stack, self.tolerance, self.steps) for stack in zip(*lists, strict=True)]
 
     def start(self, before: Tensor) -> Tensor:
         """What an iteration starts from, given the factors one batch before."""
@@ -204,6 +207,10 @@ class WarmInverses(Inverses):
 
     operation = "factored_newton_refresh"
     tolerance, steps = 0.05, 8
+
+    def calls_of(self, *lists: list[Tensor]) -> list[tuple[Any, ...]]:
+        """One call for all stacks."""
+        return [(*lists, self.tolerance, self.steps)]
 
     def start(self, before: Tensor) -> Tensor:
         """T with T^T T the inverse of the damped factors."""
