@@ -8,10 +8,9 @@ for every item of a list. Alpha and beta are vectors on the device with an entry
 must not be read, as it may contain a NaN of an earlier step. No two items of a call have the same total.
 
 To sum the factors of some layers in another way, as `add_norms` does, write such a function and return it in `kind_of` for
-these
-factors. What `Rows` contain is between the layer, whose `rows` makes them, and the kind,
-which reads them; only `Rows.sample` and EKFAC's moments do so, too. The rows may be kept until the end of the backward pass,
-so `rows` should return views of the input and the gradient, and leave what needs memory to the kind.
+these factors. What `Rows` contain is between the layer, whose `rows` makes them, and the kind, which reads them; only
+`Rows.sample` and EKFAC's moments do so, too. The rows may be kept until the end of the backward pass, so `rows` should return
+views of the input and the gradient, and leave what needs memory to the kind.
 """
 
 from __future__ import annotations
