@@ -69,10 +69,9 @@ def graphed_step(
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is {type(optimizer).__name__}")
     if not callable(loss_of_batch):
         raise TypeError(f"loss_of_batch must be a function of the batch, but is {type(loss_of_batch).__name__}")
-    counts = {"warmup": warmup, "mend_every": mend_every, "max_shapes": max_shapes}
-    for name, value in counts.items():
-        validation.whole(name, value)
-    return GraphedStep(optimizer, loss_of_batch, before_step, **counts)
+    numbers = {"warmup": warmup, "mend_every": mend_every, "max_shapes": max_shapes}
+    numbers = {name: validation.whole(name, value) for name, value in numbers.items()}
+    return GraphedStep(optimizer, loss_of_batch, before_step, **numbers)
 
 
 @dataclass
@@ -117,7 +116,7 @@ class _Counts:
 
 @dataclass
 class _Watch:
-    """What a recorded step depends on, as it was when graphs were last recorded."""
+    """What a recorded step depends on, as it was at the last step."""
 
     objects: list[Any] = field(default_factory=list)
 
@@ -153,8 +152,7 @@ class GraphedStep:
         self._kfac = _kfac_of(optimizer)
         self.counts = _Counts()
         self._shapes: dict[Hashable, _Shape] = {}
-        self._since_eager = 0  # replays
-        self._since_recorded = 0  # replays of the present graphs
+        self._since_eager = self._since_recorded = 0  # replays
         self._short_lived = 0  # graphs in a row that were hardly replayed
         self._warned = False
         self._rates: list[Tensor | None] = []
@@ -163,7 +161,7 @@ class GraphedStep:
         self._records = can_record(self._device)
         self._require_recordable()
         if self._records:
-            self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(self._device)
         else:
             warn(f"CUDA graphs need a GPU, and the parameters are on {self._device}: graphed_step runs every step eagerly")
         # The loaded state is in other tensors, and inverses have to be computed from it.
@@ -192,6 +190,7 @@ class GraphedStep:
         shape = self._shapes.setdefault(key, _Shape())
         if shape.recording is None and shape.eager >= self._warmup and self._has_room() and self._is_ready():
             shape.recording = self._record(layout, self._on_device(leaves))
+            return self._replay(shape.recording, leaves)
         if shape.recording is None:
             shape.eager += 1
             return self._eager(layout, self._on_device(leaves))
@@ -214,8 +213,8 @@ class GraphedStep:
         batch, named = tree_unflatten(leaves, layout)
         loss = self._loss_of_batch(*batch, **named)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            what = f"has shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"is {type(loss).__name__}"
-            raise TypeError(f"loss_of_batch must return the loss, a tensor with one element, but the result {what}")
+            what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"loss_of_batch must return the loss, a tensor with one element, but the result is {what}")
         loss.backward()
         if self._before_step is not None:
             self._before_step()
@@ -242,8 +241,9 @@ class GraphedStep:
         graph = torch.cuda.CUDAGraph()
         cause: Exception | None = None
         try:
-            # Only this thread is restricted: a loader's thread may go on pinning memory.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            # Only this thread is restricted: a loader's thread may go on pinning memory. Graphs share no memory: shared pools
+            # are safe for graphs that are replayed in the order in which they were recorded.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 try:
                     loss = self._step(layout, leaves)
                 except Exception as error:

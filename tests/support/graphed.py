@@ -36,8 +36,8 @@ class Graph:
 
 
 @contextmanager
-def _recording(graph: Graph, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
-    assert (pool, capture_error_mode) == ("pool", "thread_local")
+def _recording(graph: Graph, stream: object, capture_error_mode: str) -> Iterator[None]:
+    assert capture_error_mode == "thread_local"
     with recorded() as tape:
         yield
     graph.tape = tape
@@ -50,7 +50,6 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "Stream": lambda device: stream,
         "current_stream": lambda device: stream,
         "stream": lambda stream: nullcontext(),
-        "graph_pool_handle": lambda: "pool",
         "CUDAGraph": Graph,
         "graph": _recording,
     }
