@@ -63,8 +63,14 @@ def _load_positions(
     memory = image.to(tl.int64) * image_stride + (rows - image * positions)
     memory = source + tl.max_contiguous(tl.multiple_of(memory, WIDTH), WIDTH)
     beside = columns * column_stride
-    if COLUMNS_FIRST or WIDTH == 1:  # nothing says here that rows are neighbours: they must come last
-        values = tl.load(memory[None, :] + beside[:, None], mask=(columns < n)[:, None] & (rows < last)[None, :], other=0.0)
+    if COLUMNS_FIRST or WIDTH == 1:
+        places = memory[None, :] + beside[:, None]
+        if WIDTH == 1:
+            # Neighbouring threads are to take neighbouring rows. Where it knows nothing, Triton 3.6 gives them neighbouring
+            # columns, each in a cache line of its own. That two rows are adjacent does not hold between images; it may be said
+            # because nothing is said of alignment, without which nothing is loaded in pairs (the codegen gate looks).
+            places = tl.max_contiguous(places, (1, 2))
+        values = tl.load(places, mask=(columns < n)[:, None] & (rows < last)[None, :], other=0.0)
         if not COLUMNS_FIRST:
             values = tl.trans(values)
     else:
@@ -130,7 +136,8 @@ def _load_patches(source, layer, first, last, columns, place, n, BLOCK_K: tl.con
     if SPATIAL > 2:
         start, rest, row = _row_axis(layer, 0, rest, row)
         inside = inside & _within(layer, 0, depth, start)
-    return tl.load(source + row[None, :] + memory[:, None], mask=inside, other=0.0)
+    places = tl.max_contiguous(source + row[None, :] + memory[:, None], (1, 2))  # see _load_positions
+    return tl.load(places, mask=inside, other=0.0)
 
 
 @triton.jit

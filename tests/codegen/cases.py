@@ -112,9 +112,10 @@ def _covariance(arch: str) -> Iterator[Case]:
                     "DTYPE": type_, "BLOCK": block, "BLOCK_K": depth, "PRECISION": mode, "IMAGES": images, "WIDTH": width,
                     "SPATIAL": spatial, "UPCAST": False, "HAS_ACCEPT": True,
                 }  # fmt: skip
+                # Images and patches whose alignment is unknown are hinted to be contiguous: they must not be loaded in pairs.
                 yield Case(
                     f"{name}/covariance_kernel/{kind}", covariance_kernel.covariance_kernel, types, constants, config,
-                    rows=block, wide=width > 1, copied=min(16, width * type_.primitive_bitwidth // 8),
+                    rows=block, wide=width > 1 or images or spatial > 0, copied=min(16, width * type_.primitive_bitwidth // 8),
                 )  # fmt: skip
     for block in sorted(blocks):
         part = min(block, covariance_launch.REDUCED_PART)

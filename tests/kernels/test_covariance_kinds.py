@@ -86,6 +86,10 @@ KINDS = {
         ONE,
         (0, True, 4),
     ),
+    "one element off": (torch.empty(2049, dtype=BF16)[1:].view(4, 8, 8, 8), ONE, (0, True, 1)),
+    "four elements off": (torch.empty(2052, dtype=BF16)[4:].view(4, 8, 8, 8), ONE, (0, True, 4)),
+    "one element off, float32": (torch.empty(2049)[1:].view(4, 8, 8, 8), ONE, (0, True, 1)),
+    "images an odd distance apart": (torch.empty(4, 513, dtype=BF16)[:, :512].view(4, 8, 8, 8), ONE, (0, True, 1)),
     "every other image": (torch.empty(4, 64, 8, 8, dtype=BF16)[1::2], ONE, (0, True, 8)),
     "every other image, channels last": (
         torch.empty(4, 64, 8, 8, dtype=BF16).contiguous(memory_format=torch.channels_last)[1::2],
