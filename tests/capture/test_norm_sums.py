@@ -117,7 +117,8 @@ def _backward(depth: int, backend: str | None) -> tuple[Counter[str], int]:
         loss = model(torch.randn(N, 5, WIDTH)).square().mean()
         with CountedOperators() as operators:
             loss.backward()
-        return launches, sum(operators.counts.values())
+        # A gradient that does not lie in memory as its input does is copied: here that of the GroupNorm.
+        return launches, sum(operators.counts.values()) - operators.counts["contiguous"]
 
 
 def test_launches_do_not_depend_on_the_number_of_norms(show: Callable[..., None]) -> None:

@@ -18,6 +18,7 @@ from kfac_triton.kernels.norm_fisher import layout
 from kfac_triton.kernels.ops import Norm
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
+UNTOUCHED = 7.0  # what lies behind a total before and after
 both_backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
@@ -84,10 +85,13 @@ class Case:
 
 def run(cases: Sequence[Case], alpha: Sequence[float], beta: Sequence[float], backend: str) -> list[tuple[Tensor, Tensor]]:
     """Totals before and after. Where beta is zero, the old ones are NaN."""
-    totals = []
+    totals, rooms = [], []
     for case, b in zip(cases, beta, strict=True):
         size = case.width * (1 + case.norm.has_shift)
-        totals.append(torch.rand(size) if b else torch.full((size,), torch.nan))
+        room = torch.full((2 * case.width + 1,), UNTOUCHED)  # behind the total there may be another
+        room[:size] = torch.rand(size) if b else torch.nan
+        rooms.append(room)
+        totals.append(room[:size])
     before = [total.clone() for total in totals]
     kept = [(case.x.clone(), case.g.clone()) for case in cases]
     ops.norm_fisher_diagonal(
@@ -96,6 +100,8 @@ def run(cases: Sequence[Case], alpha: Sequence[float], beta: Sequence[float], ba
     )  # fmt: skip
     for case, (x, g) in zip(cases, kept, strict=True):
         torch.testing.assert_close((case.x, case.g), (x, g), rtol=0, atol=0, equal_nan=True)
+    for room, total in zip(rooms, totals, strict=True):
+        assert (room[len(total) :] == UNTOUCHED).all()
     return list(zip(before, totals, strict=True))
 
 
@@ -191,7 +197,7 @@ LARGE = {
     "images that are loaded 16 bytes at a time": lambda: normal(Norm("batch"), 3, 8, 16, 24),
     "large images, running statistics": lambda: normal(Norm("batch"), 2, 5, 70, 61, running=True),
     "images whose positions are terms": lambda: normal(Norm("batch", by_position=True), 2, 3, 9, 11),
-    "a batch of rows": lambda: normal(Norm("batch"), 400, 70),
+    "a batch of rows": lambda: normal(Norm("batch"), 403, 72),
     "large groups": lambda: normal(Norm("group", groups=2), 3, 140, 9, 10),
     "groups across programs": lambda: normal(Norm("group", groups=1), 2, 100, 30, 7),
     "groups of few positions": lambda: normal(Norm("group", groups=4), 20, 96),
