@@ -14,8 +14,13 @@ from ..tiles import count
 from . import kernel
 from .rule import Rule
 
-_BLOCK = 1024
+_BLOCK = 1024  # elements of 4 bytes
 _PROGRAMS, _SHARES = 4096, 16  # of a launch, about, enough for any GPU; and of one parameter, if there are many
+
+
+def block_of(dtype: torch.dtype) -> int:
+    """Elements at a time, so that every thread has 16 bytes of each tensor."""
+    return _BLOCK * 4 // dtype.itemsize
 
 
 def can_move(parameter: Tensor, gradient: Tensor, moments: tuple[Tensor, ...], step: Tensor) -> bool:
@@ -72,9 +77,10 @@ def launch(
     beta1, beta2 = rule.betas
     weights = (beta1, 1 - beta1, beta2, 1 - beta2) if rule.adam else (rule.momentum, 1.0, 0.0, 0.0)
     for (dtype, aligned), some in rows.items():
-        shares = min(count(max(row[5] for row in some), _BLOCK), max(_SHARES, count(_PROGRAMS, len(some))))
+        block = block_of(dtype)
+        shares = min(count(max(row[5] for row in some), block), max(_SHARES, count(_PROGRAMS, len(some))))
         kernel.move_kernel[(len(some), shares)](
             device_table(tuple(some), device), factors, finite.view(torch.uint8), *weights, rule.eps,
-            ADAM=rule.adam, MOMENTUM=rule.momentum > 0, NESTEROV=rule.nesterov, MAXIMIZE=rule.maximize, BLOCK=_BLOCK,
+            ADAM=rule.adam, MOMENTUM=rule.momentum > 0, NESTEROV=rule.nesterov, MAXIMIZE=rule.maximize, BLOCK=block,
             DTYPE=runtime.TYPES[dtype], ALIGNED=aligned, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

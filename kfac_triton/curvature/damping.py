@@ -27,7 +27,7 @@ def pi_split(mean_a: Tensor, mean_g: Tensor, damping: float | Tensor, constant: 
     and G takes the whole damping.
     """
     pi = (mean_a / mean_g).sqrt()
-    pi = torch.where(torch.isfinite(pi) & (pi > 0), pi, 1.0)
+    pi = torch.where((pi > 0) & (pi < torch.inf), pi, 1.0)
     root = damping**0.5  # stays a Python number: converting it to a tensor on the device would wait
     a, g = root * pi, root / pi
     if constant is not None:

@@ -297,11 +297,11 @@ def _first_order(arch: str) -> Iterator[Case]:
     for name, adam in (("sgd", False), ("adamw", True)):
         constants: dict[str, Any] = {"ADAM": adam, "BLOCK": 128}
         yield Case(f"-/-/factors_kernel/{name}", kernel.factors_kernel, "*i64 *fp64 *fp64 *fp32 i32", constants, warps)
-        for dtype, type_ in (("bf16", tl.bfloat16), ("fp32", tl.float32)):
+        for dtype, type_, size in (("bf16", tl.bfloat16, 2), ("fp32", tl.float32, 4)):
             for aligned in (True, False):
                 constants = {
                     "ADAM": adam, "MOMENTUM": not adam, "NESTEROV": not adam, "MAXIMIZE": False,
-                    "BLOCK": first_order_launch._BLOCK, "DTYPE": type_, "ALIGNED": aligned,
+                    "BLOCK": first_order_launch._BLOCK * 4 // size, "DTYPE": type_, "ALIGNED": aligned,
                 }  # fmt: skip
                 label = f"-/-/move_kernel/{name}, {dtype}{'' if aligned else ', unaligned'}"
                 types = "*i64 *fp32 *u8 fp32 fp32 fp32 fp32 fp32"

@@ -87,7 +87,7 @@ def test_the_step_after_a_failed_one_is_as_if_it_had_not_been(name: str) -> None
 
 def test_kernels_path_backs_up_what_waited() -> None:
     """There rows go straight into the factors: the copies are made before."""
-    for at in range(1, 200, 17):
+    for at in range(1, 500, 17):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 4))
         optimizer = KFAC(model, lr=0.1, backend="triton")
@@ -241,7 +241,7 @@ def test_an_attached_closure_that_is_interrupted_leaves_no_statistics(error: typ
 def test_kernels_path_backs_up_what_waited_beside_what_was_summed() -> None:
     """One stack has both: the first layer's input is the user's own, and cannot wait."""
     kept = None
-    for at in (None, *range(1, 200, 17)):
+    for at in (None, *range(1, 500, 17)):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 4))
         optimizer = KFAC(model, lr=0.1, backend="triton" if at else "torch")
