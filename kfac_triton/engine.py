@@ -79,7 +79,7 @@ class Engine:
         self._fisher_pass: FisherPass | None = None
         if likelihood is not None and settings.fisher != "empirical":
             self._fisher_pass = FisherPass(likelihood, settings.fisher, settings.fisher_samples, self.gate)
-        self.kl_clip_scale = torch.ones((), device=self.bank.home)
+        self.kl_clip_scale = torch.ones((), dtype=torch.float32, device=self.bank.home)
         self.dropped_statistics = torch.zeros(len(self.layers), dtype=torch.long, device=self.bank.home)
         self.dropped_gradients = torch.zeros(len(self.partition.tiles), dtype=torch.long, device=self.bank.home)
         # About the last step: a flag on the device for each parameter whether its gradient was finite (None where the host

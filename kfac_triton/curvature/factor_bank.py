@@ -76,7 +76,7 @@ class FactorBank:
         self.home = specs[0].device
         self.sizes = torch.tensor([size for store in self.stores for size in store.sizes], device=self.home)
         self.updates = torch.zeros(len(specs), device=self.home)
-        self._backend = backend
+        self._backend, self._is_compact = backend, is_compact
         # The stores that one launch can process: those of one type and device.
         kinds_of_stores: dict[tuple[torch.dtype, torch.device], list[int]] = defaultdict(list)
         for number, store in enumerate(self.stores):
@@ -118,6 +118,8 @@ class FactorBank:
 
     def traces(self) -> Tensor:
         """Trace of every factor, (slots,)."""
+        if self._is_compact:  # one unpacked stack at a time
+            return torch.cat([store.traces(store.factors).to(self.home) for store in self.stores])
         return self._traces([store.factors for store in self.stores])
 
     def sum_traces(self) -> Tensor:
@@ -125,12 +127,12 @@ class FactorBank:
         return self._traces([store.sums for store in self.stores])
 
     def _traces(self, tensors: list[Tensor]) -> Tensor:
-        if self._have_kernel == [True]:
-            out = self.updates.new_empty(len(self.updates))
-            pieces = [piece for store, x in zip(self.stores, tensors, strict=True) for piece in store.split(x)]
-            ops.traces(pieces, out, backend=self._backend)
-            return out
-        return torch.cat([store.traces(x).to(self.home) for store, x in zip(self.stores, tensors, strict=True)])
+        if self._have_kernel != [True]:
+            return torch.cat([store.traces(x).to(self.home) for store, x in zip(self.stores, tensors, strict=True)])
+        out = self.updates.new_empty(len(self.updates), dtype=torch.float32)
+        pieces = [piece for store, x in zip(self.stores, tensors, strict=True) for piece in store.split(x)]
+        ops.traces(pieces, out, backend=self._backend)
+        return out
 
     def weights(self, accept: Tensor, ema_decay: float) -> Tensor:
         """Counts an update of the accepted slots and returns the weights of the new statistics, (slots,); see `newest_weight`.
@@ -157,7 +159,7 @@ class FactorBank:
                 old, new, accepted, have_sums = (
                     torch.cat([vector[runs[i]] for i in numbers]).to(device) for vector in (old, new, accepted, have_sums)
                 )
-            if has_kernel:
+            if has_kernel and not self._is_compact:  # else one unpacked stack at a time
                 blend_stores(stores, old, new, accepted, have_sums, step, self._backend)
                 continue
             sizes = [len(store) for store in stores]

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..curvature.finite_flags import FiniteFlags
 from ..kernels import ops, runtime
 from ..kernels.device_tables import device_vector
 from ..kernels.first_order.launch import can_move
 from ..kernels.first_order.rule import Rule
-from ..layers.dtensor import local
 from .param_groups import MOMENTS
 
+_PLAIN = {Tensor, nn.Parameter}
 Work = tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]
 
 
@@ -54,16 +54,15 @@ class FusedSteps:
 
     def _can_move(self, p: Tensor, gradient: Tensor, state: dict[str, Any]) -> bool:
         moments = tuple(state[name] for name in self._names)
-        if any(hasattr(x, "to_local") for x in (p, gradient, *moments)):
-            return False
-        return can_move(p, gradient, moments, state["step"])
+        # Others may be spread over processes.
+        return all(type(x) in _PLAIN for x in (p, gradient, *moments)) and can_move(p, gradient, moments, state["step"])
 
     def apply(self) -> None:
         """Moves the parameters."""
         for (params, gradients, states), finite, rate in self._parts:
             moments = [[state[name] for state in states] for name in self._names]
             steps = [state["step"] for state in states]
-            ops.move([local(p) for p in params], gradients, moments, steps, rate, finite, self._rule, backend=self._backend)
+            ops.move(params, gradients, moments, steps, rate, finite, self._rule, backend=self._backend)
 
 
 def _rate(lr: float | Tensor, device: torch.device) -> Tensor:

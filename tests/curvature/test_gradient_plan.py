@@ -20,7 +20,7 @@ ROUNDING = 1e-5
 
 
 class Everything(nn.Module):
-    """A layer of each kind: views, transposed and copied gradients, shared and packed parameters, and one that is not covered."""
+    """A layer of each kind: gradients as views, transposed and copied, packed parameters, and one that is not covered."""
 
     def __init__(self) -> None:
         super().__init__()
