@@ -133,6 +133,17 @@ def test_what_is_refused_keeps_its_root_bit_for_bit(backend: str, mode: str, ste
 
 
 @backends
+def test_nothing_is_refused_before_the_last_step(backend: str) -> None:
+    """Above the bound after one step, and far below it after four."""
+    stacks = [stack(48, 4.0)]
+    (first,), (last,), (free,) = (refresh(stacks, "tf32", *rest, backend) for rest in ((ACCEPT, 1), (ACCEPT, 4), (None, 4)))
+    assert first.refused.all()
+    assert torch.equal(last.root, free.root)
+    assert torch.equal(last.residual, free.residual)
+    assert not last.refused.any()
+
+
+@backends
 def test_the_bound_itself_is_accepted(backend: str) -> None:
     stacks = [stack(48, 1.2)]
     (free,) = refresh(stacks, accept=None, steps=1, backend=backend)
