@@ -104,6 +104,16 @@ def test_a_call_for_all_is_a_call_for_each(mode: str, accept: float | None) -> N
     assert all(same(one, *refresh([x], mode, accept)) for one, x in zip(together, stacks, strict=True))
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_all_of_them_are_the_reference(steps: int) -> None:
+    """Near and far, with the power iteration and with the bound on the scale in later steps."""
+    stacks = [stack(70, 1.1, 1e3), stack(34, 8.0, 1e5)]
+    for one, other in zip(refresh(stacks, "ieee", None, steps), refresh(stacks, "ieee", None, steps, "torch"), strict=True):
+        unit = other.root.abs().amax((-2, -1), keepdim=True)
+        torch.testing.assert_close(one.root / unit, other.root / unit, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(one.residual, other.residual, rtol=1e-2, atol=1e-4)
+
+
 @both_modes
 def test_which_stack_comes_first_makes_no_difference(mode: str) -> None:
     stacks = [stack(48, 1.5), stack(80, 1.2, 30.0), stack(48, 3.0)]
