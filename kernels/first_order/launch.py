@@ -75,12 +75,14 @@ def launch(
         kind = parameters[i].dtype, not any(address % 16 for address in addresses)
         rows[kind].append((*addresses, counters[i], parameters[i].numel(), i))
     beta1, beta2 = rule.betas
-    weights = (beta1, 1 - beta1, beta2, 1 - beta2) if rule.adam else (rule.momentum, 1.0, 0.0, 0.0)
+    # As floats: a whole number would be compiled in.
+    numbers = (beta1, 1 - beta1, beta2, 1 - beta2, rule.eps) if rule.adam else (rule.momentum, 1, 0, 0, 0)
+    weights = [float(number) for number in numbers]
     for (dtype, aligned), some in rows.items():
         block = block_of(dtype)
         shares = min(count(max(row[5] for row in some), block), max(_SHARES, count(_PROGRAMS, len(some))))
         kernel.move_kernel[(len(some), shares)](
-            device_table(tuple(some), device), factors, finite.view(torch.uint8), *weights, rule.eps,
+            device_table(tuple(some), device), factors, finite.view(torch.uint8), *weights,
             ADAM=rule.adam, MOMENTUM=rule.momentum > 0, NESTEROV=rule.nesterov, MAXIMIZE=rule.maximize, BLOCK=block,
             DTYPE=runtime.TYPES[dtype], ALIGNED=aligned, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
