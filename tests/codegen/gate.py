@@ -22,8 +22,8 @@ MARK = "codegen: "  # starts the lines of a child
 
 # Spills that stay, by (Triton, architecture, case), in bytes. The fused inverse of 64 rows fills Hopper's registers: nothing is
 # spilled with four warps under 3.6 and 3.7, with eight under 3.9. By stages it would be a dozen launches instead of one. On
-# Ampere, 3.8 alone spills some bytes of two other cases, and on Hopper of images that are copied 8 bytes at a time; on Blackwell
-# 3.9 spills two registers of a norm, so that six programs fit.
+# Ampere, 3.8 alone spills some bytes of two other cases, and on Hopper of images that are copied 8 bytes at a time. On
+# Blackwell, 3.9 spills two registers of a norm, so that six programs fit.
 KNOWN_SPILLS = {
     ("3.8.0", "sm_80", "newton_schulz_fused/32/fused_kernel/32"): 8,
     ("3.8.0", "sm_80", "newton_schulz_step/any/step_kernel/-"): 40,
