@@ -124,11 +124,11 @@ FULL = (
 WIDE = Problem(
     name="wide",
     title="char transformer of width 256, Python's help topics",
-    network={"symbols": text.SYMBOLS, "context": 64, "width": 256, "heads": 4, "blocks": 2},
-    steps=120,
+    network={"symbols": text.SYMBOLS, "context": 64, "width": 256, "heads": 4, "blocks": 1},
+    steps=100,
     batch=64,
     evaluate_every=5,
-    evaluated=128,
+    evaluated=64,
 )
 
 _MINIATURE: dict[str, dict[str, Any]] = {
