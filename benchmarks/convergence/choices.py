@@ -88,20 +88,20 @@ def choices(problem: Problem) -> list[Choice]:
 
     eighth: Config = {"stats_fraction": 1 / 8}
     few = 1 / 4 if problem.name == "wide" else 1 / 2
-    limits = (few,) if problem.name == "wide" else (1, few)  # the fractions above are the other limits of the wide transformer
+    limits = (few,) if problem.name == "wide" else (few, 1)  # the fractions are the other limits of the wide transformer
     return [
         choice(EVERYTHING),
-        choice(CONTROL, damping=1.02 * base["damping"]),
         choice("1/8 of the rows", **eighth),
         choice("4 blocks", **blocks(4)),
-        choice("2 blocks", **blocks(2)),
         choice("1/8 of the rows, 4 blocks", **eighth, **blocks(4)),
-        choice("1/4 of the rows", stats_fraction=1 / 4),
-        choice("1/2 of the rows", stats_fraction=1 / 2),
         *(choice(f"at most {n:g} x size rows", max_stats_tokens=int(n * size)) for n in limits),
+        choice("2 blocks", **blocks(2)),
+        choice("1/4 of the rows", stats_fraction=1 / 4),
+        choice(CONTROL, damping=1.02 * base["damping"]),
         choice("1/8 of the rows, longer average", **eighth, ema_decay=(1 + base["ema_decay"]) / 2),
         choice("1/8 of the rows, damping x 3", **eighth, damping=3 * base["damping"]),
         choice("4 blocks, damping x 3", **blocks(4), damping=3 * base["damping"]),
+        choice("1/2 of the rows", stats_fraction=1 / 2),
         choice("1/4 of the rows, 2 blocks", stats_fraction=1 / 4, **blocks(2)),
         choice("3 blocks", **blocks(3)),
     ]
