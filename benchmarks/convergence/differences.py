@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 
@@ -24,7 +24,7 @@ class Differences:
     detectable: float | None
 
 
-def differences(losses: Sequence[Sequence[float]]) -> Differences:
+def differences(losses: Sequence[Sequence[float]], uncounted: Collection[int] = ()) -> Differences:
     """Compares choices with the first.
 
     A seed changes the loss of all choices alike, and by more than a choice does. The model is therefore: log loss = choice +
@@ -33,6 +33,7 @@ def differences(losses: Sequence[Sequence[float]]) -> Differences:
 
     Args:
         losses: For each choice, the final loss of each seed, seeds in the same order; infinite if the run diverged.
+        uncounted: Numbers of choices that the variance of chance is not estimated from, as they are nearly the first one.
 
     Raises:
         ValueError: if the first choice diverged.
@@ -42,7 +43,7 @@ def differences(losses: Sequence[Sequence[float]]) -> Differences:
     if first is None:
         raise ValueError(f"the reference must have finite losses, but has {list(losses[0])}")
     means = [None if x is None else fmean(x) - fmean(first) for x in logs]
-    seeds, finite = len(first), [x for x in logs if x is not None]
+    seeds, finite = len(first), [x for i, x in enumerate(logs) if x is not None and i not in uncounted]
     if seeds < 2:
         return Differences(means, 0.0, None)
     freedom = (len(finite) - 1) * (seeds - 1)

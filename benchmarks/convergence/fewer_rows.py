@@ -17,7 +17,7 @@ from kfac_triton.cli.demo.digits import MissingDataError
 from kfac_triton.cli.output import table
 
 from . import images
-from .choices import EVERYTHING, Choice, choices
+from .choices import CONTROL, EVERYTHING, Choice, choices
 from .contest import KFAC_NAME
 from .differences import Differences, differences
 from .log import Log, LogError
@@ -100,7 +100,8 @@ def render(problem: Problem, compared: Sequence[Choice], runs: Sequence[Sequence
     """The table of a problem, and what its seeds can tell."""
     if not compared or compared[0].name != EVERYTHING:
         return f"{problem.name}: {problem.title}; nothing to compare with yet"
-    found = differences([[run.final for run in of_choice] for of_choice in runs])
+    controls = [i for i, choice in enumerate(compared) if choice.name == CONTROL]
+    found = differences([[run.final for run in of_choice] for of_choice in runs], uncounted=controls)
     early = [_three_quarters(run) for run in runs[0]]
     rows = [[*_COLUMNS, f"steps to the reference's loss at {early[0][0]}"]]
     for i, (choice, of_choice) in enumerate(zip(compared, runs, strict=True)):

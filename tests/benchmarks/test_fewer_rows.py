@@ -92,6 +92,8 @@ def test_what_is_detectable_is_the_least_significant_difference() -> None:
 def test_diverged_choices_are_left_out_and_one_seed_tells_nothing() -> None:
     found = differences([[1.0, 2.0], [math.inf, 2.0], [1.0, 2.1]])
     assert found.means[1] is None and found.detectable is not None and math.isfinite(found.detectable)
+    losses = [[1.0, 1.0], [1.0, 1.1], [1.0, 1.0]]
+    assert differences(losses, uncounted=[2]).detectable == differences(losses[:2]).detectable
     alone = differences([[1.0], [2.0]])
     assert alone.means[1] == pytest.approx(math.log(2)) and alone.detectable is None and alone.spread == 0
     with pytest.raises(ValueError, match="the reference must have finite losses"):
