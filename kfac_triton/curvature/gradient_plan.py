@@ -102,8 +102,8 @@ class GradientPlan:
     def tile_sums(self, scale: Tensor) -> dict[int, tuple[float, ...]]:
         """Tile -> squared norms of W and V, and <V, W> before and after the KL clip, of the last step; scale is its nu."""
         product, gradient, update = self._inner.double()
-        moved = scale.double() * ~self._zeros
-        rows = torch.stack([gradient, update * moved.square(), product, product * moved], 1).tolist()
+        moved = (update * scale.double().square()).masked_fill(self._zeros, 0.0)
+        rows = torch.stack([gradient, moved, product, (product * scale).masked_fill(self._zeros, 0.0)], 1).tolist()
         return dict(zip(self._place, map(tuple, rows), strict=True))
 
     def _number_weights(self, owners: list[nn.Parameter]) -> None:
