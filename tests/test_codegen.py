@@ -27,7 +27,8 @@ each_architecture = pytest.mark.parametrize(
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest) -> Results:
     """All shipped cases of the tested architectures, each compiled once, side by side on as many processors as there are."""
-    tested = [item.callspec.params.get("arch") for item in request.session.items if hasattr(item, "callspec")]
+    own = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    tested = {item.callspec.params.get("arch") for item in own}
     architectures = [arch for arch in gate.ARCHITECTURES if arch in tested]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return dict(zip(architectures, pool.map(gate.compile_all, architectures), strict=True))

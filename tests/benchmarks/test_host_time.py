@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
-
 from benchmarks.steps import host_time
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.slow  # the kernels are compiled; `tests/engine/test_launches.py` counts launches without that
 
 
 @pytest.fixture(scope="module")
