@@ -20,9 +20,11 @@ from dataclasses import dataclass
 
 from kfac_triton.kernels import tuning
 
+from . import covariance_launches
 from .cost import FLOAT, Cost
+from .covariance_launches import Card
 from .data_movement import REST
-from .shapes import FULL, Images, Model
+from .shapes import FULL, Model
 
 TENSOR_CORES_BY_ITEMSIZE = {4: "tf32", 2: "bf16"}
 # The state that the inverses are counted for.
@@ -32,8 +34,10 @@ COLD_TOLERANCE = 1e-3
 # graph launches BLIND_STEPS, and GRAPH_STEPS in one.
 COLD_MOST_STEPS, BLIND_STEPS, GRAPH_STEPS = 40, 4, 8
 COLD_FUSED_UP_TO = 64  # padded side that one program inverts in one launch
-SPREAD_ABOVE = 1024  # side from which the power iteration of a refresh is spread over the grid: nine launches more a step
-POWER_PRODUCTS, POWER_VECTORS = 8, 16
+# The power iteration of a refresh, in its first step alone: a launch for each product, and one that ends it.
+POWER_PRODUCTS, POWER_VECTORS = 6, 16
+# Before launches were shared: in each step, and in launches of its own for larger sides.
+EARLIER_PRODUCTS, EARLIER_SPREAD_ABOVE = 8, 1024
 
 
 @dataclass(frozen=True)
@@ -100,10 +104,9 @@ def triangular_times_triangular(side: int) -> float:
     return side * (side + 1) * (side + 2) / 3
 
 
-def statistics(model: Model) -> Cost:
-    """A <- beta A + alpha X^T X for A and G of every layer."""
+def statistics(model: Model, card: Card | None = None) -> Cost:
+    """A <- beta A + alpha X^T X for A and G of every layer, in one call."""
     moved, operations = 0.0, 0.0
-    kinds = set()
     for layer in model.layers:
         images = layer.images
         elements = images.batch * images.channels * images.side**2 if images else layer.rows * layer.inputs
@@ -112,14 +115,8 @@ def statistics(model: Model) -> Cost:
         for side, ones in ((layer.inputs, layer.bias), (layer.outputs, False)):
             # The border of a bias is column sums, one addition an element.
             operations += layer.count * (symmetric_rank_update(layer.rows, side) + ones * layer.rows * side)
-        kinds |= {_kind(images, layer.inputs), _kind(images, layer.outputs)}
-    # One launch for every way to read the rows, and one more that adds the shares where rows are split: at most.
-    return Cost(moved, {TENSOR_CORES_BY_ITEMSIZE[model.itemsize]: operations}, 2 * len(kinds))
-
-
-def _kind(images: Images | None, columns: int) -> tuple[bool, bool]:
-    """How rows are read: as patches, or as a matrix whose rows can be copied 16 bytes at a time or not."""
-    return images is not None, images is None and columns % 8 == 0
+    launches = covariance_launches.launches(model.layers, model.itemsize, card or Card())
+    return Cost(moved, {TENSOR_CORES_BY_ITEMSIZE[model.itemsize]: operations}, launches)
 
 
 def cold_steps(condition: float = CONDITION, tolerance: float = COLD_TOLERANCE) -> int:
@@ -179,7 +176,12 @@ def refresh_products(side: int, arch: str = "sm_90") -> tuple[float, float, floa
 
 
 def warm_inverses(
-    model: Model, steps: float = 1.0, launched: int = BLIND_STEPS, grouped: bool = False, spread_above: int = SPREAD_ABOVE
+    model: Model,
+    steps: float = 1.0,
+    launched: int = BLIND_STEPS,
+    together: bool = True,
+    keeps: bool = True,
+    spread_above: int = EARLIER_SPREAD_ABOVE,
 ) -> Cost:
     """Factored Newton: T A and T A T^T in two TF32 passes, Phi T in one; see `power_iteration` for the rest.
 
@@ -187,30 +189,35 @@ def warm_inverses(
         model: whose factors.
         steps: that a matrix takes, on average.
         launched: steps that are launched.
-        grouped: whether one launch serves the stacks of all sides.
-        spread_above: side above which the power iteration has launches of its own.
+        together: whether one launch of each kernel serves the stacks of all sides, as it does; else each has its own, and the
+            power iteration of the stacks with launches for it has them in every step.
+        keeps: whether the first kernel copies T, for refused inverses to be put back; else that is left to the caller.
+        spread_above: where stacks have launches of their own, side above which the power iteration has some.
     """
     moved, scratch, twice, once = 0.0, 0.0, 0.0, 0.0
     for side, count in model.stacks.items():
         moved += count * FLOAT * 3 * triangle(side)
-        # Before the steps T rounded and T^T are written, and zeros above the root. In a step Y is written and read; M is
-        # written whole, and its lower half is read; T rounded is read three times (for T A, M and the sum) and T^T once, and
-        # both are written anew.
-        scratch += count * FLOAT * (3 * triangle(side) + steps * (9 * triangle(side) + side**2))
+        # Before the steps T rounded, T^T and the copy of T are written, and zeros above the root. In a step Y is written and
+        # read; M is written whole, and its lower half is read; T rounded is read three times (for T A, M and the sum) and T^T
+        # once, and both are written anew.
+        scratch += count * FLOAT * ((3 + keeps) * triangle(side) + steps * (9 * triangle(side) + side**2))
         # Only the first step's A and the last step's root are in the operands above.
         scratch += count * FLOAT * max(0.0, steps - 1) * 2 * triangle(side)
         factor, energy, update = refresh_products(side)
         twice += count * steps * (factor + energy)
         once += count * steps * update
-    per_step = [4 + (1 + POWER_PRODUCTS) * (side > spread_above) for side in model.stacks]
-    launches = 1 + launched * max(per_step) if grouped else sum(1 + launched * kernels for kernels in per_step)
+    if together:
+        launches = 1 + 4 * launched + POWER_PRODUCTS + 1 if model.stacks else 0
+    else:
+        per_step = (4 + (1 + EARLIER_PRODUCTS) * (side > spread_above) for side in model.stacks)
+        launches = sum(1 + launched * kernels for kernels in per_step)
     return Cost(moved, {"tf32x2": twice, "tf32": once}, launches, scratch)
 
 
-def power_iteration(side: int) -> Cost:
-    """What finds the spectrum of one matrix M where a refresh needs it: eight products with sixteen vectors, each reads M."""
-    moved = POWER_PRODUCTS * FLOAT * (side**2 + 2 * POWER_VECTORS * side)
-    return Cost(moved, {"tf32": 2.0 * POWER_PRODUCTS * POWER_VECTORS * side**2}, 0)
+def power_iteration(side: int, products: int = POWER_PRODUCTS) -> Cost:
+    """What finds the spectrum of a matrix M where a refresh needs it: products with sixteen vectors, each of which reads M."""
+    moved = products * FLOAT * (side**2 + 2 * POWER_VECTORS * side)
+    return Cost(moved, {"tf32": 2.0 * products * POWER_VECTORS * side**2}, 0)
 
 
 def preconditioning(model: Model) -> Cost:

@@ -1,6 +1,7 @@
-"""The parts of a step that move data, mostly by PyTorch's operators: what they read and write, and launch.
+"""The parts of a step that move data: what they read and write, and launch.
 
-As in `cost_model`, an operand is read once and a result written once, by each of the operators that PyTorch runs.
+As in `cost_model`, an operand is read once and a result written once. Each part is one kernel or a few, for all tensors of a
+model. With `by_pytorch` it is what was there before them: operators of PyTorch, each of which reads and writes anew.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ def is_deferred(layer: Layer, itemsize: int) -> bool:
     return itemsize * (inputs + layer.rows * layer.outputs) <= sums
 
 
-def norms(model: Model, fused: bool = False) -> Cost:
-    """Squared gradients of scale and shift of each loss term, summed: by PyTorch, or from one reading in one launch for all.
+def norms(model: Model, by_pytorch: bool = False) -> Cost:
+    """Squared gradients of scale and shift of each loss term, summed, from one reading of input and gradient.
+
+    Rows are summed in one launch, and what they leave is squared and blended in another; statistics of channels take a launch
+    between. (More where types or alignments differ.)
 
     By PyTorch, input and gradient become float32; the input is normalized and multiplied by the gradient. If positions are loss
     terms, both are joined, squared and summed; else they are summed over the positions of an example first, and the rest is
@@ -43,36 +47,51 @@ def norms(model: Model, fused: bool = False) -> Cost:
         scratch += numbers * (widening + FLOAT * (2 + 3 + after))
         # Conversions, normalization, product, sums over positions, join, square and sum.
         launches += norm.count * ((2 if widening else 0) + 2 + (0 if norm.terms_are_positions else parts) + 3)
-    return Cost(moved, {}, 1 if model.norms else 0) if fused else Cost(moved, {}, launches, scratch)
+    if by_pytorch:
+        return Cost(moved, {}, launches, scratch)
+    kinds = {norm.has_channels for norm in model.norms}
+    return Cost(moved, {}, sum(3 if has_channels else 2 for has_channels in kinds))
 
 
-def copies(model: Model, in_kernels: bool = False) -> Cost:
-    """Old values that a step keeps until it has succeeded: those of roots, whose new ones are selected, and those of factors.
+def blending(model: Model, by_pytorch: bool = False) -> Cost:
+    """Sums of the backward pass blended into the factors, and the old values that a step keeps until it has succeeded.
+
+    The kernel writes each old value beside the new one, for factors with sums (16 bytes a number) and for those that are added
+    to afterwards (8); diagonals of norms have a launch of their own. Of roots the refresh keeps copies, see
+    `cost_model.warm_inverses`.
 
     By PyTorch, roots are cloned, selected and copied back (28 bytes a number). Factors whose sums were made in the backward
     pass are cloned, blended and copied to the sums' memory (28 bytes); others are selected into it (12 bytes), all in one
-    stack. In kernels, each writes the old value beside the new one.
+    stack.
     """
     moved, launches = 0.0, 0
     deferred = [layer for layer in model.layers if is_deferred(layer, model.itemsize)]
     at_once = [layer for layer in model.layers if layer not in deferred]
+    if not by_pytorch:
+        for layers, numbers in ((deferred, 2), (at_once, 4)):
+            sides = sum(layer.count * (padded(layer.a_side) ** 2 + padded(layer.g_side) ** 2) for layer in layers)
+            moved += FLOAT * numbers * sides
+        moved += FLOAT * 4 * sum(norm.count * norm.width * (1 + norm.shift) for norm in model.norms)
+        return Cost(moved, {}, bool(model.layers) + bool(model.norms))
     waiting, summed = (
         {padded(side) for layer in layers for side in (layer.a_side, layer.g_side)} for layers in (deferred, at_once)
     )
     for side, count in model.stacks.items():
         numbers = count * side**2
-        if in_kernels:
-            moved += numbers * 2 * FLOAT
-            continue
         moved += numbers * FLOAT * (7 + 7 * (side in summed) + 3 * (side in waiting))
         launches += 3 + 3 * (side in summed) + (side in waiting)
     return Cost(moved, {}, launches)
 
 
-def gradients(model: Model) -> Cost:
-    """The gradients of one shape gathered in a stack, and the updates scaled and set to zero where they are not to be used."""
+def gradients(model: Model, by_pytorch: bool = False) -> Cost:
+    """Gradients gathered in stacks, their products with the updates, and the scaled updates scattered.
+
+    Each is one launch for all shapes, and so is the scale between them. By PyTorch, stacks are gathered, scaled, and set to
+    zero where they are not to be used; the products are counted with preconditioning.
+    """
     numbers = sum(count * m * n for (m, n), count in model.gradients.items())
-    return Cost(FLOAT * numbers * (2 + 2 + 2), {}, 3 * len(model.gradients))
+    launches = 3 * len(model.gradients) if by_pytorch else 4 * bool(model.gradients)
+    return Cost(FLOAT * numbers * (2 + 2 + 2), {}, launches)
 
 
 def parameters(model: Model) -> tuple[int, int]:
@@ -83,21 +102,25 @@ def parameters(model: Model) -> tuple[int, int]:
     return tensors, numbers + sum(norm.count * norm.width * (1 + norm.shift) for norm in model.norms)
 
 
-def parameter_updates(model: Model, dense: bool = True) -> Cost:
-    """SGD with momentum, and copies of parameters and momentum, which come back if a gradient turns out not to be finite.
+def parameter_updates(model: Model, by_pytorch: bool = False, dense: bool = True) -> Cost:
+    """SGD with momentum: gradient, momentum and parameter are read, the last two written, by one launch; another before it.
 
-    Decay of the momentum, gradient added, scaled, added to the parameter: 40 bytes a number, and 16 of copies. Multi-tensor
-    kernels take dense tensors alone; without them each operation is a launch a tensor. Restoring is one launch that ends at
-    once.
+    Where a gradient is not finite nothing is written, so that no copies are kept.
+
+    By PyTorch: decay of the momentum, gradient added, scaled, added to the parameter, 40 bytes a number; and 16 of copies of
+    parameters and momentum, which come back if a gradient turns out not to be finite. Multi-tensor kernels take dense tensors
+    alone; without them each operation is a launch a tensor. Restoring is one launch that ends at once.
     """
     tensors, numbers = parameters(model)
+    if not by_pytorch:
+        return Cost(FLOAT * numbers * 5, {}, 2)
     together = max(-(-tensors // MULTI_TENSORS), -(-numbers // (MULTI_CHUNKS * CHUNK)))
     return Cost(FLOAT * numbers * (10 + 4), {}, 4 * (together if dense else tensors) + 2 * together + 1)
 
 
 REST: dict[str, Callable[[Model], Cost]] = {
     "statistics of norms": norms,
-    "copies of factors and roots": copies,
+    "blending and old factors": blending,
     "gradients in stacks": gradients,
     "parameter updates": parameter_updates,
 }

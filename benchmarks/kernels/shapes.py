@@ -72,6 +72,7 @@ class Norm:
         shift: whether there is a shift.
         count: how many such norms the model has.
         terms_are_positions: whether each position is a loss term, as in a language model; else each example is one.
+        has_channels: whether the statistics are those of channels of images, as in BatchNorm; else those of a position.
     """
 
     positions: int
@@ -79,6 +80,7 @@ class Norm:
     shift: bool = True
     count: int = 1
     terms_are_positions: bool = False
+    has_channels: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ def resnet50(batch: int = 32) -> Model:
             convolution(Images(batch, width, small, 3, 1, 1), width, count=blocks - 1),
         ]
         channels, side = wide, small
-    norms = tuple(Norm(layer.rows, layer.outputs, count=layer.count) for layer in layers)  # behind every convolution
+    # Behind every convolution.
+    norms = tuple(Norm(layer.rows, layer.outputs, count=layer.count, has_channels=True) for layer in layers)
     layers.append(Layer(batch, 2048, 1000))
     return Model("resnet50", f"224 x 224, batch {batch}, bfloat16", tuple(layers), norms=norms)
 

@@ -36,7 +36,8 @@ from kfac_triton.kernels.certificate import damped
 from kfac_triton.kernels.factored_newton.reference import factored_newton_refresh_reference
 
 BLIND = 4  # steps that are launched outside of a graph, where the host does not look
-Refresh = Callable[[Tensor, Tensor, Tensor, Tensor, float, int], None]
+Stacks = list[Tensor]
+Refresh = Callable[[Stacks, Stacks, Stacks, Stacks, float, int], None]
 
 
 @dataclass(frozen=True)
@@ -73,37 +74,45 @@ class Recorder:
     Attributes:
         refresh: the implementation, from a module that calls `root_energy` in each step and `_spectral_bounds` in the power
             iteration.
+        most_steps: largest number of Newton steps; None for that of the call.
         checks: whether errors are computed now.
         observations: so far.
     """
 
     refresh: Refresh = factored_newton_refresh_reference
+    most_steps: int | None = None
     checks: bool = True
     observations: list[Observation] = field(default_factory=list)
 
     def __call__(
         self,
-        factor: Tensor,
-        damping: Tensor,
-        root: Tensor,
-        residual: Tensor,
+        factors: Stacks,
+        dampings: Stacks,
+        roots: Stacks,
+        residuals: Stacks,
         tolerance: float = 0.05,
         max_steps: int = 8,
         backend: str = "auto",
     ) -> None:
-        """See `kfac_triton.kernels.ops.factored_newton_refresh`."""
-        for i in range(len(factor)):
-            one = slice(i, i + 1)
-            is_cold = not bool(root[i].any())  # its inverse was refused: not a refresh
-            with self._counted() as calls:
-                self.refresh(factor[one], damping[one], root[one], residual[one], tolerance, max_steps)
-            if is_cold:
-                continue
-            certificate, error = float(residual[i]), None
-            if self.checks and certificate <= ACCEPT:
-                error = energy_error(damped(factor[one], damping[one])[0], root[i], certificate)
-            steps, iterated = calls["root_energy"], calls["_spectral_bounds"]
-            self.observations.append(Observation(factor.shape[-1], steps, iterated, certificate, error))
+        """See `kfac_triton.kernels.ops.factored_newton_refresh`, as it is called where the host reads the residuals."""
+        for stack in zip(factors, dampings, roots, residuals, strict=True):
+            for one in zip(*(x.split(1) for x in stack), strict=True):
+                self._observe(*one, tolerance, self.most_steps or max_steps)
+
+    def _observe(
+        self, factor: Tensor, damping: Tensor, root: Tensor, residual: Tensor, tolerance: float, max_steps: int
+    ) -> None:
+        """Refreshes the only matrix of a stack."""
+        is_cold = not bool(root.any())  # its inverse was refused: not a refresh
+        with self._counted() as calls:
+            self.refresh([factor], [damping], [root], [residual], tolerance, max_steps)
+        if is_cold:
+            return
+        certificate, error = float(residual), None
+        if self.checks and certificate <= ACCEPT:
+            error = energy_error(damped(factor, damping)[0], root[0], certificate)
+        steps, iterated = calls["root_energy"], calls["_spectral_bounds"]
+        self.observations.append(Observation(factor.shape[-1], steps, iterated, certificate, error))
 
     @contextmanager
     def _counted(self) -> Iterator[dict[str, int]]:
@@ -119,12 +128,12 @@ class Recorder:
             yield calls
 
 
-def train_gpt(damping: float, steps: int, seed: int, width: float) -> Iterator[float]:
+def train_gpt(damping: float, steps: int, seed: int, width: float, decay: float | None) -> Iterator[float]:
     """The loss of each step of the transformer of the races, on Python's help texts; a miniature if the width is below 1/2."""
     problem = (problems.QUICK if width < 0.5 else problems.FULL)[0]
     settings = {
         "tail": "adamw", "betas": [0.8, 0.9], "momentum": 0.0, "kl_clip": None, "norms": "skip", "loss_terms": "tokens",
-        "skip": "positions", "rest_lr": 4e-3, "lr": 6e-3, "ema_decay": 0.95, "damping": damping,
+        "skip": "positions", "rest_lr": 4e-3, "lr": 6e-3, "ema_decay": 0.95 if decay is None else decay, "damping": damping,
         "statistics_every": 1, "inverse_every": 1, "inverse": "factored",
     }  # fmt: skip
     model = problem.build(seed)
@@ -138,14 +147,15 @@ def train_gpt(damping: float, steps: int, seed: int, width: float) -> Iterator[f
     optimizer.close()
 
 
-def train_autoencoder(damping: float, steps: int, seed: int, width: float) -> Iterator[float]:
+def train_autoencoder(damping: float, steps: int, seed: int, width: float, decay: float | None) -> Iterator[float]:
     """The loss of each step of the autoencoder of the demo, with its settings, its hidden layers scaled by the width."""
     *hidden, last = autoencoder.WIDTHS[1:]
     code = autoencoder.CODE_WIDTH
     widths = (last, *(side if side == code else max(code + 1, int(width * side)) for side in hidden), last)
     with mock.patch.object(autoencoder, "WIDTHS", widths):
         model = autoencoder.build_autoencoder(seed)
-    optimizer = KFAC(model, lr=1.0, **CONTESTANTS["K-FAC"].settings | {"damping": damping, "inverse": "factored"})
+    settings = CONTESTANTS["K-FAC"].settings | {"damping": damping, "inverse": "factored"}
+    optimizer = KFAC(model, lr=1.0, **settings | ({} if decay is None else {"ema_decay": decay}))
     batches = shuffled_batches(load_images("mnist", 4000, seed).train, 1000, seed)
     for _ in range(steps):
         batch = next(batches)
@@ -168,6 +178,8 @@ def measure(
     seed: int = 0,
     check_every: int = 1,
     width: float = 0.5,
+    decay: float | None = None,
+    most_steps: int | None = None,
     refresh: Refresh = factored_newton_refresh_reference,
 ) -> tuple[list[Observation], float]:
     """The observations of a training run, and its last loss.
@@ -179,13 +191,15 @@ def measure(
         seed: of weights and batches.
         check_every: steps of training between those in which errors are computed.
         width: scales the hidden layers of the autoencoder; below 1/2 the GPT is a miniature.
+        decay: of the moving averages of the factors; None for that of the races or the demo.
+        most_steps: of a refresh, see `Recorder`.
         refresh: another rule to compare with, see `Recorder`.
     """
-    recorder, loss = Recorder(refresh), float("nan")
+    recorder, loss = Recorder(refresh, most_steps), float("nan")
     torch.manual_seed(seed)
     with mock.patch.object(ops, "factored_newton_refresh", recorder):
         # A step of training runs when its loss is asked for.
-        run = MODELS[name](damping, steps, seed, width)
+        run = MODELS[name](damping, steps, seed, width, decay)
         for step in range(steps):
             recorder.checks = (step + 1) % check_every == 0
             loss = next(run)
@@ -243,13 +257,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help=shown)
     parser.add_argument("--check-every", type=int, default=5, help=f"steps between those with errors in float64 {shown}")
     parser.add_argument("--width", type=float, default=0.5, help=f"of the autoencoder's hidden layers, to scale them {shown}")
+    parser.add_argument("--decay", type=float, help="of the factors' averages (default: GPT 0.95, autoencoder 0.5)")
+    parser.add_argument("--most-steps", type=int, help="Newton steps of a refresh; 4 are launched on a GPU (default: 8)")
     parser.add_argument("--json", help="file to append the observations to, a line for each run")
     arguments = parser.parse_args()
     print(HEADER, flush=True)
     for name in arguments.models:
         for damping in arguments.dampings or DAMPINGS[name]:
             settings = name, damping, arguments.steps, arguments.seed, arguments.check_every, arguments.width
-            observations, loss = measure(*settings)
+            observations, loss = measure(*settings, decay=arguments.decay, most_steps=arguments.most_steps)
             print(row(f"{name}, {damping:g}", summary(observations), loss), flush=True)
             if arguments.json:
                 with open(arguments.json, "a") as file:

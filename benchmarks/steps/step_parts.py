@@ -9,14 +9,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise, product
 
-from benchmarks.kernels import cost_model, data_movement
+from benchmarks.kernels import cost_model, covariance_launches, data_movement
 from benchmarks.kernels.cost import FLOAT
+from benchmarks.kernels.covariance_launches import Card
 from benchmarks.kernels.shapes import Layer, Model, padded
+from kfac_triton.settings import Settings
 
 from .step_constants import AFTER, BEFORE, OPERATORS, Machine, Refreshes
 
 DENSE_UP_TO = 8192  # the default of max_factor_size: of larger factors the diagonal alone is kept
 PRODUCT_KERNEL_UP_TO = 512  # sides that the Triton kernel preconditioned, before the library did it in TF32
+# PyTorch operators of a step where kernels serve all tensors at once: fixed, for gradients of one shape (the library's four
+# products and two views), where there are norms, and for their gradients of one width. `host_time` counts 129 for its GPT, 123
+# for the autoencoder, 140 for the ViT and 213 for the ResNet; this formula gives 131, 123, 131 and 223.
+FIXED_OPERATORS, SHAPE_OPERATORS, NORM_OPERATORS, WIDTH_OPERATORS = 75, 6, 12, 8
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,12 @@ class Options:
         tf32: preconditioning by the library's TF32 products.
         dense: updates without gaps, which multi-tensor kernels take.
         stats_fraction: of the rows.
-        fused_norms: the statistics of all norms in one kernel.
+        fused_norms: the statistics of all norms in two or three launches, from one reading.
         kept_in_kernels: old roots and factors are kept by the kernels that overwrite them, and not by copies.
-        grouped: one launch of each kernel of the refresh for all sides, and of the covariance for all layers of a pass.
-        gemm_convolutions: G of convolutions, and A of those with 1 x 1 kernels, are read as rows.
+        grouped: one launch of each kernel of the refresh for all sides, with the power iteration in the first step alone; one
+            of the covariance for many layers of a pass, whose rows wait for each other; one to blend the factors of all sides.
+        fused_updates: gradients are gathered, multiplied and scattered, and parameters moved, by one launch each.
+        without_gather: G of convolutions, and A of those with 1 x 1 kernels, are read as they lie.
         largest: side of a dense factor; larger ones are divided into blocks. None: see `DENSE_UP_TO`.
     """
 
@@ -42,7 +50,8 @@ class Options:
     fused_norms: bool = False
     kept_in_kernels: bool = False
     grouped: bool = False
-    gemm_convolutions: bool = False
+    fused_updates: bool = False
+    without_gather: bool = False
     largest: int | None = None
 
 
@@ -57,6 +66,13 @@ def parts(side: int, bias: bool, unit: int, options: Options) -> list[int]:
     return [end - start for start, end in pairwise(ends)]
 
 
+def sampled(layer: Layer, fraction: float) -> Layer:
+    """A layer with a fraction of its rows, or of its images."""
+    layer = replace(layer, rows=math.ceil(layer.rows * fraction))
+    images = layer.images
+    return replace(layer, images=replace(images, batch=math.ceil(images.batch * fraction))) if images else layer
+
+
 @dataclass(frozen=True)
 class Divided:
     """A layer with the sides of its dense factors."""
@@ -67,9 +83,7 @@ class Divided:
 
     def is_deferred(self, itemsize: int, fraction: float) -> bool:
         """As `data_movement.is_deferred`, of blocks; no side may be diagonal."""
-        layer = replace(self.layer, rows=math.ceil(self.layer.rows * fraction))
-        if images := layer.images:
-            layer = replace(layer, images=replace(images, batch=math.ceil(images.batch * fraction)))
+        layer = sampled(self.layer, fraction)
         sums = FLOAT * sum(padded(side) ** 2 for side in self.a + self.g)
         inputs = (
             layer.images.batch * layer.images.channels * layer.images.side**2 if layer.images else layer.rows * layer.inputs
@@ -124,6 +138,10 @@ class Workload:
         """Layers whose rows are summed in the backward pass."""
         return [x for x in self.layers if x not in self.waiting]
 
+    def rows(self, layers: list[Divided]) -> list[Layer]:
+        """These layers with as many rows as statistics are taken of."""
+        return [sampled(x.layer, self.options.stats_fraction) for x in layers]
+
     @property
     def shapes(self) -> set[tuple[int, int]]:
         """Padded shapes of gradients."""
@@ -147,21 +165,15 @@ class Workload:
         """What a refresh takes."""
         return AFTER if self.options.free_scale else BEFORE
 
-    @property
-    def spread_above(self) -> int:
-        """Side above which the power iteration is spread over the grid; grouped, one launch serves all sides."""
-        if not self.options.free_scale:
-            return DENSE_UP_TO
-        return 0 if self.options.grouped else cost_model.SPREAD_ABOVE
-
 
 def statistics(work: Workload, machine: Machine) -> float:
     """Lower triangles of X^T X, by rows or by patches."""
     seconds, options = 0.0, work.options
     for x in work.layers:
         layer, images = x.layer, x.layer.images
-        for sides, is_rows in ((x.a, images is None or images.kernel == 1), (x.g, True)):
-            as_rows = images is None or (options.gemm_convolutions and is_rows)
+        is_gathered = covariance_launches.kinds_of(layer, work.model.itemsize)[0].source == "patches"
+        for sides, is_rows in ((x.a, not is_gathered), (x.g, True)):
+            as_rows = images is None or (options.without_gather and is_rows)
             rate = machine.covariance if as_rows else machine.patches
             operations = layer.count * sum(cost_model.symmetric_rank_update(layer.rows, side) for side in sides)
             seconds += operations * options.stats_fraction / rate
@@ -175,18 +187,24 @@ def newton_steps(work: Workload, machine: Machine) -> float:
     seconds = 0.0
     for side, count in work.stacks.items():
         one = Model("", "", (Layer(1, side, side, bias=False),))  # two factors of this side
-        cost = cost_model.warm_inverses(one, work.refreshes.steps)
+        cost = cost_model.warm_inverses(one, work.refreshes.steps, keeps=work.options.kept_in_kernels)
         multiplying = (2 * cost.operations["tf32x2"] + cost.operations["tf32"]) / (machine.newton * machine.tf32)
         seconds += count / 2 * (multiplying + (cost.bytes + cost.scratch) / machine.bandwidth)
     return seconds
 
 
 def power_iteration(work: Workload, machine: Machine) -> float:
-    """In one program a matrix, a stack takes as long as one matrix if any needs it; over the grid, those that need it share."""
-    seconds, share = 0.0, work.refreshes.iterated
+    """In one program a matrix, a stack takes as long as one matrix if any needs it; over the grid, those that need it share.
+
+    It is spread over the grid with grouped launches; before, with free scale above a certain side, and first of all nowhere.
+    """
+    seconds, share, options = 0.0, work.refreshes.iterated, work.options
     for side, count in work.stacks.items():
-        moved = cost_model.power_iteration(side).bytes
-        if side > work.spread_above:
+        if options.grouped:
+            seconds += share * count * cost_model.power_iteration(side).bytes / machine.bandwidth
+            continue
+        moved = cost_model.power_iteration(side, cost_model.EARLIER_PRODUCTS).bytes
+        if options.free_scale and side > cost_model.EARLIER_SPREAD_ABOVE:
             seconds += share * count * moved / machine.bandwidth
         else:
             seconds += (1 - (1 - share) ** count) * moved / machine.one_program
@@ -205,51 +223,78 @@ def preconditioning(work: Workload, machine: Machine) -> float:
     return operations / rate + moved / machine.bandwidth
 
 
-def copies(work: Workload, machine: Machine) -> float:
-    """See `data_movement.copies`."""
+def blending(work: Workload, machine: Machine) -> float:
+    """See `data_movement.blending`, of blocks."""
     moved = 0.0
     for x in work.layers:
         numbers = x.layer.count * sum(padded(side) ** 2 for side in x.a + x.g)
-        moved += numbers * FLOAT * (2 if work.options.kept_in_kernels else 7 + (3 if x in work.waiting else 7))
+        waits = x in work.waiting
+        moved += numbers * FLOAT * ((2 if waits else 4) if work.options.kept_in_kernels else 7 + (3 if waits else 7))
     return moved / machine.bandwidth
 
 
 def norms(work: Workload, machine: Machine) -> float:
     """See `data_movement.norms`."""
-    cost = data_movement.norms(work.norms, work.options.fused_norms)
+    cost = data_movement.norms(work.norms, by_pytorch=not work.options.fused_norms)
     return (cost.bytes + cost.scratch) / machine.bandwidth
 
 
 def gradients(work: Workload, machine: Machine) -> float:
-    """Stacks of gradients, and copies of parameters and momentum; the rest of the update is AdamW's, too."""
-    numbers = data_movement.parameters(work.model)[1]
-    return (data_movement.gradients(work.model).bytes + 4 * FLOAT * numbers) / machine.bandwidth
+    """Gradients into stacks and out of them, and copies of parameters and momentum; the rest of the update is AdamW's, too."""
+    copied = 0 if work.options.fused_updates else 4 * FLOAT * data_movement.parameters(work.model)[1]
+    return (data_movement.gradients(work.model).bytes + copied) / machine.bandwidth
+
+
+def covariances(work: Workload) -> int:
+    """Launches for all layers that wait for the step, and for the others: those of a batch of them, or two for each layer."""
+    itemsize, card = work.model.itemsize, Card()
+    triton = covariance_launches.launches(work.rows(work.waiting), itemsize, card)
+    if not work.options.grouped:
+        return triton + 2 * sum(x.layer.count for x in work.summed)
+    batches = covariance_launches.batches(work.rows(work.summed), itemsize, Settings.max_kept_bytes)
+    return triton + sum(covariance_launches.launches(batch, itemsize, card) for batch in batches)
 
 
 def launches(work: Workload) -> tuple[int, int]:
     """Triton launches of a step, and PyTorch operators of the engine; those of norms' statistics are not among them."""
-    options, shapes, count = work.options, work.shapes, OPERATORS
+    options, shapes, norm_count = work.options, work.shapes, work.norm_count
     of_sides = Model("", "", tuple(Layer(1, side, side, bias=False) for side in work.stacks))
     launched = cost_model.GRAPH_STEPS if work.in_graph else cost_model.BLIND_STEPS
-    triton = cost_model.warm_inverses(of_sides, 1.0, launched, options.grouped, work.spread_above).launches
-    # The covariance and the reduction of its shares: for each way to read rows, or for each layer in the backward pass.
-    kinds = {(x.layer.images is not None, side % 8 == 0) for x in work.waiting for side in (x.layer.inputs, x.layer.outputs)}
-    in_backward = sum(x.layer.count for x in work.summed)
-    triton += 2 * len(kinds) + 2 * (min(2, in_backward) if options.grouped else in_backward)
-    if work.summed or work.norm_count:  # sums blended into the factors
-        triton += 1 if options.grouped else len(work.stacks)
-    # Gradients of one shape in a stack, those of norms, too; squares of rows, and what restores parameters.
-    triton += len(shapes) + bool(work.norm_count) + 2
+    spread_above = cost_model.EARLIER_SPREAD_ABOVE if options.free_scale else DENSE_UP_TO
+    triton = covariances(work)
+    triton += cost_model.warm_inverses(of_sides, 1.0, launched, options.grouped, spread_above=spread_above).launches
+    if options.grouped:
+        # Squares of the rows that wait, traces of the factors for their dampings, sums and diagonals blended into the factors.
+        triton += bool(work.waiting) + 2 + data_movement.blending(work.model).launches
+    else:
+        triton += 1 + len(work.stacks) * bool(work.summed or norm_count)
+    if options.fused_updates:
+        triton += data_movement.gradients(work.model).launches + data_movement.parameter_updates(work.model).launches
+    else:
+        triton += len(shapes) + bool(norm_count) + 1  # gradients of one shape in a stack; and what restores parameters
     if not options.tf32:
         triton += 4 * sum(max(shape) <= PRODUCT_KERNEL_UP_TO for shape in shapes)
-    if options.fused_norms and work.norm_count:
-        triton += 1
-    operators = count.fixed + count.shape * len(shapes) + count.norm * work.norm_count
+    return triton + norm_launches(work), operators(work)
+
+
+def norm_launches(work: Workload) -> int:
+    """Triton launches for statistics of norms."""
+    return data_movement.norms(work.model).launches if work.options.fused_norms else 0
+
+
+def operators(work: Workload) -> int:
+    """PyTorch operators: as they were counted with everything in kernels, and fitted to the time of the host before."""
+    options, count, shapes, norm_count = work.options, OPERATORS, len(work.shapes), work.norm_count
+    if options.grouped and options.fused_updates:
+        widths = len({norm.width for norm in work.model.norms})
+        return FIXED_OPERATORS + SHAPE_OPERATORS * shapes + NORM_OPERATORS * bool(norm_count) + WIDTH_OPERATORS * widths
     of_stack = count.stack - count.copies * options.kept_in_kernels
-    operators += of_stack * (1 if options.grouped else len(work.stacks))
-    tensors = data_movement.parameters(work.model)[0]
-    operators += data_movement.parameter_updates(work.model).launches if options.dense else count.tensor * tensors
-    return triton, operators
+    updates = data_movement.parameter_updates(work.model, by_pytorch=True).launches
+    return (
+        count.fixed + count.shape * shapes + count.norm * norm_count
+        + of_stack * (1 if options.grouped else len(work.stacks))
+        + (updates if options.dense else count.tensor * data_movement.parameters(work.model)[0])
+    )  # fmt: skip
 
 
 def host(work: Workload, machine: Machine) -> float:

@@ -11,11 +11,12 @@ import torch
 
 from benchmarks.kernels import cost_model
 from benchmarks.kernels.contestants import make_problem
-from benchmarks.kernels.shapes import BY_NAME, FULL, QUICK, Layer, Model
+from benchmarks.kernels.covariance_launches import Card, batches
+from benchmarks.kernels.shapes import BY_NAME, FULL, QUICK, Images, Layer, Model, convolution
 from kfac_triton.curvature import inverse
 from kfac_triton.kernels import ops, runtime
-from kfac_triton.kernels.factored_newton import launch
-from kfac_triton.kernels.factored_newton import plan_kernel as planning
+from kfac_triton.kernels.factored_newton import tables
+from kfac_triton.kernels.factored_newton.reference import POWER_STEPS
 
 TINY = Model("tiny", "", (Layer(rows=4, inputs=3, outputs=2, count=2),), itemsize=4)
 
@@ -65,10 +66,11 @@ def test_inverses_and_preconditioning_by_hand() -> None:
     model = Model("one", "", (Layer(8, 16, 32, bias=False),))  # factors of 16 and 32, one gradient 32 x 16
     warm = cost_model.warm_inverses(model)
     assert warm.bytes == 4 * 3 * (136 + 528)
-    # Before the step three triangles; in it Y twice, T rounded four times, T^T twice, M once in halves and once whole.
-    assert warm.scratch == 4 * ((3 + 2 + 4 + 2 + 1) * (136 + 528) + 16**2 + 32**2)
+    # Before the step four triangles; in it Y twice, T rounded four times, T^T twice, M once in halves and once whole.
+    assert warm.scratch == 4 * ((4 + 2 + 4 + 2 + 1) * (136 + 528) + 16**2 + 32**2)
+    assert warm.scratch - cost_model.warm_inverses(model, keeps=False).scratch == 4 * (136 + 528)
     # A second step reads A and writes the root once more.
-    assert cost_model.warm_inverses(model, steps=2).scratch == 4 * ((3 + 2 * 9 + 2) * (136 + 528) + 2 * (16**2 + 32**2))
+    assert cost_model.warm_inverses(model, steps=2).scratch == 4 * ((4 + 2 * 9 + 2) * (136 + 528) + 2 * (16**2 + 32**2))
     cost = cost_model.preconditioning(model)
     assert cost.bytes == 4 * (2 * 512 + 136 + 528)
     assert cost.operations == {"tf32": 2 * (2 * 528 * 16 + 2 * 136 * 32)}
@@ -107,7 +109,7 @@ def test_products_of_the_refresh_are_those_that_the_kernels_make(side: int, monk
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", counted)
     identity, damping, residual = torch.eye(side).repeat(2, 1, 1), torch.ones(2), torch.empty(2)
-    ops.factored_newton_refresh(0 * identity, damping, identity.clone(), residual, 0.05, 1, backend="triton")
+    ops.factored_newton_refresh([0 * identity], [damping], [identity.clone()], [residual], 0.05, 1, backend="triton")
     assert operations == 2 * sum(cost_model.refresh_products(side, "interpreter"))
 
 
@@ -133,20 +135,25 @@ def test_the_refresh_of_gpt2_is_less_than_with_the_whole_of_t_a() -> None:
 
 def test_launches_of_large_matrices_and_of_all_sides_together() -> None:
     sides = Model("three", "", (Layer(8, 1040, 1024, bias=False), Layer(8, 16, 16, bias=False)))
-    assert cost_model.SPREAD_ABOVE == launch._SPREAD_ABOVE
-    assert cost_model.POWER_PRODUCTS == planning.PRODUCTS
+    assert cost_model.POWER_PRODUCTS == 2 * (POWER_STEPS + 1)
+    assert cost_model.POWER_VECTORS == tables.PROBE_COUNT
     assert (cost_model.GRAPH_STEPS, cost_model.BLIND_STEPS) == (inverse._REFINEMENTS, inverse._BLIND_REFINEMENTS)
+    first, each, power = 1, 4, 7
+    assert cost_model.warm_inverses(sides).launches == first + 4 * each + power
+    assert cost_model.warm_inverses(sides, launched=8).launches == first + 8 * each + power
+    # Before: each side by itself, and above 1,024 nine launches more in every step.
     small, large = 1 + 4 * 4, 1 + 4 * 13
-    assert cost_model.warm_inverses(sides).launches == large + 2 * small
-    assert cost_model.warm_inverses(sides, grouped=True).launches == large
-    assert cost_model.warm_inverses(sides, launched=8, spread_above=0).launches == 3 * (1 + 8 * 13)
+    assert cost_model.warm_inverses(sides, together=False).launches == large + 2 * small
+    assert cost_model.warm_inverses(sides, launched=8, together=False, spread_above=0).launches == 3 * (1 + 8 * 13)
 
 
-def test_the_power_iteration_reads_the_matrix_eight_times() -> None:
-    cost = cost_model.power_iteration(32)
-    multiply_adds = sum(1 for _ in range(8) for _ in range(32) for _ in range(32) for _ in range(16))
+@pytest.mark.parametrize("products", [6, 8])
+def test_each_product_of_the_power_iteration_reads_the_matrix(products: int) -> None:
+    cost = cost_model.power_iteration(32, products)
+    multiply_adds = sum(1 for _ in range(products) for _ in range(32) for _ in range(32) for _ in range(16))
     assert cost.operations == {"tf32": 2 * multiply_adds}
-    assert cost.bytes == 4 * 8 * (32 * 32 + 2 * 16 * 32)
+    assert cost.bytes == 4 * products * (32 * 32 + 2 * 16 * 32)
+    assert cost_model.power_iteration(32) == cost_model.power_iteration(32, 6)
 
 
 def test_the_number_of_doublings_is_that_of_the_schedule() -> None:
@@ -198,21 +205,53 @@ def test_the_table_says_what_it_is_and_has_every_row() -> None:
     assert "3.35 TB/s" in table and "bf16 989 TFLOP/s" in table
 
 
-@pytest.mark.parametrize("operation", cost_model.OPERATIONS)
-def test_launches_are_those_that_happen(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted on a model with one fused stack, one tiled stack, and rows that are split."""
+def launches_of(operation: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Kernels that run when an operation serves the layers of a model."""
     from triton.runtime.interpreter import GridExecutor
 
-    model = Model("m", "", (Layer(rows=1024, inputs=16, outputs=80, bias=False),))
     problem = make_problem(operation, model, torch.device("cpu"))
     launches = []
     run = GridExecutor.__call__
     monkeypatch.setattr(GridExecutor, "__call__", lambda self, *a, **k: launches.append(1) or run(self, *a, **k))
     problem.run("triton")
+    return len(launches)
+
+
+@pytest.mark.parametrize("operation", [name for name in cost_model.OPERATIONS if name != "covariance_ema"])
+def test_launches_are_those_that_happen(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted on a model with one fused stack and one tiled stack."""
+    model = Model("m", "", (Layer(rows=1024, inputs=16, outputs=80, bias=False),))
+    launches = launches_of(operation, model, monkeypatch)
     torch_launches = 1 if operation == "precondition" else 0  # of the sum of partial products
     assert runtime.INTERPRETED
     counted = cost_model.OPERATIONS[operation](model).launches
     if operation == "factored_newton_refresh":  # which an optimizer calls with fewer steps than the problem does
         steps = inspect.signature(ops.factored_newton_refresh).parameters["max_steps"].default
         counted = cost_model.warm_inverses(model, launched=steps).launches
-    assert len(launches) + torch_launches == counted
+    assert launches + torch_launches == counted
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ((Layer(64, 16, 80, bias=False),), 1),
+        ((Layer(1024, 16, 80, bias=False),), 1),  # many tiles
+        ((Layer(1024, 16, 16, bias=False),), 2),  # few: rows are split
+        ((Layer(1024, 17, 16, bias=False),), 4),  # columns of two kinds
+        ((convolution(Images(2, 8, 4, 3, 1, 1), 16),), 2),  # patches, and images as they lie
+        ((convolution(Images(2, 8, 4, 1), 16), convolution(Images(2, 8, 3, 1), 16)), 2),  # 9 positions are copied one by one
+    ],
+)
+def test_launches_of_covariances(layers: tuple[Layer, ...], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model("m", "", layers, itemsize=4)
+    target = runtime.target(torch.device("cpu"))
+    counted = cost_model.statistics(model, Card(target.arch, target.processors)).launches
+    assert counted == launches_of("covariance_ema", model, monkeypatch) == expected
+
+
+def test_rows_of_many_layers_wait_for_each_other_up_to_a_limit() -> None:
+    """Rows of 2 * (16 + 16) numbers in 16 bits take 128 bytes."""
+    layers = (Layer(2, 16, 16, count=5),)
+    assert [len(batch) for batch in batches(layers, 2, 256)] == [3, 2]
+    assert [len(batch) for batch in batches(layers, 2, 0)] == [1] * 5
+    assert [len(batch) for batch in batches(layers, 2, 10**6)] == [5]

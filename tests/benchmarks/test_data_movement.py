@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.kernels import data_movement
+from benchmarks.kernels.cost import Cost
 from benchmarks.kernels.shapes import BY_NAME, Layer, Model, Norm, autoencoder
 
 POSITIONS, WIDTH = 12, 8
@@ -18,26 +19,33 @@ BY_EXAMPLE = [(4, 0), (4, 0)]  # each part summed over the positions; its rows a
 def test_norms(by_position: bool, rest: list[tuple[int, int]], more: int) -> None:
     norm = Norm(POSITIONS, WIDTH, count=3, terms_are_positions=by_position)
     model = Model("m", "", (), norms=(norm,))
-    cost, moved = data_movement.norms(model), 0
+    cost, moved = data_movement.norms(model, by_pytorch=True), 0
     for _ in range(norm.count):
         for reads, writes in SHARED + rest:
             moved += POSITIONS * WIDTH * (reads + writes)
     assert cost.bytes + cost.scratch == moved
     assert cost.bytes == 3 * POSITIONS * WIDTH * (2 + 2)
     assert cost.launches == 3 * (len(SHARED + rest) + more)  # of examples, what is summed is joined, squared and summed, too
-    fused = data_movement.norms(model, fused=True)
-    assert (fused.bytes, fused.scratch, fused.launches) == (cost.bytes, 0, 1)
+    fused = data_movement.norms(model)
+    assert (fused.bytes, fused.scratch, fused.launches) == (cost.bytes, 0, 2)
 
 
 def test_a_norm_without_shift_in_float32() -> None:
     norm = Norm(POSITIONS, WIDTH, shift=False, terms_are_positions=True)
-    cost = data_movement.norms(Model("m", "", (), itemsize=4, norms=(norm,)))
+    cost = data_movement.norms(Model("m", "", (), itemsize=4, norms=(norm,)), by_pytorch=True)
     each = [(4, 4), (8, 4), (4, 4), (4, 4), (4, 0)]  # normalized, product, joined with nothing, squared, summed
     assert cost.bytes + cost.scratch == POSITIONS * WIDTH * (4 + 4 + sum(map(sum, each)))
 
 
 def test_a_model_without_norms_launches_nothing() -> None:
-    assert data_movement.norms(autoencoder()).launches == data_movement.norms(autoencoder(), fused=True).launches == 0
+    for by_pytorch in (False, True):
+        assert data_movement.norms(autoencoder(), by_pytorch).launches == 0
+
+
+def test_norms_of_positions_and_of_channels_have_launches_of_their_own() -> None:
+    rows, channels = Norm(POSITIONS, WIDTH, count=2), Norm(POSITIONS, WIDTH, count=3, has_channels=True)
+    for norms, launches in (((rows,), 2), ((channels,), 3), ((rows, channels), 5)):
+        assert data_movement.norms(Model("m", "", (), norms=norms)).launches == launches
 
 
 def test_rows_wait_where_they_take_no_more_memory_than_sums() -> None:
@@ -60,23 +68,36 @@ def test_copies_one_by_one() -> None:
         for reads, writes in select + factors:
             moved += side * side * (reads + writes)
             launches += 1
-    cost = data_movement.copies(model)
+    cost = data_movement.blending(model, by_pytorch=True)
     assert (cost.bytes, cost.launches) == (moved, launches)
-    kept = data_movement.copies(model, in_kernels=True)
-    assert (kept.bytes, kept.launches) == (sum(side * side * (4 + 4) for side in (16, 32, 48, 64)), 0)
+
+
+def test_blending_keeps_old_values_beside_new_ones() -> None:
+    layers = (Layer(4, 16, 32, bias=False), Layer(10**4, 48, 64, bias=False))
+    copied = (16**2 + 32**2) * (4 + 4)  # factor read, written to the buffer of its sum
+    blended = (48**2 + 64**2) * (8 + 8)  # factor and sum read, both written
+    assert data_movement.blending(Model("m", "", layers)) == Cost(copied + blended, {}, 1)
+    norm = Norm(POSITIONS, WIDTH, count=3)
+    with_norms = data_movement.blending(Model("m", "", layers, norms=(norm,)))
+    assert with_norms == Cost(copied + blended + 3 * 2 * WIDTH * 16, {}, 2)
 
 
 def test_gradients_and_parameters_one_by_one() -> None:
     model = Model("m", "", (Layer(4, 15, 32, count=2), Layer(4, 16, 16, bias=False)), norms=(Norm(4, 16),))
     stacks = [(4, 4), (4, 4), (4, 4)]  # gathered, scaled, selected
-    cost = data_movement.gradients(model)
+    cost = data_movement.gradients(model, by_pytorch=True)
     assert cost.bytes == (2 * 32 * 16 + 16 * 16) * sum(map(sum, stacks))
     assert cost.launches == 2 * len(stacks)  # shapes times operators
+    # In kernels: gathered, both read for their products, scattered; and the scale.
+    assert data_movement.gradients(model) == Cost((2 * 32 * 16 + 16 * 16) * (8 + 8 + 8), {}, 4)
     tensors = [32 * 15, 32, 32 * 15, 32, 16 * 16, 16, 16]
     assert data_movement.parameters(model) == (len(tensors), sum(tensors))
     update = [(4, 4), (8, 4), (4, 4), (8, 4)]  # momentum decays, takes the gradient; is scaled; moves the parameter
     keep = [(4, 4), (4, 4)]  # parameter and momentum
-    cost = data_movement.parameter_updates(model)
+    cost = data_movement.parameter_updates(model, by_pytorch=True)
     assert cost.bytes == sum(tensors) * sum(map(sum, update + keep))
     assert cost.launches == len(update) + len(keep) + 1
-    assert data_movement.parameter_updates(model, dense=False).launches == len(update) * len(tensors) + len(keep) + 1
+    with_gaps = data_movement.parameter_updates(model, by_pytorch=True, dense=False)
+    assert with_gaps.launches == len(update) * len(tensors) + len(keep) + 1
+    # In one kernel: parameter, gradient and momentum read, parameter and momentum written; and what they are multiplied by.
+    assert data_movement.parameter_updates(model) == Cost(sum(tensors) * (12 + 8), {}, 2)

@@ -29,8 +29,8 @@ def test_the_results_are_those_of_the_operation() -> None:
     factor, damping, start = stack(1.0, 1.2, 4.0)
     expected, found = start.clone(), start.clone()
     bounds, certificates = torch.empty(3), torch.empty(3)
-    ops.factored_newton_refresh(factor, damping, expected, bounds)
-    Recorder()(factor, damping, found, certificates)
+    ops.factored_newton_refresh([factor], [damping], [expected], [bounds])
+    Recorder()([factor], [damping], [found], [certificates])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(certificates, bounds, rtol=1e-3, atol=1e-5)
 
@@ -38,13 +38,13 @@ def test_the_results_are_those_of_the_operation() -> None:
 def test_the_steps_are_the_fewest_that_give_the_result() -> None:
     factor, damping, start = stack(1.0, 1.2, 4.0, 30.0)
     recorder = Recorder()
-    recorder(factor, damping, start.clone(), torch.empty(4))
+    recorder([factor], [damping], [start.clone()], [torch.empty(4)])
     for i, observation in enumerate(recorder.observations):
         one = slice(i, i + 1)
         results = []
         for steps in range(1, 9):
             root = start[one].clone()
-            ops.factored_newton_refresh(factor[one], damping[one], root, torch.empty(1), max_steps=steps)
+            ops.factored_newton_refresh([factor[one]], [damping[one]], [root], [torch.empty(1)], max_steps=steps)
             results.append(root)
         fewest = next(steps for steps, root in enumerate(results, start=1) if torch.equal(root, results[-1]))
         assert observation.steps == fewest
@@ -56,14 +56,14 @@ def test_the_steps_are_the_fewest_that_give_the_result() -> None:
 def test_errors_are_computed_where_they_are_asked_for() -> None:
     factor, damping, start = stack(1.0, 1.2)
     recorder, root = Recorder(), start.clone()
-    recorder(factor, damping, root, torch.empty(2))
+    recorder([factor], [damping], [root], [torch.empty(2)])
     for i, observation in enumerate(recorder.observations):
         target = factor[i].double() + torch.eye(SIDE, dtype=torch.float64)
         exact = energy_error(target, root[i].double().T @ root[i].double())
         assert observation.error is not None
         assert exact * (1 - 1e-6) <= observation.error <= max(observation.certificate, exact * (1 + 1e-6))
     recorder = Recorder(checks=False)
-    recorder(factor, damping, start.clone(), torch.empty(2))
+    recorder([factor], [damping], [start.clone()], [torch.empty(2)])
     assert [o.error for o in recorder.observations] == [None, None]
 
 
@@ -77,13 +77,31 @@ def test_the_norm_is_exact_where_its_bound_does_not_settle_it() -> None:
 def test_a_refused_inverse_is_a_fallback_and_its_start_no_refresh() -> None:
     factor, damping, start = stack(1.0, 1e12)
     recorder = Recorder()
-    recorder(factor, damping, start.clone(), torch.empty(2), 0.05, 1)
+    recorder([factor], [damping], [start.clone()], [torch.empty(2)], 0.05, 1)
     assert [o.certificate <= 0.3 for o in recorder.observations] == [True, False]
     assert recorder.observations[1].error is None
     assert summary(recorder.observations)["fallbacks"] == 1
     recorder = Recorder()
-    recorder(factor, damping, torch.zeros_like(start), torch.empty(2))  # as a refused inverse leaves it
+    recorder([factor], [damping], [torch.zeros_like(start)], [torch.empty(2)])  # as a refused inverse leaves it
     assert recorder.observations == []
+
+
+def test_the_number_of_steps_can_be_limited() -> None:
+    """Where the first step needs the power iteration, one step is not enough."""
+    stacks = [[x] for x in stack(30.0)]
+    recorder = Recorder(most_steps=1)
+    recorder(*stacks, [torch.empty(1)], 0.05, 8)
+    assert [(o.steps, o.iterated) for o in recorder.observations] == [(1, 1)]
+    assert summary(recorder.observations)["fallbacks"] == 1
+
+
+def test_the_decay_is_that_of_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: list[float] = []
+    monkeypatch.setattr(refresh_steps, "make_kfac", lambda model, given: settings.append(given["ema_decay"]) or 1 / 0)
+    for decay in (None, 0.5):
+        with pytest.raises(ZeroDivisionError):
+            refresh_steps.measure("gpt", 0.1, steps=1, width=0.03, decay=decay)
+    assert settings == [0.95, 0.5]
 
 
 def test_summary_by_hand() -> None:
@@ -104,7 +122,7 @@ def test_summary_by_hand() -> None:
 
 @pytest.mark.parametrize("name", refresh_steps.MODELS)
 def test_a_training_run_in_miniature(name: str) -> None:
-    observations, loss = refresh_steps.measure(name, 0.1, steps=3, check_every=3, width=0.03)
+    observations, loss = refresh_steps.measure(name, 0.1, steps=3, check_every=3, width=0.03, decay=0.6)
     assert math.isfinite(loss)
     found = summary(observations)
     assert found["fallbacks"] == found["missed"] == 0
@@ -120,12 +138,12 @@ def root_energy(target, root):
     return root @ target @ root.mT, 0.0
 def _spectral_bounds(matrix):
     return matrix, matrix
-def rule(factor, damping, root, residual, tolerance, max_steps):
+def rule(factors, dampings, roots, residuals, tolerance, max_steps):
     calls.append(max_steps)
     for _ in range(2):
-        root_energy(factor, root)
-    _spectral_bounds(factor)
-    residual.fill_(0.01)
+        root_energy(factors[0], roots[0])
+    _spectral_bounds(factors[0])
+    residuals[0].fill_(0.01)
 """
     names = {"calls": calls}
     exec(code, names)
