@@ -6,7 +6,7 @@ hold it. Operations are those of the algorithm that the kernels run (a multiply-
 results counted as triangles, and those of the warm refresh by whole tiles. So a kernel of this algorithm can be slower than its
 floor and never faster, and another algorithm may need less.
 
-The four operations of `OPERATIONS` have kernels and can be timed alone; those of `REST` move data, mostly by PyTorch.
+The four operations of `OPERATIONS` can be timed alone; those of `REST` move data.
 
     python -m benchmarks.kernels.cost_model --device H100
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise, product
@@ -138,10 +138,6 @@ class Workload:
         """Layers whose rows are summed in the backward pass."""
         return [x for x in self.layers if x not in self.waiting]
 
-    def rows(self, layers: list[Divided]) -> list[Layer]:
-        """These layers with as many rows as statistics are taken of."""
-        return [sampled(x.layer, self.options.stats_fraction) for x in layers]
-
     @property
     def shapes(self) -> set[tuple[int, int]]:
         """Padded shapes of gradients."""
@@ -247,12 +243,17 @@ def gradients(work: Workload, machine: Machine) -> float:
 
 def covariances(work: Workload) -> int:
     """Launches for all layers that wait for the step, and for the others: those of a batch of them, or two for each layer."""
-    itemsize, card = work.model.itemsize, Card()
-    triton = covariance_launches.launches(work.rows(work.waiting), itemsize, card)
+    itemsize, card, fraction = work.model.itemsize, Card(), work.options.stats_fraction
+
+    def count(layers: Iterable[Layer]) -> int:
+        return covariance_launches.launches([sampled(layer, fraction) for layer in layers], itemsize, card)
+
+    triton = count(x.layer for x in work.waiting)
     if not work.options.grouped:
         return triton + 2 * sum(x.layer.count for x in work.summed)
-    batches = covariance_launches.batches(work.rows(work.summed), itemsize, Settings.max_kept_bytes)
-    return triton + sum(covariance_launches.launches(batch, itemsize, card) for batch in batches)
+    # A fraction of the rows is a view of all of them, which are kept.
+    batches = covariance_launches.batches([x.layer for x in work.summed], itemsize, Settings.max_kept_bytes)
+    return triton + sum(map(count, batches))
 
 
 def launches(work: Workload) -> tuple[int, int]:
