@@ -36,7 +36,7 @@ class Rows(NamedTuple):
     input_count: int
     terms: int
     examples: int = 0
-    share: float = 1.0
+    share: float = 1  # an integer, because torch.compile with dynamic shapes would make 1.0 an input of its graph
     make: Callable[[], Rows] | None = None
 
     def made(self) -> Rows:
