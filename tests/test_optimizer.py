@@ -53,7 +53,7 @@ def _train(optimizer: KFAC, model: nn.Module, steps: int) -> list[float]:
 def test_every_parameter_trains_and_the_loss_falls(tail: str, inverse: str) -> None:
     model = Mixed()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    lr = 0.3 if tail == "sgd" else 0.03
+    lr = 0.1 if tail == "sgd" else 0.03  # at 0.3 SGD oscillates, and rounding decides about the last loss
     optimizer = KFAC(model, lr=lr, damping=0.1, kl_clip=None, tail=tail, inverse=inverse)
     losses = _train(optimizer, model, 30)
     assert losses[-1] < 0.7 * losses[0]

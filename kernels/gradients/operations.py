@@ -39,7 +39,7 @@ def gather(stacks: list[Tensor], gradients: list[Tensor], layout: Layout, backen
 
 
 def inner(gradients: list[Tensor], updates: list[Tensor], out: Tensor, backend: str = "auto") -> None:
-    """<V, W>, <W, W> and <V, V> of every matrix.
+    """`<V, W>`, `<W, W>` and `<V, V>` of every matrix.
 
     Args:
         gradients: stacks of W, (B, m, n) each.
@@ -91,10 +91,10 @@ def clip(
     dropped: Tensor,
     backend: str = "auto",
 ) -> None:
-    """The scale nu = min(1, sqrt(kl_clip / sum lr^2 <V, W>)) of the KL clip, without weights whose gradients are not finite.
+    """The scale nu = min(1, sqrt(kl_clip / sum lr^2 `<V, W>`)) of the KL clip, without weights whose gradients are not finite.
 
     Args:
-        products: <V, W>, (matrices,); those that are not finite tell of gradients that are not.
+        products: `<V, W>`, (matrices,); those that are not finite tell of gradients that are not.
         rates: learning rates, (weights,), of the type of the products.
         members: int32 (weights, k): the matrices of each weight, then -1. Every matrix belongs to one weight.
         places: int64 (matrices,), where each matrix is counted in dropped.

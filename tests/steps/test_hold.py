@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from kfac_triton import KFAC, KFACPreconditioner
 from kfac_triton.curvature.finite_flags import FiniteFlags
-from kfac_triton.curvature.inverse import InverseStack
 from kfac_triton.kernels import ops
 from kfac_triton.steps import first_order, hold, param_groups
 
@@ -166,9 +165,8 @@ def test_nobody_waits_to_hear_of_a_bad_gradient(name: str, capturable: bool) -> 
             model.scale.grad.fill_(torch.nan)  # type: ignore[union-attr]
             if step < 3:
                 optimizer.step()
-        for stack in optimizer.engine.curvature.inverses:
-            if isinstance(stack, InverseStack):
-                stack._refused.arrived()  # type: ignore[union-attr]
+        for group in optimizer.engine.curvature.inverse_groups:
+            group.refused.arrived()  # type: ignore[union-attr]
         before = _state(model, optimizer, ("scale",))
         with nobody_waits():
             optimizer.step()
