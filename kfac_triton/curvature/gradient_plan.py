@@ -234,9 +234,18 @@ def _kind(p: nn.Parameter) -> tuple[Any, ...]:
 
 
 def _owner_of(part: Tensor, parameters: list[nn.Parameter]) -> nn.Parameter | None:
-    """The parameter whose gradient this is a view of; None for a copy."""
-    address = part.untyped_storage().data_ptr()
-    return next((p for p in parameters if p.grad is not None and p.grad.untyped_storage().data_ptr() == address), None)
+    """The parameter whose gradient this is a view of; None for a copy.
+
+    Addresses decide, not storages: gradients may be views of one buffer, as DistributedDataParallel makes them, in which their
+    distances may change from step to step.
+    """
+    for p in parameters:
+        if p.grad is not None:
+            steps = zip(p.grad.shape, p.grad.stride(), strict=True)
+            span = 1 + sum((size - 1) * stride for size, stride in steps)
+            if 0 <= part.data_ptr() - p.grad.data_ptr() < span * p.grad.itemsize:
+                return p
+    return None
 
 
 def _as_matrix(update: Tensor, stack: Tensor) -> tuple[tuple[int, int], tuple[int, int], bool] | None:

@@ -90,6 +90,35 @@ def test_a_plan_does_not_outlive_what_it_is_made_for(prepare: Callable[[nn.Modul
     assert max(relative_error(x, y) for x, y in pairs) <= 100 * ROUNDING
 
 
+def _flattened(model: nn.Module, gap: int) -> None:
+    """All gradients become views of one buffer, with gaps of so many NaN before each."""
+    owners = [p for p in model.parameters() if p.grad is not None]
+    buffer = torch.full((sum(p.numel() + gap for p in owners),), torch.nan)
+    start = 0
+    for p in owners:
+        view = buffer[start + gap : start + gap + p.numel()].view(p.shape)
+        start += gap + p.numel()
+        assert p.grad is not None
+        p.grad = view.copy_(p.grad)
+
+
+def test_gradients_may_be_views_of_one_buffer_that_changes() -> None:
+    """As DistributedDataParallel makes them, which arranges its buffers anew after the first step."""
+    updates: list[list[Tensor]] = []
+    for backend in ("triton", "torch"):
+        torch.manual_seed(0)
+        model = Everything()
+        preconditioner = KFACPreconditioner(model, damping=0.1, loss_terms="tokens", inverse="cholesky", backend=backend)
+        updates.append([])
+        for seed, gap in enumerate((0, 3, None)):
+            _backward(model, seed)
+            if gap is not None:
+                _flattened(model, gap)
+            preconditioner.precondition_()
+            updates[-1] += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    assert max(relative_error(x, y) for x, y in zip(*updates, strict=True)) <= 100 * ROUNDING
+
+
 def _optimizer(model: nn.Module, **settings: Any) -> KFAC:
     return KFAC(model, damping=0.1, loss_terms="tokens", inverse="cholesky", backend="triton", **settings)
 
