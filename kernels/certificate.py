@@ -78,6 +78,6 @@ def probe_error(damped_factor: Tensor, inverse: Tensor) -> Tensor:
     Two matrix-vector products. This proves nothing, but it detects a wrong result of a library routine.
     """
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(damped_factor.shape[-1], 1, generator=generator, dtype=torch.float64).to(damped_factor)
+    v = torch.randn(damped_factor.shape[-1], 1, generator=generator, dtype=torch.float64, device="cpu").to(damped_factor)
     w = damped_factor @ v
     return (1 - (w * (inverse @ w)).sum((-2, -1)) / (v * w).sum((-2, -1))).abs()

@@ -30,7 +30,7 @@ class Table(tuple[Any, ...]):
 
 @functools.lru_cache(maxsize=_KEPT)
 def _copies(rows: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    host = torch.tensor(rows, dtype=dtype)
+    host = torch.tensor(rows, dtype=dtype, device="cpu")
     if device.type != "cpu":
         host = host.pin_memory()
     return host.to(device, non_blocking=True), host

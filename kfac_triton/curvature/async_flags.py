@@ -21,7 +21,7 @@ class AsyncFlags:
 
     def __init__(self, count: int, device: torch.device) -> None:
         self._is_gpu = device.type == "cuda"
-        self._host = torch.zeros(count, dtype=torch.bool, pin_memory=self._is_gpu)
+        self._host = torch.zeros(count, dtype=torch.bool, device="cpu", pin_memory=self._is_gpu)
         self._arrival = torch.cuda.Event() if self._is_gpu else None
         self._sent = self._is_recorded = False
 

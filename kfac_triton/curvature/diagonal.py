@@ -29,7 +29,7 @@ class DiagonalFactors:
         self.factors = torch.zeros(self._starts[-1], dtype=dtype, device=device)
         self.nbytes = self.factors.nbytes
         self.sums = torch.zeros_like(self.factors)
-        self.owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
+        self.owner = torch.tensor([i for i, size in enumerate(sizes) for _ in range(size)], device=device)
         self.old: Tensor | None = None  # flags (factors,): those whose old values are in `sums`
 
     def __len__(self) -> int:

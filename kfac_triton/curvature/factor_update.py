@@ -128,8 +128,8 @@ class FactorUpdate:
         parts = [partition.parts[i] for i in bank.order]
         self.layer_of_slot = torch.tensor([partition.blocks[part.block].layer_number for part in parts], device=bank.home)
         # Of the layers' scales of A, followed by those of G.
-        self._scale_of_slot = self.layer_of_slot + torch.tensor([0 if part.is_input else len(layers) for part in parts]).to(
-            bank.home
+        self._scale_of_slot = self.layer_of_slot + torch.tensor(
+            [0 if part.is_input else len(layers) for part in parts], device=bank.home
         )
 
     def update(self, settings: Settings) -> Accepted:

@@ -27,7 +27,7 @@ class FiniteFlags:
     def of(cls, flags: Mapping[Any, Tensor]) -> FiniteFlags:
         """From one flag, a scalar, for each parameter; they may be on several devices."""
         home = next((flag.device for flag in flags.values()), torch.device("cpu"))
-        vector = torch.stack([x.to(home) for x in flags.values()]) if flags else torch.zeros(0, dtype=torch.bool)
+        vector = torch.stack([x.to(home) for x in flags.values()]) if flags else torch.zeros(0, dtype=torch.bool, device=home)
         return cls(vector, {p: (i,) for i, p in enumerate(flags)})
 
     def __contains__(self, parameter: object) -> bool:

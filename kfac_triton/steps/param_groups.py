@@ -57,7 +57,7 @@ def initial_state(parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, T
     The step is counted on the host, as in PyTorch's optimizers, unless it has to be part of a recorded graph. If only the
     device knows which gradients are finite, `Hold` moves the counter there.
     """
-    device = parameter.device if group["capturable"] else None
+    device = parameter.device if group["capturable"] else torch.device("cpu")
     state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
     for key in MOMENTS[group["tail"]]:
         state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
