@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.device_tables import device_vector
-from ..layers import Rows
+from ..layers import Layer, Rows
 from .gate import Gate
 from .sums import Item, Kind
 
@@ -28,6 +28,8 @@ class Pass(NamedTuple):
 
 class Summed(Hashable, Protocol):
     """A layer whose passes can be queued: its `capture.statistics.Statistics`."""
+
+    layer: Layer
 
     def targets(self, one: Pass) -> list[tuple[Kind, Item, int]]:
         """For every sum that the pass is added to its kind, the item, and its place in the shared vector of betas."""
@@ -53,6 +55,7 @@ class RowQueue:
         self._passes: dict[Summed, list[Pass]] = {}
         self._storages: dict[int, int] = {}  # bytes of each storage that rows are views of, by its address
         self._bytes = 0
+        self._versions: list[tuple[Summed, Tensor, int]] = []  # how often each source had been changed in place
         self._task = -1  # the backward pass at whose end the queue is emptied
         self._stream: Any = None  # the stream on which the rows were computed
 
@@ -71,6 +74,8 @@ class RowQueue:
             self.flush()
             return
         self._count_bytes(passes)
+        sources = [source for one in passes for source in one.rows.inputs + one.rows.gradients]
+        self._versions += [(statistics, source, source._version) for source in sources]
         if self._bytes > self._gate.max_kept_bytes:
             self.flush()
         elif task != self._task:
@@ -78,9 +83,19 @@ class RowQueue:
             torch.autograd.Variable._execution_engine.queue_callback(self.flush)
 
     def flush(self) -> None:
-        """Sums all passes. Where a layer has several, as many calls follow one another, each with at most one of a layer."""
+        """Sums all passes. Where a layer has several, as many calls follow one another, each with at most one of a layer.
+
+        Raises:
+            RuntimeError: if a source was changed in place, as an autograd function must not do with its incoming gradient.
+        """
         if not self._passes:
             return
+        for statistics, source, version in self._versions:
+            if source._version != version:
+                raise RuntimeError(
+                    f"an input or a gradient of layer {statistics.layer.name!r} was changed in place before the backward pass "
+                    "ended, by an autograd function or a hook: let it change a copy, or pass max_kept_bytes=0"
+                )
         stream = _current_stream(self._betas.device)
         if stream != self._stream:  # that of the caller of backward, at its end, or that of the step
             self._lend_to(stream)
@@ -95,6 +110,7 @@ class RowQueue:
         """Drops all passes."""
         self._passes, self._bytes = {}, 0
         self._storages.clear()
+        self._versions.clear()
 
     def _sum(self, passes: dict[Summed, Pass]) -> None:
         found: dict[Kind, list[tuple[int, Item]]] = defaultdict(list)

@@ -259,3 +259,31 @@ def test_settings_from_before_the_limit_have_the_default() -> None:
     default = settings.max_kept_bytes
     del vars(settings)["max_kept_bytes"]
     assert settings.max_kept_bytes == default
+
+
+class Overwriting(torch.autograd.Function):
+    """Multiplies its incoming gradient in place, which PyTorch does not allow: the other branch has the same tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.mul_(3.0)
+
+
+@pytest.mark.parametrize("max_kept_bytes", [0, 1 << 20])
+def test_a_gradient_that_is_overwritten_is_noticed(max_kept_bytes: int) -> None:
+    model = nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
+    ours = KFACPreconditioner(model, backend="triton", max_kept_bytes=max_kept_bytes)
+    x = torch.randn(ROWS, WIDTH)
+    loss = (Overwriting.apply(model[0](x)) + model[1](x)).tanh().mean()
+    with counted_launches():
+        if max_kept_bytes == 0:
+            loss.backward()
+            return
+        with pytest.raises(RuntimeError, match=r"of layer '1' was changed in place .* pass max_kept_bytes=0"):
+            loss.backward()
+    ours.forget_statistics()
+    assert queued(ours) == 0
