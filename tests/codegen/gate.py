@@ -21,9 +21,9 @@ MARK = "codegen: "  # starts the lines of a child
 
 
 # Spills that stay, by (Triton, architecture, case), in bytes. The fused inverse of 64 rows fills Hopper's registers: nothing is
-# spilled with four warps under 3.6 and 3.7, with eight under 3.9. By stages it would be a dozen launches instead of one. On
-# Ampere, 3.8 alone spills some bytes of four other cases, and on Hopper of images that are copied 8 bytes at a time. On
-# Blackwell, 3.9 spills two registers of a norm, so that six programs fit.
+# spilled with four warps under 3.6 and 3.7, with eight under 3.9. By stages it would be a dozen launches instead of one. From
+# 3.8 on, some bytes are spilled for images on Ampere, and on Hopper if they are copied 8 bytes at a time. On Ampere, 3.8 alone
+# spills some of two other cases; on Blackwell, 3.9 spills two registers of a norm, so that six programs fit.
 KNOWN_SPILLS = {
     ("3.8.0", "sm_80", "covariance_images/any/covariance_kernel/bf16"): 24,
     ("3.8.0", "sm_80", "covariance_images/any/covariance_kernel/bf16, 8 bytes"): 64,
@@ -31,13 +31,16 @@ KNOWN_SPILLS = {
     ("3.8.0", "sm_80", "newton_schulz_step/any/step_kernel/-"): 40,
     ("3.8.0", "sm_90", "covariance_images/any/covariance_kernel/bf16, 8 bytes"): 8,
     ("3.8.0", "sm_90", "newton_schulz_fused/64/fused_kernel/64"): 136,
+    ("3.9.0", "sm_80", "covariance_images/any/covariance_kernel/bf16"): 24,
+    ("3.9.0", "sm_80", "covariance_images/any/covariance_kernel/bf16, 8 bytes"): 64,
+    ("3.9.0", "sm_90", "covariance_images/any/covariance_kernel/bf16, 8 bytes"): 8,
     ("3.9.0", "sm_90", "newton_schulz_fused/64/fused_kernel/64"): 216,
     ("3.9.0", "sm_100", "-/-/channel_sums_kernel/bf16, channels first, positions"): 8,
 }
-# On Blackwell 3.6 and 3.8 read the sizes of a window anew for each block of rows, in loads of 4 and 8 bytes beside the patches.
+# On Blackwell, all but 3.7 read the sizes of a window for each block of rows, in loads of 4 and 8 bytes beside the patches.
 READS_TABLES = {
     (triton, "sm_100", f"covariance_patches/any/covariance_kernel/{kind}")
-    for triton in ("3.6.0", "3.8.0")
+    for triton in ("3.6.0", "3.8.0", "3.9.0")
     for kind in ("bf16, 2 dimensions", "fp32, 2 dimensions", "fp32, 3 dimensions")
 }
 
