@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,7 +156,8 @@ class GraphedStep:
         self._since_eager = self._since_recorded = 0  # replays
         self._short_lived = 0  # graphs in a row that were hardly replayed
         self._warned = False
-        self._rates: list[Tensor | None] = []
+        self._rates: list[Tensor | None] = []  # that graphs read, one for each group
+        self._own_rates: set[int] = set()  # groups whose rate is not a tensor of the user's
         self._watch = _Watch()
         self._device = self._require_device()
         self._records = can_record(self._device)
@@ -164,15 +166,21 @@ class GraphedStep:
             self._stream = torch.cuda.Stream(self._device)
         else:
             warn(f"CUDA graphs need a GPU, and the parameters are on {self._device}: graphed_step runs every step eagerly")
-        # The loaded state is in other tensors, and inverses have to be computed from it.
-        optimizer.register_load_state_dict_post_hook(lambda _: self.forget())
+        this = weakref.ref(self)  # the optimizer must not keep the graphs
+
+        def forget(_: Optimizer) -> None:
+            """The loaded state is in other tensors, and inverses have to be computed from it."""
+            if (step := this()) is not None:
+                step.forget()
+
+        optimizer.register_load_state_dict_post_hook(forget)
 
     def __call__(self, *batch: Any, **named: Any) -> Tensor:
         """One training step.
 
         Args:
-            batch: arguments of `loss_of_batch`: tensors on any device, and containers of tensors. Other values must be
-                hashable; each is recorded as it is.
+            batch: arguments of `loss_of_batch`: tensors on any device that need no gradient, and containers of tensors. Other
+                values must be hashable; each is recorded as it is.
             named: likewise.
 
         Returns:
@@ -180,13 +188,20 @@ class GraphedStep:
 
         Raises:
             RuntimeError: if the step cannot be recorded; the cause says why. Nothing has been trained then.
+            ValueError: if a tensor of the batch requires a gradient.
         """
         leaves, layout = tree_flatten((batch, named))
+        if any(isinstance(x, Tensor) and x.requires_grad for x in leaves):
+            raise ValueError(
+                "a tensor of the batch requires a gradient, which replays would not compute: compute this tensor in "
+                "loss_of_batch, or detach it"
+            )
         if not self._records:
             return self._eager(layout, self._on_device(leaves))
         self._keep_rates()
         self._notice_changes()
-        key = (layout, *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves))
+        # 1, 1.0 and True are equal, but not the same step.
+        key = (layout, *((x.shape, x.dtype) if isinstance(x, Tensor) else (type(x), x) for x in leaves))
         shape = self._shapes.setdefault(key, _Shape())
         if shape.recording is None and shape.eager >= self._warmup and self._has_room() and self._is_ready():
             shape.recording = self._record(layout, self._on_device(leaves))
@@ -206,7 +221,8 @@ class GraphedStep:
         self._since_recorded = 0
 
     def _on_device(self, leaves: Iterable[Any]) -> list[Any]:
-        return [x.to(self._device, non_blocking=True) if isinstance(x, Tensor) else x for x in leaves]
+        # Detached, so that requires_grad_() in loss_of_batch does not change the user's tensor.
+        return [x.to(self._device, non_blocking=True).detach() if isinstance(x, Tensor) else x for x in leaves]
 
     def _step(self, layout: Any, leaves: list[Any]) -> Tensor:
         self._optimizer.zero_grad()
@@ -226,9 +242,11 @@ class GraphedStep:
             # On the stream that will be recorded: what PyTorch's libraries set up at their first calls is set up for it.
             current = torch.cuda.current_stream(self._device)
             self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                loss = self._step(layout, leaves)
-            current.wait_stream(self._stream)
+            try:
+                with torch.cuda.stream(self._stream):
+                    loss = self._step(layout, leaves)
+            finally:
+                current.wait_stream(self._stream)  # also for what a step that failed has restored
         else:
             loss = self._step(layout, leaves)
         self._since_eager = 0
@@ -243,13 +261,18 @@ class GraphedStep:
         try:
             # Only this thread is restricted: a loader's thread may go on pinning memory. Graphs share no memory: shared pools
             # are safe for graphs that are replayed in the order in which they were recorded.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            # The outer context makes the user's stream current again, which torch.cuda.graph does not do after an error.
+            with (
+                torch.cuda.stream(self._stream),
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+            ):
                 try:
                     loss = self._step(layout, leaves)
                 except Exception as error:
                     cause = error  # ending the recording raises another one, which says less
                     raise
         except Exception as error:
+            self._drop_unfinished()
             reason = str(cause or error).strip().partition("\n")[0]
             raise RuntimeError(
                 f"a CUDA graph cannot record this step: {reason}. Take what reads from the device out of loss_of_batch, or "
@@ -259,9 +282,16 @@ class GraphedStep:
         self._since_recorded = 0
         return _Recording(graph, [x for x in leaves if isinstance(x, Tensor)], loss)
 
+    def _drop_unfinished(self) -> None:
+        """Drops gradients and statistics of a recording that failed: their memory was never written."""
+        self._optimizer.zero_grad()
+        if self._kfac is not None:
+            self._kfac.forget_statistics()
+
     def _replay(self, recording: _Recording, leaves: Iterable[Any]) -> Tensor:
-        for static, new in zip(recording.batch, (x for x in leaves if isinstance(x, Tensor)), strict=True):
-            static.copy_(new, non_blocking=True)
+        with torch.no_grad():  # loss_of_batch may have asked for the gradient of a tensor of the batch
+            for static, new in zip(recording.batch, (x for x in leaves if isinstance(x, Tensor)), strict=True):
+                static.copy_(new, non_blocking=True)
         recording.graph.replay()
         self._since_eager += 1
         self._since_recorded += 1
@@ -291,12 +321,15 @@ class GraphedStep:
             value, kept = group["lr"], self._rates[i]
             if value is kept or not group.get("capturable", False):
                 continue
-            if kept is None:
-                kept = torch.empty((), device=self._device)
-                kept = self._rates[i] = value if isinstance(value, Tensor) and value.device == self._device else kept
-            if value is not kept:
-                kept.copy_(value) if isinstance(value, Tensor) else kept.fill_(value)
-                group["lr"] = kept
+            if kept is None and isinstance(value, Tensor) and value.device == self._device:
+                self._rates[i] = value
+                continue
+            if kept is None or i not in self._own_rates:
+                # The user's tensor is never written: other groups may share it, and new rates may be computed from it.
+                kept = self._rates[i] = torch.empty((), device=self._device)
+                self._own_rates.add(i)
+            kept.copy_(value) if isinstance(value, Tensor) else kept.fill_(value)
+            group["lr"] = kept
 
     def _notice_changes(self) -> None:
         """Drops graphs that no longer do what a step would do."""
