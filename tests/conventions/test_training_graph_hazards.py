@@ -53,6 +53,7 @@ def test_rates_computed_from_the_first_one_do_not_change_it() -> None:
     rate = torch.tensor(0.1)
     run = Run(Case(tiny), lambda model: _capturable(model, rate))
     step = graphed(run)
+    step(*run.batch)  # sees the user's tensor
     for i in range(8):
         for group in run.optimizer.param_groups:
             group["lr"] = rate * (1 - i / 10)
