@@ -68,7 +68,7 @@ def _refresh_launches(depth: int, inverse: str) -> tuple[Counter[str], Counter[s
         for _ in range(2):
             _backward(model, optimizer)
             optimizer.engine.precondition(lambda _: 0.1)
-        _forget_refused(optimizer)
+            _forget_refused(optimizer)
         counts.clear()
         _backward(model, optimizer)
         device_tables._copies.cache_clear()  # a table of the same numbers may be there from an earlier test, or may not

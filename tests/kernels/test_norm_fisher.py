@@ -147,8 +147,9 @@ def cases(draw: st.DrawFn) -> Case:
     if kind == "group":
         groups = draw(st.sampled_from([g for g in (1, 2, 3, 8) if width % g == 0]))
     if kind in ("batch", "group"):
-        # PyTorch's modules refuse statistics of a single number.
-        least = 2 if kind == "batch" and examples * torch.Size(inner).numel() == 1 else examples
+        # PyTorch's modules refuse a batch in which the statistics are of single numbers.
+        numbers = examples * torch.Size(inner).numel() * (1 if kind == "batch" else width // groups)
+        least = 2 if numbers == 1 else examples
         shape = (least, width, *inner)
     else:
         dims = draw(st.sampled_from([1, 2]))
