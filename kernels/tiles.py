@@ -10,6 +10,7 @@ from torch import Tensor
 from .runtime import tl, triton
 
 ALIGNMENT = 16  # in elements: rows of scratch start a multiple of 64 bytes apart
+_ENOUGH_PROGRAMS, _LEAST_SHARES = 4096, 16  # of a launch, about; and of one tensor, if there are many
 MOST_MATRICES = 65535  # a grid has no more programs along its second axis
 
 
@@ -32,6 +33,14 @@ def lower_tiles(tiles: int, device: torch.device) -> Tensor:
 def count(size: int, block: int) -> int:
     """Tiles of this block that cover a side."""
     return -(-size // block)
+
+
+def shares_of_each(blocks: int, tensors: int) -> int:
+    """Programs for each of some tensors of which the largest has so many blocks, in one launch for all of them.
+
+    One for each block, unless the launch would have many more programs than any GPU runs at a time.
+    """
+    return max(1, min(blocks, max(_LEAST_SHARES, count(_ENOUGH_PROGRAMS, tensors))))
 
 
 def padded(size: int) -> int:

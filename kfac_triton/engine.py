@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,7 @@ from .cuda_graphs import require_recordable_settings
 from .curvature.curvature import Curvature
 from .curvature.factor_update import FactorUpdate
 from .curvature.finite_flags import FiniteFlags
-from .curvature.gradient_plan import GradientPlan
+from .curvature.gradient_plan import GradientPlan, LearningRate
 from .curvature.preconditioning import kl_clip_scale, rate_vector, unmoved, updates_of_layers
 from .fisher.losses import likelihood_of
 from .kernels import runtime
@@ -32,7 +32,6 @@ from .settings import Settings
 from .validation import require_module
 from .warning import warn_of_missing_statistics
 
-LearningRate = Callable[[nn.Parameter], float | Tensor]
 # Why torch.compile must not trace a step: it would turn counters and intervals into constants, and its guards cost more than
 # the launches.
 EAGER = "a K-FAC step decides on the host what is due, and batches its own kernel launches: compile the model instead"

@@ -7,13 +7,13 @@ its columns lie side by side (channels_last) or, within an image, its rows (cont
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from ..strides import collapsed
 from . import kernel
 from .window import Window
 
@@ -44,15 +44,6 @@ class Layout(NamedTuple):
     images: bool
     width: int
     fields: tuple[int, ...]
-
-
-def collapsed(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
-    """The stride of the one dimension that these dimensions are together; None if they are not one."""
-    pairs = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
-    for (_, outer), (size, inner) in itertools.pairwise(pairs):
-        if outer != size * inner:
-            return None
-    return pairs[-1][1] if pairs else strides[-1]
 
 
 def layout_of(source: Operand, factor: Operand, window: Window) -> Layout:

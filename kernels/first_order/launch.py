@@ -9,13 +9,12 @@ from torch import Tensor
 
 from .. import runtime
 from ..device_tables import device_table, device_vector
-from ..multi_tensor.launch import is_dense
-from ..tiles import count
+from ..strides import is_dense
+from ..tiles import count, shares_of_each
 from . import kernel
 from .rule import Rule
 
 _BLOCK = 1024  # elements of 4 bytes
-_PROGRAMS, _SHARES = 4096, 16  # of a launch, about, enough for any GPU; and of one parameter, if there are many
 
 
 def block_of(dtype: torch.dtype) -> int:
@@ -80,7 +79,7 @@ def launch(
     weights = [float(number) for number in numbers]
     for (dtype, aligned), some in rows.items():
         block = block_of(dtype)
-        shares = min(count(max(row[5] for row in some), block), max(_SHARES, count(_PROGRAMS, len(some))))
+        shares = shares_of_each(count(max(row[5] for row in some), block), len(some))
         kernel.move_kernel[(len(some), shares)](
             device_table(tuple(some), device), factors, finite.view(torch.uint8), *weights,
             ADAM=rule.adam, MOMENTUM=rule.momentum > 0, NESTEROV=rule.nesterov, MAXIMIZE=rule.maximize, BLOCK=block,

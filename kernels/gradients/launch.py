@@ -10,12 +10,11 @@ from torch import Tensor
 
 from .. import runtime
 from ..device_tables import device_table, device_vector
-from ..tiles import count
+from ..tiles import count, shares_of_each
 from . import kernel
 from .layout import Layout, Piece
 
 _BLOCK_M, _BLOCK_N = 32, 64
-_PROGRAMS, _SHARES = 4096, 16  # of a launch, about, enough for any GPU; and of one matrix where there are many
 _NOTHING = (0,) * 8
 Rows = dict[torch.dtype, tuple[tuple[int, ...], ...]]
 
@@ -48,7 +47,7 @@ def launch_inner(gradients: list[Tensor], updates: list[Tensor], out: Tensor) ->
     pairs = zip(gradients, updates, strict=True)
     rows = _pairs(tuple((w.data_ptr(), v.data_ptr(), len(w), w.stride(0)) for w, v in pairs))
     block, most = 1024, max(row[2] for row in rows)
-    shares = min(count(most, block), max(_SHARES, count(_PROGRAMS, len(rows))))
+    shares = shares_of_each(count(most, block), len(rows))
     partials = out.new_empty(3, len(rows), shares)
     kernel.inner_kernel[(len(rows), shares)](
         device_table(rows, out.device), partials, BLOCK=block, ALIGNED=_is_aligned(rows),
@@ -97,9 +96,8 @@ def _address(stack: Tensor, matrix: int) -> int:
 
 
 def _shares(sides: list[tuple[int, int]]) -> int:
-    """Programs for each of some matrices: as many as the largest has tiles, but not many more than the device can run."""
-    most = max(count(m, _BLOCK_M) * count(n, _BLOCK_N) for m, n in sides)
-    return max(1, min(most, max(_SHARES, count(_PROGRAMS, len(sides)))))
+    """Programs for each of some matrices of these sides."""
+    return shares_of_each(max(count(m, _BLOCK_M) * count(n, _BLOCK_N) for m, n in sides), len(sides))
 
 
 def launch_gather(stacks: list[Tensor], gradients: list[Tensor], layout: Layout) -> None:

@@ -10,19 +10,13 @@ from torch import Tensor
 
 from .. import runtime
 from ..device_tables import device_table
-from ..tiles import count
+from ..strides import is_dense
+from ..tiles import count, shares_of_each
 from . import kernel
 
 _WORDS = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}  # what elements of so many bytes are copied as
 _SHARES = 16  # programs for each tensor that might be restored; all but those of bad gradients end at once
 _SQUARES_BLOCK = 1024 if runtime.INTERPRETED else 4096
-_PROGRAMS = 4096  # of a launch over tensors of different sizes, about; enough for any GPU
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether its elements fill one stretch of memory, in any order."""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.numel() == 0 or tensor.numel() == span
 
 
 def can_use_squares(inputs: list[Tensor], out: Tensor) -> str | None:
@@ -42,7 +36,7 @@ def launch_squares(inputs: list[Tensor], out: Tensor) -> None:
         address = source.data_ptr()
         rows[source.dtype, address % 16 == 0].append((address, source.numel(), i))
     block = _SQUARES_BLOCK
-    shares = min(max(1, count(max(source.numel() for source in inputs), block)), max(_SHARES, count(_PROGRAMS, len(inputs))))
+    shares = shares_of_each(count(max(source.numel() for source in inputs), block), len(inputs))
     partials = out if shares == 1 else out.new_empty(len(inputs), shares)
     for (dtype, aligned), some in rows.items():
         kernel.squares_kernel[(len(some), shares)](
@@ -100,7 +94,7 @@ def launch_blend(
     block = 1024
     for rows, aligned in zip(_pieces(stacks), (True, False), strict=True):
         if rows:
-            shares = min(count(max(row[2] for row in rows), block), max(_SHARES, count(_PROGRAMS, len(rows))))
+            shares = shares_of_each(count(max(row[2] for row in rows), block), len(rows))
             kernel.blend_kernel[(len(rows), shares)](
                 device_table(rows, keep.device), keep, gain, accept.view(torch.uint8), summed.view(torch.uint8),
                 old.view(torch.uint8), BLOCK=block, ALIGNED=aligned, num_warps=4, enable_fp_fusion=True,

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..strides import collapsed
 from ..tiles import count
 from . import kernel
 from .norm import Norm
@@ -98,22 +97,13 @@ class Shape:
         return self.norm.has_channels, self.by_position, self.is_wide, self.tile, self.channels_last, self.aligned, types
 
 
-def _merged(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
-    """The stride of dimensions that are walked as one, or None if there is none; dimensions of one element do not matter."""
-    there = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
-    for (_, outer), (size, stride) in itertools.pairwise(there):
-        if outer != size * stride:
-            return None
-    return there[-1][1] if there else 0
-
-
 @functools.lru_cache(maxsize=_KEPT_LAYERS)
 def _view(sizes: tuple[int, ...], strides: tuple[int, ...], starts_aligned: bool, norm: Norm) -> View | None:
     """How a tensor lies in memory; None if not as the kernels read it."""
     if not math.prod(sizes):  # whose strides mean nothing
         return View(0, 0, 1, False)
     if norm.has_channels:
-        channels, position = sizes[1], _merged(sizes[2:], strides[2:])
+        channels, position = sizes[1], collapsed(sizes[2:], strides[2:], 0)
         column = 1 if channels == 1 else strides[1]
         if math.prod(sizes[2:]) == 1 and column != 1:
             position = 1
@@ -124,8 +114,8 @@ def _view(sizes: tuple[int, ...], strides: tuple[int, ...], starts_aligned: bool
     else:
         outer = len(sizes) - norm.dims
         inner = math.prod(sizes[outer:])
-        position = _merged(sizes[1:outer], strides[1:outer])
-        if position is None or (_merged(sizes[outer:], strides[outer:]) != 1 and inner != 1):
+        position = collapsed(sizes[1:outer], strides[1:outer], 0)
+        if position is None or (collapsed(sizes[outer:], strides[outer:], 0) != 1 and inner != 1):
             return None
         column, steps = 1, [position, strides[0] if outer else 0]
     aligned = starts_aligned and inner % 8 == 0 and all(step % 8 == 0 for step in steps)

@@ -18,7 +18,7 @@ from ..capture.tied import TiedStatistics, mirrored
 from ..fisher import scales
 from ..kernels import ops
 from ..kernels.device_tables import device_table, device_vector
-from ..kernels.multi_tensor.launch import is_dense
+from ..kernels.strides import is_dense
 from ..layers import Rows
 from ..layers.partition import Partition
 from ..layers.tied import TiedLayer

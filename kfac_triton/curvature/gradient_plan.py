@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels import ops, runtime
 from ..kernels.gradients.layout import Layout, Piece
-from ..kernels.multi_tensor.launch import is_dense
+from ..kernels.strides import is_dense, span
 from ..layers import Layer
 from ..layers.partition import Partition
 from .finite_flags import FiniteFlags
@@ -240,11 +240,8 @@ def _owner_of(part: Tensor, parameters: list[nn.Parameter]) -> nn.Parameter | No
     distances may change from step to step.
     """
     for p in parameters:
-        if p.grad is not None:
-            steps = zip(p.grad.shape, p.grad.stride(), strict=True)
-            span = 1 + sum((size - 1) * stride for size, stride in steps)
-            if 0 <= part.data_ptr() - p.grad.data_ptr() < span * p.grad.itemsize:
-                return p
+        if p.grad is not None and 0 <= part.data_ptr() - p.grad.data_ptr() < span(p.grad) * p.grad.itemsize:
+            return p
     return None
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.device_tables import device_vector
+from ..kernels.gradients.reference import clip_scale
 from ..layers import Layer
 from ..layers.partition import Partition
 from .factor_bank import FactorBank
@@ -129,12 +130,7 @@ def kl_clip_scale(products: Tensor, learning_rates: Tensor, kl_clip: float | Non
     Returns:
         nu, a scalar tensor.
     """
-    one = torch.ones((), dtype=products.dtype, device=products.device)
-    if kl_clip is None:
-        return one
-    terms = learning_rates**2 * products
-    total = torch.where(torch.isfinite(terms), terms, 0.0).sum().clamp_min(torch.finfo(products.dtype).tiny)
-    return torch.minimum(one, (kl_clip / total).sqrt())
+    return products.new_ones(()) if kl_clip is None else clip_scale(products, learning_rates, kl_clip)
 
 
 def rate_vector(rates: list[float | Tensor], like: Tensor) -> Tensor:

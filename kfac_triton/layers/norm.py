@@ -147,9 +147,8 @@ class NormLayer(Layer):
 
     def read_update(self, blocks: list[Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
         """Scale and shift with their parts of the column."""
-        parameters = [self.weight, self.module.bias] if self.has_shift else [self.weight]
         pieces = blocks[0][: self.output_size, 0].split(self.weight.numel())
-        return [(p, piece.view(p.shape)) for p, piece in zip(parameters, pieces, strict=True)]
+        return [(p, piece.view(p.shape)) for p, piece in zip(self.parameters(), pieces, strict=True)]
 
 
 class LayerNormLayer(NormLayer):

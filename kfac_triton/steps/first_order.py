@@ -13,11 +13,11 @@ from torch.optim.sgd import sgd
 
 from ..curvature.finite_flags import FiniteFlags
 from ..layers.dtensor import local
-from .fused import FusedSteps
+from .fused import FusedSteps, Work
 from .hold import Hold, State, portions
+from .param_groups import changing_moments
 
 Group = dict[str, Any]
-Work = tuple[list[Tensor], list[Tensor], list[State]]
 
 
 def refuse_gradients(parameters: list[nn.Parameter]) -> None:
@@ -79,7 +79,7 @@ def split(
 ) -> tuple[list[FusedSteps], list[Work]]:
     """What a kernel moves where only the device knows which gradients are finite, and what is left to PyTorch's rules.
 
-    All memory of the former is allocated, and that of the latter is in the allocator's cache.
+    Flags and rates of the former are made, and the memory of the latter is in the allocator's cache.
     """
     fused, rest = [], []
     for group, own in zip(groups, work, strict=True):
@@ -95,20 +95,13 @@ def split(
     return fused, rest
 
 
-def _changes(group: Group) -> tuple[str, ...]:
-    """Names of the tensors in a parameter's state that a step changes, beside the counter."""
-    if group["tail"] == "adamw":
-        return "exp_avg", "exp_avg_sq"
-    return ("momentum_buffer",) if group["momentum"] else ()
-
-
 def hold(groups: list[Group], work: list[Work], finite: FiniteFlags | None, backend: str = "auto") -> Hold | None:
     """A `Hold` for parameters whose gradients are not finite, with its memory allocated; None if the host checks gradients."""
     if finite is None:
         return None
     result = Hold(finite, backend)
     for group, (params, _, states) in zip(groups, work, strict=True):
-        result.reserve(params, states, _changes(group), group["foreach"] is not False)
+        result.reserve(params, states, changing_moments(group), group["foreach"] is not False)
     return result
 
 
@@ -133,7 +126,7 @@ def apply(group: Group, params: list[Tensor], gradients: list[Tensor], states: l
     on_device = group["capturable"] or group["tail"] == "adamw"
     for i in portions(params, group["foreach"] is not False):
         some = [params[k] for k in i], [gradients[k] for k in i], [states[k] for k in i]
-        with contextlib.nullcontext() if held is None else held.over(some[0], some[2], _changes(group)):
+        with contextlib.nullcontext() if held is None else held.over(some[0], some[2], changing_moments(group)):
             (_apply_on_device if on_device else _apply)(group, *some)
 
 

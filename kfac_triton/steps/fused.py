@@ -12,14 +12,18 @@ from ..kernels import ops, runtime
 from ..kernels.device_tables import device_vector
 from ..kernels.first_order.launch import can_move
 from ..kernels.first_order.rule import Rule
-from .param_groups import MOMENTS
+from .hold import State
+from .param_groups import changing_moments
 
 _PLAIN = {Tensor, nn.Parameter}
-Work = tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]
+Work = tuple[list[Tensor], list[Tensor], list[State]]
 
 
 class FusedSteps:
-    """Steps of one group's parameters that the kernel can move. All memory that they need is allocated in the constructor.
+    """Steps of one group's parameters that the kernel can move.
+
+    Flags and rates are made in the constructor. The tables and factors of a launch, some bytes for each parameter, are not: if
+    they find no room, the groups before this one have moved.
 
     Args:
         group: its options.
@@ -35,7 +39,7 @@ class FusedSteps:
         adam = group["tail"] == "adamw"
         options = {name: group[name] for name in ("nesterov", "weight_decay", "maximize", "betas", "eps")}
         self._rule = Rule(adam, **options | {"momentum": 0.0 if adam else group["momentum"], "betas": tuple(group["betas"])})
-        self._names = MOMENTS[group["tail"]][: self._rule.moments]
+        self._names = changing_moments(group)
         self._parts: list[tuple[Work, Tensor, Tensor]] = []
         self.rest: Work = [], [], []
         by_device: dict[torch.device, Work] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..curvature.finite_flags import FiniteFlags
 from ..kernels import ops
-from ..kernels.multi_tensor.launch import is_dense
+from ..kernels.strides import is_dense
 from ..layers.dtensor import local
 from ..warning import warn
 

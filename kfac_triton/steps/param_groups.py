@@ -15,6 +15,11 @@ MOMENTS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}  # o
 TAILS = tuple(MOMENTS)
 
 
+def changing_moments(group: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the tensors in a parameter's state that a step of the group changes, beside the counter."""
+    return MOMENTS[group["tail"]] if group["tail"] == "adamw" or group["momentum"] else ()
+
+
 def validate_group(group: dict[str, Any]) -> None:
     """Checks the options of one parameter group.
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import argparse
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 from torch import Tensor, nn
 
 from benchmarks.kernels.shapes import Images, Layer, Model, Norm, convolution
-from benchmarks.steps import step_model, step_parts
+from benchmarks.steps import host_time, step_model, step_parts
 from benchmarks.steps.host_time import task
 from benchmarks.steps.step_parts import Workload
 
 SHIPPED = replace(dict(step_model.columns())["images without gather"], stats_fraction=1.0)
-ROOT = Path(step_model.__file__).parents[2]
 
 
 def described(module: nn.Module, loss: Callable[[], Tensor], terms: str) -> Model:
@@ -46,15 +40,6 @@ def described(module: nn.Module, loss: Callable[[], Tensor], terms: str) -> Mode
     return Model("", "", tuple(layers), 4, tuple(norms))
 
 
-def measured(name: str) -> dict[str, Any]:
-    """What `host_time` counts, which replaces Triton's driver and so needs a process of its own, without the interpreter."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "benchmarks.steps.host_time", "--child", name, "--tree", str(ROOT), "--repeats", "1"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 # Where the model counts less or more than happens: what covariances and norms launch, beyond which nothing may differ.
 DIFFERENCES = {
     "gpt": (0, 0),
@@ -69,7 +54,7 @@ DIFFERENCES = {
 
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_launches_are_those_of_a_step(name: str) -> None:
-    found = measured(name)
+    found = host_time.run_in_process(name, host_time.ROOT, argparse.Namespace(repeats=1, settings={}))
     work = Workload(described(*task(name)), SHIPPED)
     launches, _ = step_parts.launches(work)
     kernels = {**found["passes_kernels"]}

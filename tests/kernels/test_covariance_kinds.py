@@ -15,10 +15,11 @@ from torch import Tensor
 from kfac_triton.kernels import ops, tuning
 from kfac_triton.kernels.covariance import kernel
 from kfac_triton.kernels.covariance import launch as covariance_launch
-from kfac_triton.kernels.covariance.layout import Layout, collapsed
+from kfac_triton.kernels.covariance.layout import Layout
 from kfac_triton.kernels.covariance.plan import Group, config_key, configuration, rows_at_a_time
 from kfac_triton.kernels.covariance.window import flatten
 from kfac_triton.kernels.runtime import Target
+from kfac_triton.kernels.strides import collapsed
 
 ANY = (torch.ones(1), torch.ones(1), [False])
 BF16, FP32 = torch.bfloat16, torch.float32

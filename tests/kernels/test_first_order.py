@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfac_triton.kernels import ops
+from kfac_triton.kernels import ops, tiles
 from kfac_triton.kernels.first_order import launch
 from kfac_triton.kernels.first_order.rule import Rule
 
@@ -74,8 +74,8 @@ def _expected(problem: _Problem, i: int, rate: float, rule: Rule) -> list[Tensor
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_step_is_that_of_the_formula(backend: str, rule: Rule, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_BLOCK", 64)
-    monkeypatch.setattr(launch, "_PROGRAMS", 1)
-    monkeypatch.setattr(launch, "_SHARES", 2)
+    monkeypatch.setattr(tiles, "_ENOUGH_PROGRAMS", 1)
+    monkeypatch.setattr(tiles, "_LEAST_SHARES", 2)
     problem, rate = _Problem(dtype, rule), 0.07
     expected = [_expected(problem, i, rate, rule) for i in range(len(problem.steps))]
     before = [[x.clone() for x in problem.everything(i)] for i in range(len(problem.steps))]

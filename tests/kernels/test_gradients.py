@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kfac_triton.kernels import ops
+from kfac_triton.kernels import ops, tiles
 from kfac_triton.kernels.gradients import launch
 from kfac_triton.kernels.gradients.layout import Layout, Piece
 
@@ -25,8 +25,8 @@ def _many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles and few programs, so that small matrices take several turns of a program."""
     monkeypatch.setattr(launch, "_BLOCK_M", 8)
     monkeypatch.setattr(launch, "_BLOCK_N", 16)
-    monkeypatch.setattr(launch, "_PROGRAMS", 1)
-    monkeypatch.setattr(launch, "_SHARES", 2)
+    monkeypatch.setattr(tiles, "_ENOUGH_PROGRAMS", 1)
+    monkeypatch.setattr(tiles, "_LEAST_SHARES", 2)
 
 
 def _stacks(value: float = torch.nan) -> list[Tensor]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kfac_triton.kernels import ops
+from kfac_triton.kernels import ops, tiles
 from kfac_triton.kernels.multi_tensor import launch, reference
 
 both_backends = pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -55,8 +55,8 @@ def test_squares_of_dense_tensors_in_any_order(backend: str, order: str) -> None
 def test_squares_in_shares_of_several_turns_and_at_odd_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact on integers; the same numbers each time; what is between the last whole vector and the end counts, too."""
     monkeypatch.setattr(launch, "_SQUARES_BLOCK", 64)
-    monkeypatch.setattr(launch, "_PROGRAMS", 3)
-    monkeypatch.setattr(launch, "_SHARES", 3)
+    monkeypatch.setattr(tiles, "_ENOUGH_PROGRAMS", 3)
+    monkeypatch.setattr(tiles, "_LEAST_SHARES", 3)
     inputs = [torch.randint(-3, 4, (n,)).to(dtype)[offset:] for n in (0, 5, 64, 1001) for dtype in TYPES for offset in (0, 3)]
     expected = [float(x.double().square().sum()) for x in inputs]
     for last in (None, torch.nan):
@@ -121,8 +121,8 @@ def test_blend_is_exact_on_integers_and_powers_of_two(backend: str, offset: int)
 
 def test_a_share_of_a_factor_is_longer_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where there are more blocks than programs."""
-    monkeypatch.setattr(launch, "_SHARES", 2)
-    monkeypatch.setattr(launch, "_PROGRAMS", 2)
+    monkeypatch.setattr(tiles, "_LEAST_SHARES", 2)
+    monkeypatch.setattr(tiles, "_ENOUGH_PROGRAMS", 2)
     factors, sums = _averages([100], [7])
     expected = [2 * x + y for x, y in zip(factors, sums, strict=True)]
     before = [x.clone() for x in factors]
