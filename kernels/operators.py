@@ -65,13 +65,13 @@ class Operator:
                 self.library(first, *rest)
                 return
             if runtime.choose(name, backend, device, why_not):
-                with _on(device):
+                with on_device(device):
                     self.launch(first, *rest, **extra)
                 return
         self.reference(first, *rest)
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which the device is the current one; entering one costs 5 us, and usually it is current already."""
     is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
     return nullcontext() if is_current else runtime.current(device)

@@ -31,3 +31,8 @@ class Rule:
     def moments(self) -> int:
         """How many tensors of the size of a parameter the rule keeps of it."""
         return 2 if self.adam else int(self.momentum > 0)
+
+    @property
+    def kind(self) -> tuple[bool, bool, bool, bool]:
+        """What the kernel is compiled for: AdamW, momentum, Nesterov's, along the gradient."""
+        return self.adam, self.momentum > 0, self.nesterov, self.maximize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,10 +21,7 @@ Work = tuple[list[Tensor], list[Tensor], list[State]]
 
 
 class FusedSteps:
-    """Steps of one group's parameters that the kernel can move.
-
-    Flags and rates are made in the constructor. The tables and factors of a launch, some bytes for each parameter, are not: if
-    they find no room, the groups before this one have moved.
+    """Steps of one group's parameters that the kernel can move. The constructor does all that can fail.
 
     Args:
         group: its options.
@@ -40,7 +38,7 @@ class FusedSteps:
         options = {name: group[name] for name in ("nesterov", "weight_decay", "maximize", "betas", "eps")}
         self._rule = Rule(adam, **options | {"momentum": 0.0 if adam else group["momentum"], "betas": tuple(group["betas"])})
         self._names = changing_moments(group)
-        self._parts: list[tuple[Work, Tensor, Tensor]] = []
+        self._moves: list[Callable[[], None]] = []
         self.rest: Work = [], [], []
         by_device: dict[torch.device, Work] = {}
         for p, gradient, state in zip(*work, strict=True):
@@ -51,10 +49,13 @@ class FusedSteps:
             params.append(p)
             gradients.append(gradient)
             states.append(state)
-        for device, part in by_device.items():
-            if part[0]:
-                self._parts.append((part, finite.gathered(part[0], device), _rate(group["lr"], device)))
-        self._backend = backend
+        for device, (params, gradients, states) in by_device.items():
+            moments = [[state[name] for state in states] for name in self._names]
+            counters = [state["step"] for state in states]
+            flags, rate = finite.gathered(params, device), _rate(group["lr"], device)
+            self._moves.append(
+                ops.prepared_move(params, gradients, moments, counters, rate, flags, self._rule, backend=backend)
+            )
 
     def _can_move(self, p: Tensor, gradient: Tensor, state: dict[str, Any]) -> bool:
         moments = tuple(state[name] for name in self._names)
@@ -63,10 +64,8 @@ class FusedSteps:
 
     def apply(self) -> None:
         """Moves the parameters."""
-        for (params, gradients, states), finite, rate in self._parts:
-            moments = [[state[name] for state in states] for name in self._names]
-            steps = [state["step"] for state in states]
-            ops.move(params, gradients, moments, steps, rate, finite, self._rule, backend=self._backend)
+        for move in self._moves:
+            move()
 
 
 def _rate(lr: float | Tensor, device: torch.device) -> Tensor:
