@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_triton.kernels import ops, tiles
 from kfac_triton.kernels.multi_tensor import launch, reference
@@ -172,6 +175,45 @@ def test_blend_leaves_to_the_reference_what_the_kernel_cannot_read(factor: Tenso
         ops.blend(*arguments, ~flags, backend="triton")
     ops.blend(*arguments, ~flags)
     assert (factor == 1).all()
+
+
+class Interrupted(TorchDispatchMode):
+    """Raises before the at-th operator, once."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_interrupted_average_keeps_the_old_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each factor they are as a whole where `old` says, in the factor or in the sum, before whichever operator it comes."""
+    monkeypatch.setattr(reference, "_STRIPE", 12)
+    interrupts = 0
+    while True:
+        torch.manual_seed(0)
+        factors, sums = _averages([5, 7], [30])
+        count = len(_matrices(factors))
+        before, accept = [x.clone() for x in _matrices(factors)], torch.arange(count) != 1
+        expected = [(0.5 * x + 0.25 * y if i != 1 else x) for i, (x, y) in enumerate(zip(before, _matrices(sums), strict=True))]
+        old = torch.zeros(count, dtype=torch.bool)
+        weights = torch.full((count,), 0.5), torch.full((count,), 0.25)
+        try:
+            with Interrupted(interrupts + 1):
+                reference.blend_reference(factors, sums, *weights, accept, torch.ones(count, dtype=torch.bool), old)
+            break
+        except KeyboardInterrupt:
+            interrupts += 1
+        for factor, total, is_old, x in zip(_matrices(factors), _matrices(sums), old, before, strict=True):
+            assert torch.equal(total if is_old else factor, x), interrupts
+    assert interrupts > 50
+    assert all(torch.equal(x, y) for x, y in zip(_matrices(factors), expected, strict=True))
+    assert torch.equal(old, accept)
 
 
 def test_the_reference_on_another_device_is_that_on_a_cpu() -> None:
