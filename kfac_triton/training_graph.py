@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from . import validation
 from .base import KFACBase
 from .cuda_graphs import require_recordable_settings
-from .engine import Engine
+from .steps.recorded import RecordedRates, Watch
 from .warning import warn
 
 # Replays between two eager steps that mend refused inverses: a factor that every refresh refuses must not make all steps eager.
@@ -115,22 +115,6 @@ class _Counts:
     recorded: int = 0
 
 
-@dataclass
-class _Watch:
-    """What a recorded step depends on, as it was at the last step."""
-
-    objects: list[Any] = field(default_factory=list)
-
-    def differs(self, objects: list[Any]) -> bool:
-        """Whether these are others, and notes them. Tensors and settings are compared by identity, numbers by value."""
-        same = len(objects) == len(self.objects) and all(
-            x is y or (not isinstance(x, Tensor | Engine) and not isinstance(y, Tensor | Engine) and x == y)
-            for x, y in zip(objects, self.objects, strict=True)
-        )
-        self.objects = objects
-        return not same
-
-
 class GraphedStep:
     """Trains on a batch; see `graphed_step`.
 
@@ -156,10 +140,8 @@ class GraphedStep:
         self._since_eager = self._since_recorded = 0  # replays
         self._short_lived = 0  # graphs in a row that were hardly replayed
         self._warned = False
-        self._rates: list[Tensor | None] = []  # that graphs read, one for each group
-        self._own_rates: set[int] = set()  # groups whose rate is not a tensor of the user's
-        self._watch = _Watch()
         self._device = self._require_device()
+        self._rates, self._watch = RecordedRates(self._device), Watch()
         self._records = can_record(self._device)
         self._require_recordable()
         if self._records:
@@ -198,7 +180,7 @@ class GraphedStep:
             )
         if not self._records:
             return self._eager(layout, self._on_device(leaves))
-        self._keep_rates()
+        self._rates.keep(self._optimizer.param_groups)
         self._notice_changes()
         # 1, 1.0 and True are equal, but not the same step.
         key = (layout, *((x.shape, x.dtype) if isinstance(x, Tensor) else (type(x), x) for x in leaves))
@@ -312,24 +294,6 @@ class GraphedStep:
         if self._since_eager >= self._mend_every or not self._is_ready():
             return True
         return self._since_eager >= _APART and self._kfac.engine.curvature.was_refused()
-
-    def _keep_rates(self) -> None:
-        """Puts learning rates that a scheduler or the user has assigned into the tensors that a graph reads."""
-        groups = self._optimizer.param_groups
-        self._rates += [None] * (len(groups) - len(self._rates))
-        for i, group in enumerate(groups):
-            value, kept = group["lr"], self._rates[i]
-            if value is kept or not group.get("capturable", False):
-                continue
-            if kept is None and isinstance(value, Tensor) and value.device == self._device:
-                self._rates[i] = value
-                continue
-            if kept is None or i not in self._own_rates:
-                # The user's tensor is never written: other groups may share it, and new rates may be computed from it.
-                kept = self._rates[i] = torch.empty((), device=self._device)
-                self._own_rates.add(i)
-            kept.copy_(value) if isinstance(value, Tensor) else kept.fill_(value)
-            group["lr"] = kept
 
     def _notice_changes(self) -> None:
         """Drops graphs that no longer do what a step would do."""
