@@ -40,6 +40,7 @@ ITEMS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("grouped launches", {"grouped": True}),
     ("fused updates", {"fused_updates": True}),
     ("images without gather", {"without_gather": True}),
+    ("roots in panels", {"in_panels": True}),
     ("blocks to 1,024", {"largest": 1024}),
 )
 ESTIMATED_COLUMNS = "dense updates", "images without gather", "blocks to 1,024"  # after which there are estimates by hand

@@ -13,6 +13,7 @@ from benchmarks.kernels import cost_model, covariance_launches, data_movement
 from benchmarks.kernels.cost import FLOAT
 from benchmarks.kernels.covariance_launches import Card
 from benchmarks.kernels.shapes import Layer, Model, padded
+from kfac_triton.kernels.precondition.library import panels
 from kfac_triton.settings import Settings
 
 from .step_constants import AFTER, BEFORE, OPERATORS, Machine, Refreshes
@@ -40,6 +41,7 @@ class Options:
             of the covariance for many layers of a pass, whose rows wait for each other; one to blend the factors of all sides.
         fused_updates: gradients are gathered, multiplied and scattered, and parameters moved, by one launch each.
         without_gather: G of convolutions, and A of those with 1 x 1 kernels, are read as they lie.
+        in_panels: products with large roots skip most of their zeros, see `kernels.precondition.library`.
         largest: side of a dense factor; larger ones are divided into blocks. None: see `DENSE_UP_TO`.
     """
 
@@ -52,6 +54,7 @@ class Options:
     grouped: bool = False
     fused_updates: bool = False
     without_gather: bool = False
+    in_panels: bool = False
     largest: int | None = None
 
 
@@ -208,15 +211,37 @@ def power_iteration(work: Workload, machine: Machine) -> float:
 
 
 def preconditioning(work: Workload, machine: Machine) -> float:
-    """Four products with whole roots, two for each dense side; a diagonal side multiplies elements."""
+    """Four products with roots, two for each dense side; a diagonal side multiplies elements.
+
+    A product reads a root and a matrix, and writes another. In p panels it multiplies, and reads of the root, (1 + 1/p) / 2 of
+    the whole, and (1 + p) / 2 times the matrix. <V, W> has a kernel of its own with fused updates, which `gradients` counts.
+    """
     operations, moved = 0.0, 0.0
-    for x in work.layers:
-        for m, n in x.tiles():
-            rows, columns = m or x.layer.g_side, n or x.layer.a_side
-            operations += x.layer.count * 4 * rows * columns * (m + n)
-            moved += x.layer.count * FLOAT * 10 * rows * columns
+    for (rows, columns, m, n), count in _gradients(work).items():
+        for side, across in ((m, columns), (n, rows)):
+            if not side:
+                moved += count * FLOAT * 2 * rows * columns
+                continue
+            of_root = panels(count, side, across) if work.options.in_panels else 1
+            share = (1 + 1 / of_root) / 2
+            operations += count * 4 * rows * columns * side * share
+            moved += 2 * count * FLOAT * (side**2 * share + rows * columns * (1 + (1 + of_root) / 2))
+        moved += count * FLOAT * rows * columns * (0 if work.options.fused_updates else 2)
     rate = machine.tf32_products if work.options.tf32 else machine.fp32_products
     return operations / rate + moved / machine.bandwidth
+
+
+def _gradients(work: Workload) -> dict[tuple[int, ...], int]:
+    """Rows and columns of the parts of gradients, with the sides of their factors (zero for a diagonal) -> number of them.
+
+    Padded: one product serves all with the same four numbers, padding included.
+    """
+    found: Counter[tuple[int, ...]] = Counter()
+    for x in work.layers:
+        for m, n in x.tiles():
+            sides = m or x.layer.g_side, n or x.layer.a_side, m, n
+            found[tuple(map(padded, sides))] += x.layer.count
+    return dict(found)
 
 
 def blending(work: Workload, machine: Machine) -> float:
@@ -288,13 +313,23 @@ def operators(work: Workload) -> int:
     options, count, shapes, norm_count = work.options, OPERATORS, len(work.shapes), work.norm_count
     if options.grouped and options.fused_updates:
         widths = len({norm.width for norm in work.model.norms})
-        return FIXED_OPERATORS + SHAPE_OPERATORS * shapes + NORM_OPERATORS * bool(norm_count) + WIDTH_OPERATORS * widths
+        fixed = FIXED_OPERATORS + SHAPE_OPERATORS * shapes + NORM_OPERATORS * bool(norm_count) + WIDTH_OPERATORS * widths
+        return fixed + (panel_operators(work) if options.in_panels else 0)
     of_stack = count.stack - count.copies * options.kept_in_kernels
     updates = data_movement.parameter_updates(work.model, by_pytorch=True).launches
     return (
         count.fixed + count.shape * shapes + count.norm * norm_count
         + of_stack * (1 if options.grouped else len(work.stacks))
         + (updates if options.dense else count.tensor * data_movement.parameters(work.model)[0])
+    )  # fmt: skip
+
+
+def panel_operators(work: Workload) -> int:
+    """Further products for panels of roots; their views are not counted, as they launch nothing."""
+    parts = _gradients(work).items()
+    return sum(
+        2 * (panels(count, side, across) - 1)
+        for (rows, columns, m, n), count in parts for side, across in ((m, columns), (n, rows)) if side
     )  # fmt: skip
 
 

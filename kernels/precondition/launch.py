@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import precision, runtime, tuning
 from ..tiles import ALIGNMENT, MOST_MATRICES, count, padded
 from .kernel import product_kernel
+from .library import precondition_by_roots
 from .reference import precondition_reference
 
 
@@ -40,9 +41,12 @@ def prefers_library(device: torch.device) -> bool:
 def multiply_by_library(
     gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor | None, factored: bool
 ) -> None:
-    """As `precondition_reference`, in the kernel's precision: TF32 products, sums in float32."""
+    """As `precondition_reference`, in the kernel's precision: TF32 products, sums in float32. Large roots go by panels."""
     with precision.library_tf32():
-        precondition_reference(gradient, left, right, out, product, factored)
+        if factored:
+            precondition_by_roots(gradient, left, right, out, product)
+        else:
+            precondition_reference(gradient, left, right, out, product, factored)
 
 
 def launch(gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor | None, factored: bool) -> None:

@@ -18,6 +18,12 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
+def finish(gradient: Tensor, out: Tensor, product: Tensor | None) -> None:
+    """<V, W> of each layer into product, unless it is None."""
+    if product is not None:
+        product.copy_(torch.linalg.vecdot(out.flatten(1), gradient.flatten(1)))
+
+
 def precondition_reference(
     gradient: Tensor, left: Tensor, right: Tensor, out: Tensor, product: Tensor | None, factored: bool
 ) -> None:
@@ -27,5 +33,4 @@ def precondition_reference(
         _product(_product(left.mT, inner), right, out)
     else:
         _product(_product(left, gradient), right, out)
-    if product is not None:
-        product.copy_(torch.linalg.vecdot(out.flatten(1), gradient.flatten(1)))
+    finish(gradient, out, product)

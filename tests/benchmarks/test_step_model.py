@@ -16,6 +16,7 @@ from benchmarks.steps import step_model, step_parts
 from benchmarks.steps.step_constants import AFTER, BEFORE, ESTIMATES, GOALS, H100, H200, MEASURED, MS
 from benchmarks.steps.step_parts import Options, Workload
 from kfac_triton import KFACPreconditioner
+from kfac_triton.kernels.precondition import library
 
 COLUMNS = dict(step_model.columns())
 EVERYTHING = COLUMNS["blocks to 1,024"]
@@ -130,9 +131,41 @@ def test_products_of_preconditioning_as_loops_count_them() -> None:
     assert list(gate.tiles()) == [(0, 4096)] and list(back.tiles()) == [(4096, 0)]
     alone = Workload(replace(work.model, layers=(gate.layer,)), Options())
     operations = sum(2 * 11008 * 4096 * 4096 for _ in range(2)) * gate.layer.count  # V T^T and its product with T
-    moved = 4 * 10 * 11008 * 4096 * gate.layer.count
+    numbers = 11008 * 4096 * gate.layer.count
+    # Two products read the root and a matrix and write another; so does the diagonal side, and <V, W> reads two.
+    moved = 4 * (2 * 2 * numbers + 2 * 4096 * 4096 * gate.layer.count + 2 * numbers + 2 * numbers)
     expected = operations / H100.fp32_products + moved / H100.bandwidth
     assert step_parts.preconditioning(alone, H100) == pytest.approx(expected)
+    fused = replace(alone, options=Options(fused_updates=True))
+    assert step_parts.preconditioning(fused, H100) == pytest.approx(expected - 4 * 2 * numbers / H100.bandwidth)
+
+
+def test_products_in_panels_are_those_that_are_asked_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operations and bytes of every product, of equal panels, and how many products there are."""
+    found = {"operations": 0, "numbers": 0, "products": 0}
+    bmm = torch.bmm
+
+    def counted(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        result = bmm(a, b) if out is None else bmm(a, b, out=out)
+        found["operations"] += 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2]
+        found["numbers"] += a.numel() + b.numel() + result.numel()
+        found["products"] += 1
+        return result
+
+    monkeypatch.setattr(library, "_WORTH", 1e4)
+    monkeypatch.setattr(library, "_MULTIPLE", 16)
+    monkeypatch.setattr(torch, "bmm", counted)
+    model = Model("m", "", (Layer(8, 64, 48, bias=False, count=2),))
+    options = Options(tf32=True, grouped=True, fused_updates=True, in_panels=True)
+    work = Workload(model, options)
+    assert (library.panels(2, 48, 64), library.panels(2, 64, 48)) == (3, 4)
+    gradient, left, right = torch.randn(2, 48, 64), torch.randn(2, 48, 48).tril(), torch.randn(2, 64, 64).tril()
+    library.precondition_by_roots(gradient, left, right, torch.empty_like(gradient), None)
+    expected = found["operations"] / H100.tf32_products + 4 * found["numbers"] / H100.bandwidth
+    assert step_parts.preconditioning(work, H100) == pytest.approx(expected)
+    assert found["products"] == 4 + step_parts.panel_operators(work)
+    whole = replace(work, options=replace(options, in_panels=False))
+    assert step_parts.operators(work) - step_parts.operators(whole) == step_parts.panel_operators(work)
 
 
 def test_a_graph_has_no_host_and_more_launches() -> None:
