@@ -153,7 +153,7 @@ def update_kernel(
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One lower tile of sqrt(c) (T + Phi(I - c M) T): as it is to the root, rounded to T and U.
+    """One lower tile of sqrt(c) (T + Phi(I - c M) T): as it is to the root, and rounded to T and U if the matrix goes on.
 
     In place: a program reads only its own tile of T. Phi T is zero between column j's first row and the diagonal's end.
     With KEEP, the last step writes the tile that came in where the bound on the error is above `accept`.
@@ -187,7 +187,7 @@ def update_kernel(
     t = load_tile(rounded, rounded_stride, rows, columns, n)
     values = tl.where(below, tl.sqrt(scale) * (t + sums), 0.0)
     store_tile(root, root_stride, rows, columns, values, n)
-    if is_last == 0:
+    if (is_last == 0) & (tl.load(state) != 0.0):  # after the last step of a matrix nothing reads them
         if ROUND:
             values = round_tf32(values)
             store_tile(rounded, rounded_stride, rows, columns, values, n)
