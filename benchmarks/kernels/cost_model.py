@@ -181,6 +181,7 @@ def warm_inverses(
     launched: int = BLIND_STEPS,
     together: bool = True,
     keeps: bool = True,
+    ends: bool = True,
     spread_above: int = EARLIER_SPREAD_ABOVE,
 ) -> Cost:
     """Factored Newton: T A and T A T^T in two TF32 passes, Phi T in one; see `power_iteration` for the rest.
@@ -192,6 +193,7 @@ def warm_inverses(
         together: whether one launch of each kernel serves the stacks of all sides, as it does; else each has its own, and the
             power iteration of the stacks with launches for it has them in every step.
         keeps: whether the first kernel copies T, for refused inverses to be put back; else that is left to the caller.
+        ends: whether the last step of a matrix leaves out the operands of another one.
         spread_above: where stacks have launches of their own, side above which the power iteration has some.
     """
     moved, scratch, twice, once = 0.0, 0.0, 0.0, 0.0
@@ -199,8 +201,9 @@ def warm_inverses(
         moved += count * FLOAT * 3 * triangle(side)
         # Before the steps T rounded, T^T and the copy of T are written, and zeros above the root. In a step Y is written and
         # read; M is written whole, and its lower half is read; T rounded is read three times (for T A, M and the sum) and T^T
-        # once, and both are written anew.
-        scratch += count * FLOAT * ((3 + keeps) * triangle(side) + steps * (9 * triangle(side) + side**2))
+        # once, and both are written anew if the matrix goes on.
+        scratch += count * FLOAT * ((3 + keeps) * triangle(side) + steps * (7 * triangle(side) + side**2))
+        scratch += count * FLOAT * max(0.0, steps - ends) * 2 * triangle(side)
         # Only the first step's A and the last step's root are in the operands above.
         scratch += count * FLOAT * max(0.0, steps - 1) * 2 * triangle(side)
         factor, energy, update = refresh_products(side)
@@ -212,6 +215,12 @@ def warm_inverses(
         per_step = (4 + (1 + EARLIER_PRODUCTS) * (side > spread_above) for side in model.stacks)
         launches = sum(1 + launched * kernels for kernels in per_step)
     return Cost(moved, {"tf32x2": twice, "tf32": once}, launches, scratch)
+
+
+def idle_programs(side: int, steps: float, launched: int = BLIND_STEPS) -> float:
+    """Programs that end at once, for one matrix that is done after some of the launched steps: a tile each of three kernels."""
+    tiles = -(-side // refresh_tiles(side)[0])
+    return 3 * triangle(tiles) * max(0.0, launched - steps)
 
 
 def power_iteration(side: int, products: int = POWER_PRODUCTS) -> Cost:

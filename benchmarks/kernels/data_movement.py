@@ -14,6 +14,11 @@ from .shapes import Layer, Model, padded
 # A launch of PyTorch's multi-tensor kernels takes at most so many pairs of tensors, and so many chunks of them.
 MULTI_TENSORS, MULTI_CHUNKS, CHUNK = 64, 320, 65536
 
+# What AdamW reads and writes for each number of a parameter. In one kernel: parameter, gradient and two moments; three of them
+# are written. PyTorch's default on a GPU is nine multi-tensor operators, of which one counts steps: decay of the parameter (2),
+# first moment (3), decay of the second (2) and squares added to it (3), root (2), division (2), epsilon (2), update (4).
+ADAMW_NUMBERS, FOREACH_ADAMW_NUMBERS = 7, 20
+
 
 def is_deferred(layer: Layer, itemsize: int) -> bool:
     """Whether the rows of a layer wait for the step, as they take no more memory than sums of its factors would.

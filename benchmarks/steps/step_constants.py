@@ -3,6 +3,7 @@
 Constants of an H100 were not measured on one. Their sources:
 
     sheet       the data sheet of the card
+    estimated   by hand, by what the line says
     compiled    estimated from compiled code for sm_90 (Triton 3.6), without a card, some 40 % either way
     host        measured on a CPU: the real launch path with a driver that launches into nothing, or training runs
     fitted      so that the model's first column comes within 10 % of that of `ESTIMATES`, the step that was estimated for
@@ -40,6 +41,7 @@ class Machine:
         fp32_products, tf32_products: operations a second of the library's batched products.
         one_program: bytes a second that one program reads of a matrix, on a processor of its own.
         kernel: seconds of the device between kernels, and for one that does nothing.
+        idle_program: seconds of the device for each program of a launch that ends at once, beside `kernel`.
         triton_launch: seconds of the host for one Triton kernel.
         operator: seconds of the host for one PyTorch operator of a step, the Python around it included.
         layer_sum: seconds of the host for the hook of a layer that sums its rows in the backward pass.
@@ -65,6 +67,8 @@ class Machine:
     # compiled: the same refreshes before the free scale, with two steps and one power iteration: 0.9, 2.2, 24 and 31 ms.
     one_program: float = 25e9
     kernel: float = 3 * US  # fitted, to the autoencoder in a graph
+    # estimated: three reads that wait for each other take 1 us, and 132 processors have room for four programs each.
+    idle_program: float = 1 * US / (132 * 4)
     triton_launch: float = 23 * US  # host: 22 to 24
     # fitted, with `Operators`: host, the engine takes 22 ms a step on GPT-2's structure with 111 Triton launches, and a step of
     # K-FAC on the autoencoder, forward and backward included, 11.8 ms with 132.

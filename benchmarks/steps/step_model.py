@@ -18,7 +18,7 @@ from benchmarks.kernels.shapes import BY_NAME, autoencoder
 
 from . import step_parts
 from .step_constants import ESTIMATES, GOALS, H100, H200, MEASURED, MS, Machine
-from .step_parts import Options, Workload
+from .workload import Options, Workload
 
 PARTS: dict[str, Callable[[Workload, Machine], float]] = {
     "statistics": step_parts.statistics,
@@ -28,6 +28,7 @@ PARTS: dict[str, Callable[[Workload, Machine], float]] = {
     "norms": step_parts.norms,
     "blending, copies": step_parts.blending,
     "gradients": step_parts.gradients,
+    "updates beside AdamW's": step_parts.updates,
 }
 # In this order, each with those before it.
 ITEMS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -41,6 +42,7 @@ ITEMS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("fused updates", {"fused_updates": True}),
     ("images without gather", {"without_gather": True}),
     ("roots in panels", {"in_panels": True}),
+    ("no idle writes", {"no_idle_writes": True}),
     ("blocks to 1,024", {"largest": 1024}),
 )
 ESTIMATED_COLUMNS = "dense updates", "images without gather", "blocks to 1,024"  # after which there are estimates by hand

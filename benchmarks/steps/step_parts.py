@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import pairwise, product
+from collections.abc import Iterable
 
 from benchmarks.kernels import cost_model, covariance_launches, data_movement
 from benchmarks.kernels.cost import FLOAT
@@ -16,153 +12,14 @@ from benchmarks.kernels.shapes import Layer, Model, padded
 from kfac_triton.kernels.precondition.library import panels
 from kfac_triton.settings import Settings
 
-from .step_constants import AFTER, BEFORE, OPERATORS, Machine, Refreshes
+from .step_constants import OPERATORS, Machine
+from .workload import DENSE_UP_TO, Workload, sampled
 
-DENSE_UP_TO = 8192  # the default of max_factor_size: of larger factors the diagonal alone is kept
 PRODUCT_KERNEL_UP_TO = 512  # sides that the Triton kernel preconditioned, before the library did it in TF32
 # PyTorch operators of a step where kernels serve all tensors at once: fixed, for gradients of one shape (the library's four
 # products and two views), where there are norms, and for their gradients of one width. `host_time` counts 129 for its GPT, 123
 # for the autoencoder, 140 for the ViT and 213 for the ResNet; this formula gives 131, 123, 131 and 223.
 FIXED_OPERATORS, SHAPE_OPERATORS, NORM_OPERATORS, WIDTH_OPERATORS = 75, 6, 12, 8
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is switched on.
-
-    Attributes:
-        free_scale: the scale of a Newton step from sums; the power iteration beyond it, spread over the grid above side 1,024.
-        tf32: preconditioning by the library's TF32 products.
-        dense: updates without gaps, which multi-tensor kernels take.
-        stats_fraction: of the rows.
-        fused_norms: the statistics of all norms in two or three launches, from one reading.
-        kept_in_kernels: old roots and factors are kept by the kernels that overwrite them, and not by copies.
-        grouped: one launch of each kernel of the refresh for all sides, with the power iteration in the first step alone; one
-            of the covariance for many layers of a pass, whose rows wait for each other; one to blend the factors of all sides.
-        fused_updates: gradients are gathered, multiplied and scattered, and parameters moved, by one launch each.
-        without_gather: G of convolutions, and A of those with 1 x 1 kernels, are read as they lie.
-        in_panels: products with large roots skip most of their zeros, see `kernels.precondition.library`.
-        largest: side of a dense factor; larger ones are divided into blocks. None: see `DENSE_UP_TO`.
-    """
-
-    free_scale: bool = False
-    tf32: bool = False
-    dense: bool = False
-    stats_fraction: float = 1.0
-    fused_norms: bool = False
-    kept_in_kernels: bool = False
-    grouped: bool = False
-    fused_updates: bool = False
-    without_gather: bool = False
-    in_panels: bool = False
-    largest: int | None = None
-
-
-def parts(side: int, bias: bool, unit: int, options: Options) -> list[int]:
-    """Sides of the dense factors that one side of a weight is divided into, as `layers.partition` does; none if diagonal."""
-    largest = options.largest
-    if largest is None or side <= largest:
-        return [side] if side <= DENSE_UP_TO else []
-    units = (side - bias) // unit
-    count = -(-units * unit // ((largest - bias) // unit * unit))
-    ends = [units * i // count * unit for i in range(count)] + [side]
-    return [end - start for start, end in pairwise(ends)]
-
-
-def sampled(layer: Layer, fraction: float) -> Layer:
-    """A layer with a fraction of its rows, or of its images."""
-    layer = replace(layer, rows=math.ceil(layer.rows * fraction))
-    images = layer.images
-    return replace(layer, images=replace(images, batch=math.ceil(images.batch * fraction))) if images else layer
-
-
-@dataclass(frozen=True)
-class Divided:
-    """A layer with the sides of its dense factors."""
-
-    layer: Layer
-    a: list[int]
-    g: list[int]
-
-    def is_deferred(self, itemsize: int, fraction: float) -> bool:
-        """As `data_movement.is_deferred`, of blocks; no side may be diagonal."""
-        layer = sampled(self.layer, fraction)
-        sums = FLOAT * sum(padded(side) ** 2 for side in self.a + self.g)
-        inputs = (
-            layer.images.batch * layer.images.channels * layer.images.side**2 if layer.images else layer.rows * layer.inputs
-        )
-        return bool(self.a and self.g) and itemsize * (inputs + layer.rows * layer.outputs) <= sums
-
-    def tiles(self) -> Iterator[tuple[int, int]]:
-        """Shapes (m, n) of the parts of the gradient, with the sides of their factors; zero for a diagonal."""
-        return product(self.g or [0], self.a or [0])
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A model's step with some options.
-
-    Attributes:
-        model: what is trained.
-        options: what is switched on.
-        in_graph: whether a CUDA graph of the step is replayed, which has more steps of a refresh.
-    """
-
-    model: Model
-    options: Options
-    in_graph: bool = False
-
-    @cached_property
-    def layers(self) -> list[Divided]:
-        """All layers with their factors."""
-        result = []
-        for layer in self.model.layers:
-            unit = layer.images.kernel**2 if layer.images else 1
-            a, g = parts(layer.a_side, layer.bias, unit, self.options), parts(layer.g_side, False, 1, self.options)
-            result.append(Divided(layer, a, g))
-        return result
-
-    @cached_property
-    def stacks(self) -> dict[int, int]:
-        """Padded side -> number of factors."""
-        sides: Counter[int] = Counter()
-        for x in self.layers:
-            for side in x.a + x.g:
-                sides[padded(side)] += x.layer.count
-        return dict(sides)
-
-    @cached_property
-    def waiting(self) -> list[Divided]:
-        """Layers whose rows wait for the step."""
-        return [x for x in self.layers if x.is_deferred(self.model.itemsize, self.options.stats_fraction)]
-
-    @property
-    def summed(self) -> list[Divided]:
-        """Layers whose rows are summed in the backward pass."""
-        return [x for x in self.layers if x not in self.waiting]
-
-    @property
-    def shapes(self) -> set[tuple[int, int]]:
-        """Padded shapes of gradients."""
-        return {(padded(m), padded(n)) for x in self.layers for m, n in x.tiles()}
-
-    @property
-    def norms(self) -> Model:
-        """The model with as many positions in its norms as statistics are taken of."""
-        fraction = self.options.stats_fraction
-        return replace(
-            self.model, norms=tuple(replace(n, positions=math.ceil(n.positions * fraction)) for n in self.model.norms)
-        )
-
-    @property
-    def norm_count(self) -> int:
-        """How many norms there are."""
-        return sum(norm.count for norm in self.model.norms)
-
-    @property
-    def refreshes(self) -> Refreshes:
-        """What a refresh takes."""
-        return AFTER if self.options.free_scale else BEFORE
 
 
 def statistics(work: Workload, machine: Machine) -> float:
@@ -182,13 +39,16 @@ def statistics(work: Workload, machine: Machine) -> float:
 
 
 def newton_steps(work: Workload, machine: Machine) -> float:
-    """Products at a share of the peak, and what the kernels read and write."""
+    """Products at a share of the peak, what the kernels read and write, and programs for matrices that are done."""
     seconds = 0.0
+    launched = cost_model.GRAPH_STEPS if work.in_graph else cost_model.BLIND_STEPS
+    kept = {"keeps": work.options.kept_in_kernels, "ends": work.options.no_idle_writes}
     for side, count in work.stacks.items():
         one = Model("", "", (Layer(1, side, side, bias=False),))  # two factors of this side
-        cost = cost_model.warm_inverses(one, work.refreshes.steps, keeps=work.options.kept_in_kernels)
+        cost = cost_model.warm_inverses(one, work.refreshes.steps, **kept)
         multiplying = (2 * cost.operations["tf32x2"] + cost.operations["tf32"]) / (machine.newton * machine.tf32)
         seconds += count / 2 * (multiplying + (cost.bytes + cost.scratch) / machine.bandwidth)
+        seconds += count * cost_model.idle_programs(side, work.refreshes.steps, launched) * machine.idle_program
     return seconds
 
 
@@ -261,9 +121,19 @@ def norms(work: Workload, machine: Machine) -> float:
 
 
 def gradients(work: Workload, machine: Machine) -> float:
-    """Gradients into stacks and out of them, and copies of parameters and momentum; the rest of the update is AdamW's, too."""
-    copied = 0 if work.options.fused_updates else 4 * FLOAT * data_movement.parameters(work.model)[1]
-    return (data_movement.gradients(work.model).bytes + copied) / machine.bandwidth
+    """Gradients into stacks and out of them, and their products with the updates."""
+    return data_movement.gradients(work.model).bytes / machine.bandwidth
+
+
+def updates(work: Workload, machine: Machine) -> float:
+    """Updates of parameters beside those of AdamW, whose time holds them as PyTorch's multi-tensor operators move numbers.
+
+    Before fused updates they are AdamW's, and copies of parameters and momentum. With them, the rule is one kernel, which moves
+    less: the difference is taken off, for the parameters of these layers and norms alone.
+    """
+    fused = data_movement.ADAMW_NUMBERS - data_movement.FOREACH_ADAMW_NUMBERS
+    numbers = data_movement.parameters(work.model)[1] * (fused if work.options.fused_updates else 4)
+    return FLOAT * numbers / machine.bandwidth
 
 
 def covariances(work: Workload) -> int:

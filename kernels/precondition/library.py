@@ -15,8 +15,8 @@ from .reference import finish
 
 _MOST_PANELS = 4  # more save little: an eighth of the operations is left at most
 _MULTIPLE = 128  # a side of the library's tiles
-# Operations that a further product has to save: some 15 to 20 microseconds of a GPU of the H100's kind, which is what the
-# host takes to launch it.
+# Operations that a further product has to save: some 12 to 20 microseconds of an H100, which is what the host takes to launch
+# it.
 _WORTH = 4e9
 
 

@@ -66,11 +66,12 @@ def test_inverses_and_preconditioning_by_hand() -> None:
     model = Model("one", "", (Layer(8, 16, 32, bias=False),))  # factors of 16 and 32, one gradient 32 x 16
     warm = cost_model.warm_inverses(model)
     assert warm.bytes == 4 * 3 * (136 + 528)
-    # Before the step four triangles; in it Y twice, T rounded four times, T^T twice, M once in halves and once whole.
-    assert warm.scratch == 4 * ((4 + 2 + 4 + 2 + 1) * (136 + 528) + 16**2 + 32**2)
+    # Before the step four triangles; in it Y twice, T rounded three times, T^T once, M once in halves and once whole.
+    assert warm.scratch == 4 * ((4 + 2 + 3 + 1 + 1) * (136 + 528) + 16**2 + 32**2)
+    assert cost_model.warm_inverses(model, ends=False).scratch - warm.scratch == 4 * 2 * (136 + 528)
     assert warm.scratch - cost_model.warm_inverses(model, keeps=False).scratch == 4 * (136 + 528)
-    # A second step reads A and writes the root once more.
-    assert cost_model.warm_inverses(model, steps=2).scratch == 4 * ((4 + 2 * 9 + 2) * (136 + 528) + 2 * (16**2 + 32**2))
+    # A second step reads A and writes the root once more, and the first writes its operands.
+    assert cost_model.warm_inverses(model, steps=2).scratch == 4 * ((4 + 2 * 7 + 2 + 2) * (136 + 528) + 2 * (16**2 + 32**2))
     cost = cost_model.preconditioning(model)
     assert cost.bytes == 4 * (2 * 512 + 136 + 528)
     assert cost.operations == {"tf32": 2 * (2 * 528 * 16 + 2 * 136 * 32)}
@@ -111,6 +112,16 @@ def test_products_of_the_refresh_are_those_that_the_kernels_make(side: int, monk
     identity, damping, residual = torch.eye(side).repeat(2, 1, 1), torch.ones(2), torch.empty(2)
     ops.factored_newton_refresh([0 * identity], [damping], [identity.clone()], [residual], 0.05, 1, backend="triton")
     assert operations == 2 * sum(cost_model.refresh_products(side, "interpreter"))
+
+
+@pytest.mark.parametrize("side", [16, 64, 80, 784, 3072])
+def test_programs_that_end_at_once_are_those_of_the_tables(side: int) -> None:
+    """Three kernels of each step that is launched after the last one of a matrix."""
+    block = cost_model.refresh_tiles(side)[0]
+    programs = sum(len(tables._rows(((1, side),), block, order)) for order in ("factor", "energy", "update"))
+    assert cost_model.idle_programs(side, 1) == (cost_model.BLIND_STEPS - 1) * programs
+    assert cost_model.idle_programs(side, 1.5, 8) == 6.5 * programs
+    assert cost_model.idle_programs(side, 4, 4) == 0
 
 
 def test_two_passes_where_operands_are_split() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.kernels import data_movement
 from benchmarks.kernels.cost import Cost
@@ -101,3 +105,25 @@ def test_gradients_and_parameters_one_by_one() -> None:
     assert with_gaps.launches == len(update) * len(tensors) + len(keep) + 1
     # In one kernel: parameter, gradient and momentum read, parameter and momentum written; and what they are multiplied by.
     assert data_movement.parameter_updates(model) == Cost(sum(tensors) * (12 + 8), {}, 2)
+
+
+def test_adamw_moves_as_many_numbers_as_its_operators() -> None:
+    """PyTorch's multi-tensor operators, listed as they run: each reads its lists of tensors once and writes one of them."""
+    moved = 0
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+            nonlocal moved
+            lists = [x for x in arguments if isinstance(x, (list, tuple)) and isinstance(x[0], torch.Tensor)]
+            if "_foreach_" in str(function) and lists[0][0].dim():  # counters of steps are scalars
+                moved += len({x[0].data_ptr() for x in lists}) + 1
+            return function(*arguments, **(options or {}))
+
+    parameters = [torch.nn.Parameter(torch.randn(3, 4)) for _ in range(2)]
+    adamw = torch.optim.AdamW(parameters, foreach=True)
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    adamw.step()
+    with Counting():
+        adamw.step()
+    assert moved == data_movement.FOREACH_ADAMW_NUMBERS

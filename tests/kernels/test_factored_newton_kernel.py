@@ -7,6 +7,8 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,8 +17,11 @@ from support.helpers import energy_error
 from support.refreshes import assert_honest, exact_root, refresh, with_condition
 from torch import Tensor
 
-from kfac_triton.kernels import ops, precision
+from kfac_triton.kernels import ops, precision, runtime, tuning
 from kfac_triton.kernels.certificate import damped, mirror, root_residual, rounding_error
+from kfac_triton.kernels.factored_newton import tables
+from kfac_triton.kernels.factored_newton.reference import POWER_STEPS
+from kfac_triton.kernels.tiles import padded
 
 MODES = ["ieee", "tf32"]
 # The interpreter computes with numpy, which remarks on numbers that overflow; a GPU does not.
@@ -226,6 +231,37 @@ def test_it_stops_when_the_tolerance_is_met(mode: str) -> None:
     nearer, certificate = kernel(factor, damping, start, 0.0, 3, mode)
     assert not torch.equal(nearer, many)
     assert certificate < residual
+
+
+@pytest.mark.parametrize(("tolerance", "goes_on"), [(10.0, False), (0.0, True)])
+def test_operands_of_the_next_step_are_written_for_matrices_that_go_on(
+    tolerance: float, goes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T rounded, and its transpose in Y's place, whose upper tiles are never written otherwise."""
+    n, target = 84, runtime.target(torch.device("cpu"))
+    block, plan = (tuning.lookup(key, n, target)["BLOCK"] for key in ("factored_newton", "factored_newton_plan"))
+    factor, damping = with_condition(n, 1e2)[None].float(), torch.ones(1)
+    start = exact_root(damped(1.3 * factor.double(), damping.double())).float()
+    places = tables.layout(((1, n),), block, plan, 2 * (POWER_STEPS + 1), True, False).places[0]
+    scratches: list[Tensor] = []
+    empty = torch.empty
+
+    def remembered(*size: Any, **options: Any) -> Tensor:
+        scratches.append(empty(*size, **options))
+        return scratches[-1]
+
+    monkeypatch.setattr(torch, "empty", remembered)
+    kernel(factor, damping, start, tolerance, 2, "tf32")
+    monkeypatch.undo()
+    scratch = max(scratches, key=Tensor.numel)
+    side = padded(n)
+    product, rounded = (
+        scratch[places[field - tables.TRANSPOSED] :][: n * side].view(n, side)[:, :n]
+        for field in (tables.PRODUCT, tables.ROUNDED)
+    )
+    corner = product[:block, block:]  # beyond the diagonal tiles
+    assert corner.numel() and bool(corner.isnan().all()) != goes_on
+    assert torch.equal(rounded.tril(), to_tf32(start)[0].tril()) != goes_on
 
 
 def test_no_step_is_no_step() -> None:
