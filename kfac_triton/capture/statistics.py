@@ -135,7 +135,7 @@ class Statistics:
             self.moments.add(rows)
         every = gate.stride_for(rows.input_count)
         if every > 1:
-            rows = rows.sample(every, gate.step % every)
+            rows = rows.sample(every, gate.step)
         if gate.counts_terms:
             self._count(rows, task)
         self._last_backward = task
@@ -198,7 +198,7 @@ class Statistics:
         rows = self.layer.rows(x, gradient)
         every = gate.stride_for(rows.input_count)
         if every > 1:
-            rows = rows.sample(every, 0)
+            rows = rows.sample_compiled(every)
         alpha, beta = self._alpha * gate.weight, self._beta
         # No number that differs between equal layers (a place, a slot) may be read here: they would not share a graph.
         for kind, entries, places in self._runs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -48,16 +49,46 @@ class Rows(NamedTuple):
         """Windows of inputs, then of gradients, as `kernels.ops.covariance_ema` takes them."""
         return [self.input_window] * len(self.inputs) + [self.gradient_window] * len(self.gradients)
 
-    def sample(self, every: int, offset: int) -> Rows:
-        """Every `every`-th row (of a matrix) or example (of a convolution), starting with number `offset`, as views."""
+    def sample(self, every: int, step: int) -> Rows:
+        """Every n-th row (of a matrix) or example (of a convolution), starting with number step modulo n, as views.
+
+        n is the smallest number from `every` on that has no common divisor with the number of rows of an example. Otherwise
+        a step would see the same few positions of each example.
+        """
         if self.make is not None:
-            return self.make().sample(every, offset)
-        first = min(offset, max(0, len(self.gradients[0]) - 1))
-        inputs = [source[first::every] for source in self.inputs]
-        gradients = [source[first::every] for source in self.gradients]
+            return self.make().sample(every, step)
+        rows = len(self.gradients[0])
+        positions = max(1, rows // max(1, self.examples))
+        while math.gcd(every, positions) > 1:
+            every += 1
+        first = min(step % every, max(0, rows - 1))
+        return self._part(lambda x: x[first::every])
+
+    def sample_compiled(self, every: int) -> Rows:
+        """One of each `every` neighbouring rows, or examples: in all steps the same ones, as a copy.
+
+        Which neighbour it is depends on a hash of their number, so that every position is seen as often as in a random choice.
+        (The stride of `sample` depends on the number of rows of an example, for each of which the pass would be compiled anew.)
+        """
+        if self.make is not None:
+            return self.make().sample_compiled(every)
+        rows = len(self.gradients[0])
+        first = torch.arange(0, rows, every, device=self.gradients[0].device)
+        chosen = (first + _hash(first // every) * every // 2**32).clamp(max=rows - 1)
+        return self._part(lambda x: x[chosen])
+
+    def _part(self, take: Callable[[Tensor], Tensor]) -> Rows:
+        inputs, gradients = [take(x) for x in self.inputs], [take(x) for x in self.gradients]
         share = len(gradients[0]) / max(1, len(self.gradients[0]))
         taken = round(self.input_count * share)
         return self._replace(inputs=inputs, gradients=gradients, input_count=taken, share=share, examples=len(gradients[0]))
+
+
+def _hash(numbers: Tensor) -> Tensor:
+    """Numbers below 2^32, equally distributed: multiplicative hashing (Knuth, TAOCP 6.4), with high bits mixed into low ones."""
+    mixed = numbers * 2654435769 % 2**32
+    mixed = (mixed ^ (mixed >> 16)) * 2246822519 % 2**32
+    return mixed ^ (mixed >> 13)
 
 
 class Layer(ABC):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from support.helpers import TokenModel, conv_net, mlp, relative_error
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from kfac_triton import KFAC, KFACPreconditioner
 from kfac_triton.curvature.rounding import stochastically_rounded
+from kfac_triton.kernels import ops
+from kfac_triton.layers import Rows
 
 
 def _tokens(model: nn.Module, n: int = 6) -> None:
@@ -51,6 +56,75 @@ def test_rows_are_every_second_one_and_factors_keep_their_scale(setting: dict) -
     for name in whole:  # the two halves together are the whole
         for got, expected in zip(both[name], whole[name], strict=True):
             assert relative_error(got, expected) <= 1e-7
+
+
+@pytest.mark.parametrize(("tokens", "fraction"), [(16, 1 / 4), (16, 1 / 8), (15, 1 / 3), (6, 1 / 2), (7, 1 / 7), (1, 1 / 2)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_position_of_an_example_is_sampled_in_every_step(tokens: int, fraction: float, compiled: bool) -> None:
+    """Tokens are one-hot vectors of their positions: the diagonal of A tells how often each of them was taken.
+
+    In compiled passes as often as at random, within four standard deviations.
+    """
+    torch.compiler.reset()
+    examples = 8 * tokens * 9  # a multiple of each stride, but for 1 / 7
+    tolerance = 4 / math.sqrt(examples * fraction) if compiled else 0.1
+    model = nn.Linear(tokens, 2, bias=False).double()
+    run = torch.compile(model, backend="aot_eager") if compiled else model
+    x = torch.eye(tokens, dtype=torch.float64).expand(examples, tokens, tokens)
+    with KFACPreconditioner(model, damping=0.1, loss_terms="tokens", stats_fraction=fraction, ema_decay=0.0) as ours:
+        for _ in range(3):
+            model.zero_grad()
+            run(x).square().mean().backward()
+            ours.precondition_()
+            a = ours.factors()[""][0]
+            torch.testing.assert_close(a, torch.eye(tokens, dtype=torch.float64) / tokens, rtol=tolerance, atol=1e-12)
+
+
+@pytest.mark.parametrize("positions", [*range(1, 30), 64, 197, 1024])
+def test_the_stride_is_the_next_that_meets_every_position(positions: int) -> None:
+    for every in range(2, 20):
+        rows = torch.arange(every * positions * 40)
+        sampled = Rows([rows], [rows], ops.ROWS, ops.ROWS, len(rows), len(rows), len(rows) // positions).sample(every, 5)
+        stride = int(sampled.gradients[0][1] - sampled.gradients[0][0])
+        good = [n for n in range(every, stride + 1) if len({i * n % positions for i in range(positions)}) == positions]
+        assert good == [stride]
+        assert sampled.gradients[0][0] == 5 % stride
+        assert sampled.input_count == len(sampled.gradients[0])
+        assert sampled.share == pytest.approx(1 / stride, rel=0.02)
+
+
+@pytest.mark.parametrize("positions", [*range(1, 30), 64, 197, 1024])
+def test_a_compiled_pass_takes_one_row_in_so_many_and_meets_every_position(positions: int) -> None:
+    for every in range(2, 20):
+        examples = 40 * every
+        rows = torch.arange(examples * positions)
+        sampled = Rows([rows], [rows], ops.ROWS, ops.ROWS, len(rows), len(rows), examples).sample_compiled(every)
+        chosen = sampled.gradients[0]
+        assert torch.equal(chosen // every, torch.arange(-(-len(rows) // every)))  # one of each `every` neighbours
+        counts = torch.bincount(chosen % positions, minlength=positions).double()
+        assert counts.min() > 0, every
+        chi_squared, freedom = float((counts - 40).square().sum() / 40), positions - 1
+        assert chi_squared <= freedom + 4 * math.sqrt(2 * freedom), every  # as at random, within four standard deviations
+
+
+def test_a_pass_without_rows_is_sampled() -> None:
+    nothing = torch.zeros(0, 3)
+    rows = Rows([nothing], [nothing], ops.ROWS, ops.ROWS, 0, 0, 0)
+    assert rows.sample(4, 2).input_count == rows.sample_compiled(4).input_count == 0
+
+
+def test_sampling_compiles_once_for_all_lengths() -> None:
+    for setting in ({"stats_fraction": 1 / 4}, {"max_stats_tokens": 20}):
+        torch.compiler.reset()
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+        optimizer = KFAC(model, lr=0.01, loss_terms="tokens", **setting)
+        graphs = CompileCounterWithBackend("aot_eager")
+        run = torch.compile(model, backend=graphs, fullgraph=True, dynamic=True)
+        for length in (16, 12, 9, 8, 10, 20, 25, 7):
+            optimizer.zero_grad()
+            run(torch.randn(5, length, 6)).square().mean().backward()
+            optimizer.step()
+        assert graphs.frame_count == 1
 
 
 def test_gradients_of_a_part_estimate_those_of_all() -> None:
