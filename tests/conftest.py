@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.interpreter import patch_language_once
+
+patch_language_once()
 
 TABLE = "table"  # name under which a test's report carries what it shows
 
