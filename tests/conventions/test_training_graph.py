@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.graphed import WARMUP, both, graphed, kinds, pair, pretend_gpu, same, sgd, tiny
+from support.graphed import WARMUP, CapturableSGD, both, graphed, kinds, pair, pretend_gpu, same, sgd, tiny
 from support.recording import LOSS, Case, Run
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch)
 
 
+WITH_KFAC = pytest.param(None, marks=pytest.mark.slow)  # beside an optimizer whose steps are quick
 CASES = {
     "dropout": Case(lambda: nn.Sequential(nn.Dropout(0.2), nn.Linear(5, 4))),
     "adamw": Case(tiny, options={"tail": "adamw", "weight_decay": 0.1}),
@@ -65,10 +66,15 @@ def test_no_more_shapes_are_recorded_than_allowed() -> None:
     assert same(eager, run)
 
 
+def _capturable(model: nn.Module) -> torch.optim.Optimizer:
+    return CapturableSGD([{"params": [*model.parameters()], "capturable": True, "lr": 0.1}])
+
+
 @pytest.mark.usefixtures("_gpu")
-def test_a_scheduler_and_the_user_change_the_rate_of_replays() -> None:
+@pytest.mark.parametrize("make", [_capturable, WITH_KFAC])
+def test_a_scheduler_and_the_user_change_the_rate_of_replays(make: Any) -> None:
     """A rate that was a number has become a tensor; numbers that are assigned later go into it, without a new recording."""
-    eager, run = pair(lr=0.1)
+    eager, run = pair(make, lr=0.1)
     eager.optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
     step = graphed(run)
     schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(x.optimizer, 20) for x in (eager, run)]
@@ -110,8 +116,11 @@ def _move(run: Run) -> None:
     run.model[0].weight.data = run.model[0].weight.data.clone()  # type: ignore[index]
 
 
+LOAD = pytest.param(None, _load, marks=pytest.mark.slow)  # a preconditioner loads below
+
+
 @pytest.mark.usefixtures("_gpu")
-@pytest.mark.parametrize(("make", "change"), [(None, _change), (None, _load), (sgd, _decay), (sgd, _freeze), (sgd, _move)])
+@pytest.mark.parametrize(("make", "change"), [(None, _change), LOAD, (sgd, _decay), (sgd, _freeze), (sgd, _move)])
 def test_what_a_graph_does_not_see_makes_it_record_anew(make: Any, change: Callable[[Run], None]) -> None:
     """One eager step, then a new graph; from there on it replays again."""
     eager, run = pair(make)
@@ -125,9 +134,12 @@ def test_what_a_graph_does_not_see_makes_it_record_anew(make: Any, change: Calla
 
 
 @pytest.mark.usefixtures("_gpu")
-def test_a_new_group_is_trained_in_the_next_recording() -> None:
-    def make(model: nn.Module) -> KFAC:
+@pytest.mark.parametrize("has_kfac", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_new_group_is_trained_in_the_next_recording(has_kfac: bool) -> None:
+    def make(model: nn.Module) -> torch.optim.Optimizer:
         params = [*model[0].parameters()]  # type: ignore[index]
+        if not has_kfac:
+            return torch.optim.SGD(params, lr=0.1, momentum=0.9)
         return KFAC(model, params, lr=torch.tensor(0.1), damping=0.1, inverse="factored", capturable=True, backend="triton")
 
     eager, run = pair(make, Case(lambda: nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 4))))

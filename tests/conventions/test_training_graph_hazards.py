@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.graphed import graphed, kinds, pretend_gpu, sgd, tiny
+from support.graphed import CapturableSGD, graphed, kinds, pretend_gpu, sgd, tiny
 from support.recording import LOSS, Case, Run
 from torch import Tensor, nn
 
@@ -21,15 +21,6 @@ from kfac_triton import KFACPreconditioner, graphed_step
 @pytest.fixture(autouse=True)
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch)
-
-
-class CapturableSGD(torch.optim.SGD):
-    """SGD with a rate that may be a tensor, as AdamW's with capturable=True, which PyTorch refuses on a CPU."""
-
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.data.sub_(group["lr"] * p.grad)
 
 
 def _capturable(model: nn.Module, lr: Any) -> torch.optim.Optimizer:

@@ -72,6 +72,15 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
+class CapturableSGD(torch.optim.SGD):
+    """SGD with a rate that may be a tensor, as AdamW's with capturable=True, which PyTorch refuses on a CPU."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.sub_(group["lr"] * p.grad)
+
+
 def pair(make: Any = None, case: Case | None = None, **options: Any) -> tuple[Run, Run]:
     """Two equal runs."""
     return Run(case or Case(tiny), make, **options), Run(case or Case(tiny), make, **options)
