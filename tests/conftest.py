@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.interpreter import patch_language_once
+from support import interpreter
 
-patch_language_once()
+interpreter.make_quicker()
 
 TABLE = "table"  # name under which a test's report carries what it shows
 
