@@ -26,7 +26,9 @@ CPU = torch.device("cpu")
 OPERATIONS = ("covariance_ema", "newton_schulz_inverse", "factored_newton_refresh", "precondition")
 
 
-def test_a_sound_installation(capsys):
+@pytest.mark.parametrize("sides", [(16,), pytest.param(doctor._INTERPRETED_SIDES, marks=pytest.mark.slow)], ids=str)
+def test_a_sound_installation(sides, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_INTERPRETED_SIDES", sides)
     assert main(["doctor", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert f"kfac_triton {__version__}, torch {torch.__version__}" in out

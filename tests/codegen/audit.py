@@ -112,7 +112,7 @@ def _read_nvidia(compiled: Any, architecture: Architecture) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
-        usage, text = _run("cuobjdump", "-res-usage", path), _run("nvdisasm", "-c", path)
+        usage, text = _run("cuobjdump", "-res-usage", path), _run("nvdisasm", "-c", "-ndf", path)  # without dataflow: quicker
     match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if match is None:
         raise ValueError(f"cuobjdump said nothing of registers: {usage}")

@@ -23,7 +23,9 @@ def _say(facts: dict[str, Any]) -> None:
 def run(arch: str, which: str, first: int) -> None:
     """Prints what became of the cases from `first` on."""
     architecture = audit.ARCHITECTURES[arch]
-    chosen = cases.shipped(arch) if which == "shipped" else rejected.cases()
+    chosen = rejected.cases() if which == "rejected" else cases.shipped(arch)
+    if which == "one of each":
+        chosen = list({case.kernel: case for case in reversed(chosen)}.values())
     for case in chosen[first:]:
         folder = case.kernel.__module__.split(".")[-2]
         facts = {

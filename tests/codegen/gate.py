@@ -114,7 +114,15 @@ def _environment(cache: str) -> dict[str, str]:
 
 
 def compile_all(arch: str, which: str = "shipped") -> list[Outcome]:
-    """Compiles the "shipped" or the "rejected" cases for one architecture; a child that dies costs only its case."""
+    """Compiles cases for one architecture; a child that dies costs only its case.
+
+    Args:
+        arch: the architecture.
+        which: "shipped", all of them; "one of each", the first one of each kernel; "rejected".
+
+    Returns:
+        What became of them.
+    """
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as cache:
         while True:

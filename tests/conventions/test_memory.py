@@ -187,10 +187,11 @@ LOOPS: dict[str, Callable[[nn.Module], Callable[[int], object]]] = {
     "auto": _auto,
     "closure that raises": _raising,
 }
-LONG = [pytest.param(name, 500, marks=[] if name == "default" else pytest.mark.slow) for name in LOOPS]
+LENGTHS = [100, pytest.param(500, marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize(("name", "steps"), [*((name, 100) for name in LOOPS if name != "default"), *LONG])
+@pytest.mark.parametrize("steps", LENGTHS)
+@pytest.mark.parametrize("name", LOOPS)
 def test_nothing_grows(name: str, steps: int) -> None:
     """Most bytes alive after a step and within one: in the last twenty steps what they were in those before the 50th."""
     with MemoryMeter() as meter:

@@ -97,7 +97,7 @@ def errors(n: int, condition: float) -> dict[str, tuple[float, float]]:
     return result
 
 
-@pytest.mark.parametrize("n", [64, 256, pytest.param(1024, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [64, *(pytest.param(n, marks=pytest.mark.slow) for n in (256, 1024))])
 def test_table(n: int, show: Callable[..., None]) -> None:
     """Warm refreshes are fit for use at every condition; whatever is certified is as good as its certificate."""
     table = {condition: errors(n, condition) for condition in CONDITIONS}

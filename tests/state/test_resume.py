@@ -182,7 +182,7 @@ def _process(path: Path, *arguments: str) -> int:
     return subprocess.run(command, env={"PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1"}, check=False).returncode
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_killed_run_resumed_from_its_last_checkpoint(dtype: str, tmp_path: Path) -> None:
     """200 steps in one go; 121, killed in the middle, and the rest in a new process from the checkpoint of step 99."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
