@@ -67,7 +67,7 @@ def test_a_process_that_hangs_or_dies_costs_only_itself(bench: Bench) -> None:
 def test_parts_that_fail_are_listed_and_the_others_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(command.PARTS, "ghost", command.Part("which its process does not know", "nowhere:run", 20))
+    monkeypatch.setitem(command.PARTS, "ghost", command.Part("which its process does not know", "nowhere:run", 120))
     monkeypatch.setitem(command.PARTS, "graph", dataclasses.replace(command.PARTS["graph"], seconds=0.3))
     arguments = ["ghost", "graph", "env", "--device", "cpu", "--quick", "--out", str(tmp_path / "new")]
     assert command.main(arguments) == 1
