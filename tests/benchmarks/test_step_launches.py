@@ -52,7 +52,10 @@ DIFFERENCES = {
 }
 
 
-@pytest.mark.parametrize("name", DIFFERENCES)
+QUICK = ("gpt", "resnet")  # between them, layers and norms of all kinds; each takes a process, which compiles its kernels
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in DIFFERENCES])
 def test_launches_are_those_of_a_step(name: str) -> None:
     found = host_time.run_in_process(name, host_time.ROOT, argparse.Namespace(repeats=1, settings={}))
     work = Workload(described(*task(name)), SHIPPED)
