@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from kfac_triton import KFAC, KFACPreconditioner
 
 STEPS, WARM = 20, 4
+FOREACH = [None, False, True]
 Step = Callable[[Tensor, Tensor], Any]
 loss_of = nn.functional.cross_entropy
 
@@ -55,9 +56,12 @@ def _vector(model: nn.Module) -> Tensor:
     return nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["step", "whole"])
+# Each takes seconds; the choice of foreach is varied where the step alone is compiled.
+WHOLE = [(foreach, True) if foreach is None else pytest.param(foreach, True, marks=pytest.mark.slow) for foreach in FOREACH]
+
+
+@pytest.mark.parametrize(("foreach", "whole"), [*((foreach, False) for foreach in FOREACH), *WHOLE])
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["number", "tensor"])
-@pytest.mark.parametrize("foreach", [None, False, True])
 @pytest.mark.parametrize("tail", ["sgd", "adamw"])
 def test_a_compiled_step_is_the_step(tail: str, foreach: bool | None, tensor_lr: bool, whole: bool) -> None:
     """Bit for bit, with a rate that a scheduler changes, and intervals that do not fit each other."""

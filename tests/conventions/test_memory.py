@@ -187,7 +187,7 @@ LOOPS: dict[str, Callable[[nn.Module], Callable[[int], object]]] = {
     "auto": _auto,
     "closure that raises": _raising,
 }
-LENGTHS = [100, pytest.param(500, marks=pytest.mark.slow)]
+LENGTHS = [80, pytest.param(500, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("steps", LENGTHS)
