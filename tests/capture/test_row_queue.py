@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kfac_triton import KFACPreconditioner
 from kfac_triton.capture import row_queue
-from kfac_triton.kernels import ops
+from kfac_triton.kernels import device_tables, ops
 
 
 def _backward_launches(depth: int, rows: int, **settings: Any) -> tuple[int, int]:
@@ -25,9 +25,10 @@ def _backward_launches(depth: int, rows: int, **settings: Any) -> tuple[int, int
     with counted_launches() as counts:
         ours = KFACPreconditioner(model, backend="triton", **settings)
         operators = []
-        for paused in (False, False, True):  # the first one makes tables
+        for paused in (False, False, True):
             model.zero_grad()
             counts.clear()
+            device_tables._copies.cache_clear()  # a table of the same addresses may be there from an earlier pass, or may not
             with CountedOperators() as counted, ours.paused() if paused else nullcontext():
                 model(x).square().mean().backward()
             operators.append((counts["covariance_kernel"], counted.counts))
@@ -41,7 +42,7 @@ def test_launches_of_a_backward_pass_do_not_depend_on_the_depth(show: Callable[.
     show(f"\nLaunches and torch operators of the hooks in forward and backward, by layers and rows: {found}")
     assert found[12, 200][0] == found[48, 200][0] <= 2  # another for the batch, which does not start at a multiple of 16 bytes
     assert found[12, 4][0] == found[48, 4][0] <= 1  # the first layer's input is the batch: it is not deferred
-    assert found[12, 200][1] == found[48, 200][1] <= 6
+    assert found[12, 200][1] == found[48, 200][1] <= 12  # nine make three tables, of which two are kept from pass to pass
 
 
 @pytest.mark.parametrize("layers_at_once", [1, 3, 8])
