@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from kfac_triton.layers import meeting_all
+
 from .contest import CONTEST, KFAC_NAME, Config
 from .problems import Problem
 
@@ -65,24 +67,25 @@ def _largest_kernel(problem: Problem) -> int:
     return max((math.prod(m.kernel_size) for m in problem.build(0).modules() if isinstance(m, nn.Conv2d)), default=0)
 
 
-def rows_kept(rows: int, config: Config) -> int:
-    """Rows that are left of so many."""
+def rows_kept(rows: int, positions: int, config: Config) -> int:
+    """Rows that are left of so many, of examples with so many positions."""
     every = math.ceil(1 / config["stats_fraction"] - 1e-9)
     if config["max_stats_tokens"] is not None:
         every = max(every, -(-rows // config["max_stats_tokens"]))
-    return -(-rows // every)
+    return -(-rows // meeting_all(every, positions))
 
 
 def choices(problem: Problem) -> list[Choice]:
     """Everything that is compared on a problem, in the order in which it runs; the first is the reference."""
     side, base = largest_side(problem), BASE[problem.name] | _WHOLE
     size = side + 1  # the column for the bias
+    rows = rows_of(problem)
 
     def choice(name: str, **settings: Any) -> Choice:
         config = base | settings
         limit = config["max_factor_size"]
         count = 1 if limit is None else -(-side // (limit - 1))
-        return Choice(name, config, rows_kept(rows_of(problem), config), size, -(-side // count) + 1)
+        return Choice(name, config, rows_kept(rows, rows // problem.batch, config), size, -(-side // count) + 1)
 
     def blocks(count: int) -> Config:
         return {"max_factor_size": max(-(-side // count), _largest_kernel(problem)) + 1}

@@ -52,15 +52,12 @@ class Rows(NamedTuple):
     def sample(self, every: int, step: int) -> Rows:
         """Every n-th row (of a matrix) or example (of a convolution), starting with number step modulo n, as views.
 
-        n is the smallest number from `every` on that has no common divisor with the number of rows of an example. Otherwise
-        a step would see the same few positions of each example.
+        n is `meeting_all(every, rows of an example)`.
         """
         if self.make is not None:
             return self.make().sample(every, step)
         rows = len(self.gradients[0])
-        positions = max(1, rows // max(1, self.examples))
-        while math.gcd(every, positions) > 1:
-            every += 1
+        every = meeting_all(every, rows // max(1, self.examples))
         first = min(step % every, max(0, rows - 1))
         return self._part(lambda x: x[first::every])
 
@@ -84,8 +81,18 @@ class Rows(NamedTuple):
         return self._replace(inputs=inputs, gradients=gradients, input_count=taken, share=share, examples=len(gradients[0]))
 
 
+def meeting_all(every: int, positions: int) -> int:
+    """The smallest stride, from `every` on, that has no common divisor with the number of positions of an example.
+
+    With another one, a step would see the same few positions of each example.
+    """
+    while math.gcd(every, max(1, positions)) > 1:
+        every += 1
+    return every
+
+
 def _hash(numbers: Tensor) -> Tensor:
-    """Numbers below 2^32, equally distributed: multiplicative hashing (Knuth, TAOCP 6.4), with high bits mixed into low ones."""
+    """Numbers below 2^32, equally distributed: multiplicative hashing (Knuth, TAOCP 6.4), high bits mixed into low ones."""
     mixed = numbers * 2654435769 % 2**32
     mixed = (mixed ^ (mixed >> 16)) * 2246822519 % 2**32
     return mixed ^ (mixed >> 13)
