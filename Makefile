@@ -52,7 +52,7 @@ TRAINERS := tests/integrations "tests/test_docs.py::test_blocks_run[docs/trainer
 
 test-all: check .venv-trainers/.installed  ## the checks, then every test, those of the trainers in an environment of their own
 	.venv-trainers/bin/python -m pytest -m slow $(TRAINERS) $(PYTEST)
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "slow or not slow" --ignore tests/integrations --deselect "tests/test_docs.py::test_blocks_run[docs/trainers.md]" $(PYTEST)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --hypothesis-profile default -m "slow or not slow" --ignore tests/integrations --deselect "tests/test_docs.py::test_blocks_run[docs/trainers.md]" $(PYTEST)
 
 # The variable keeps mkdocs-material from printing an advertisement.
 docs: $(VENV)/.installed-docs  ## pages and API reference into build/site; a warning is an error, and no network is needed

@@ -7,6 +7,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # threads of several processes wo
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -14,6 +15,12 @@ import torch
 from support import interpreter
 
 interpreter.make_quicker()
+if find_spec("hypothesis") is not None:  # the environment of the trainers has none
+    from hypothesis import settings
+
+    # A change is not judged by another one's luck: `make test` draws the same examples each time, `make test-all` new ones.
+    settings.register_profile("repeatable", derandomize=True)
+    settings.load_profile("repeatable")
 
 TABLE = "table"  # name under which a test's report carries what it shows
 
