@@ -19,19 +19,15 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from ..kernels import ops, precision, runtime
-from ..kernels.certificate import FACTORED, damped, inverse_residual, mirror, probe_error, root_residual, rounding_error
+from ..kernels import ops, runtime
 from ..kernels.device_tables import device_vector
 from .async_flags import AsyncFlags
 from .factor_stack import FactorStack
+from .factorizations import all_finite, cholesky, eigh, pieces
 from .groups import SideGroup
-from .triangular import prefers_batches, symmetric_product, triangular_inverse
 
 # Training with errors up to 0.3 is as good as with exact inverses. With an error below 1 the inverse is positive definite.
 ACCEPT = 0.3
-# Bytes of a stack that are inverted at a time, because the work space is some five times as large. On a GPU, where each call is
-# a few launches, seven matrices of 3,072 rows.
-_PIECE, _PIECE_IN_BATCHES = 2**23, 2**28
 _DOUBLINGS = 20  # largest number of Newton-Schulz steps; a matrix that needs more than 16 is too ill-conditioned for float32
 # Newton steps of a warm refresh. Where the host does not read the residuals, all steps are launched, needed or not. Four are
 # enough there: the host factors a matrix that needs more by Cholesky in the next step. A replayed CUDA graph cannot do that, so
@@ -44,63 +40,6 @@ def resolve(method: str, device: torch.device) -> str:
     if method != "auto":
         return method
     return "factored" if device.type == "cuda" else "cholesky"
-
-
-def _pieces(count: int, factors: Tensor, dtype: torch.dtype) -> list[slice]:
-    """The parts of a stack of this many matrices that are inverted in dtype one after the other."""
-    limit = _PIECE_IN_BATCHES if prefers_batches(factors.device) else _PIECE
-    most = max(1, limit // max(1, factors.shape[-1] ** 2 * dtype.itemsize))
-    return [slice(start, start + most) for start in range(0, count, most)]
-
-
-@precision.library_float32()  # certificates of products in TF32 would refuse what is right
-def cholesky(factor: Tensor, damping: Tensor, as_root: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cholesky in the factor's precision: (inverse, or its root T, rounded to dtype; residual of the rounded result)."""
-    target = damped(factor, damping)
-    lower, info = torch.linalg.cholesky_ex(target)
-    failed = (info != 0) | ~torch.isfinite(lower.diagonal(dim1=-2, dim2=-1).sum(-1))
-    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    if prefers_batches(lower.device) or bool(failed.any()):  # on a GPU the host must not wait to find out
-        lower = torch.where(failed[:, None, None], identity, lower)
-    result = triangular_inverse(lower)
-    if as_root:
-        _, distance, rounding = root_residual(target, result.to(dtype).to(factor.dtype))
-        residual = distance + rounding  # the distance does not include the rounding error of adding the damping
-    else:
-        result = symmetric_product(result)
-        if factor.dtype == dtype:
-            residual = rounding_error(target, result.diagonal(dim1=-2, dim2=-1), dtype, FACTORED)
-            residual = torch.maximum(residual, probe_error(target, result))
-        else:  # precise enough to measure the rounding error of the result
-            residual = inverse_residual(target, result.to(dtype).to(factor.dtype))
-    result = result.to(dtype)
-    failed = failed | ~torch.isfinite(result.sum((-2, -1)))
-    return result, residual.to(dtype).masked_fill(failed, torch.inf)
-
-
-def eigh(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """(inverse, residual) from the eigenbasis. Negative eigenvalues, which are due to rounding, are set to zero."""
-    finite = _finite(factor)  # eigh raises for the whole stack if one matrix is not finite
-    try:
-        values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], factor, 0.0))
-    except torch.linalg.LinAlgError:  # one matrix of the stack did not converge
-        if len(factor) == 1:
-            return torch.zeros_like(factor), torch.full_like(damping, torch.inf)
-        alone = [eigh(*pair) for pair in zip(factor.split(1), damping.split(1), strict=True)]
-        return torch.cat([inverse for inverse, _ in alone]), torch.cat([residual for _, residual in alone])
-    root = (vectors * (values.clamp_min(0) + damping[:, None]).rsqrt().unsqueeze(-2)).mT
-    inverse = mirror(root.mT @ root)
-    target = damped(factor, damping)
-    # The root's distance does not see the rounding of T^T T, and the terms of the inverse's own can cancel where float32 has
-    # too few digits. Of 600,000 hard matrices none had an error above the larger of the two.
-    _, distance, rounding = root_residual(target, root)
-    residual = torch.maximum(distance + rounding, inverse_residual(target, inverse))
-    return inverse, residual.masked_fill(~(finite & _finite(inverse)), torch.inf).nan_to_num(nan=torch.inf)
-
-
-def _finite(stack: Tensor) -> Tensor:
-    """Whether all elements of each matrix are finite, (B,)."""
-    return torch.isfinite(stack).flatten(1).all(1)
 
 
 class Inverse(ABC):
@@ -247,7 +186,7 @@ class InverseStack(Inverse):
             )
         else:
             invert = eigh if self.method == "eigh" else partial(cholesky, as_root=False, dtype=factors.dtype)
-            for piece in _pieces(len(factors), factors, factors.dtype):
+            for piece in pieces(len(factors), factors, factors.dtype):
                 values[piece], residual[piece] = invert(factors[piece], damping[piece])
 
     def _fall_back(self, factors: Tensor, remaining: Tensor) -> None:
@@ -264,12 +203,12 @@ class InverseStack(Inverse):
                 self.raised.index_add_(0, remaining, torch.isfinite(damping).long())
             dtype = attempts[min(attempt, len(attempts) - 1)]
             # No damping makes a matrix invertible that is not finite, or a damping that has become infinite.
-            hopeless = ~_finite(damping[:, None])
+            hopeless = ~all_finite(damping[:, None])
             certified = torch.zeros_like(hopeless)
-            for piece in _pieces(len(remaining), factors, dtype):
+            for piece in pieces(len(remaining), factors, dtype):
                 places = remaining[piece]
                 targets = factors[places]
-                hopeless[piece] |= ~_finite(targets)
+                hopeless[piece] |= ~all_finite(targets)
                 values, residual = cholesky(targets.to(dtype), damping[piece].to(dtype), self.factored, factors.dtype)
                 certified[piece] = residual <= ACCEPT
                 self.values.index_copy_(0, places, values.masked_fill_(~certified[piece, None, None], 0.0))

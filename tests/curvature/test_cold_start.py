@@ -12,9 +12,10 @@ from support.helpers import energy_error
 from support.launches import CountedOperators, CountedWaits
 from torch import Generator, Tensor
 
+from kfac_triton.curvature import factorizations, triangular
 from kfac_triton.curvature import inverse as inverse_module
-from kfac_triton.curvature import triangular
-from kfac_triton.curvature.inverse import ACCEPT, InverseStack, cholesky
+from kfac_triton.curvature.factorizations import cholesky
+from kfac_triton.curvature.inverse import ACCEPT, InverseStack
 from kfac_triton.curvature.triangular import prefers_batches, symmetric_product, triangular_inverse
 from kfac_triton.kernels import precision
 
@@ -22,7 +23,7 @@ from kfac_triton.kernels import precision
 @pytest.fixture
 def _in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU runs, on a CPU."""
-    for module in (triangular, inverse_module):
+    for module in (triangular, factorizations):
         monkeypatch.setattr(module, "prefers_batches", lambda device: True)
 
 
@@ -55,7 +56,7 @@ def test_a_cold_start_launches_as_much_for_large_stacks_as_for_small_ones(
     monkeypatch: pytest.MonkeyPatch, show: Callable[..., None]
 ) -> None:
     looped = _operators(4, 768)
-    for module in (triangular, inverse_module):
+    for module in (triangular, factorizations):
         monkeypatch.setattr(module, "prefers_batches", lambda device: True)
     small, large = (_operators(count, n) for count, n in ((1, 8), (4, 768)))
     show(f"\nOperators of a cold start, four matrices of 768 rows: {looped} by recursion, {large} in batches")
@@ -66,7 +67,7 @@ def test_a_cold_start_launches_as_much_for_large_stacks_as_for_small_ones(
 def test_pieces_bound_the_work_space_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     factors, sizes = _factors(7, 40), []
     whole = _cold(factors)
-    monkeypatch.setattr(inverse_module, "_PIECE_IN_BATCHES", 3 * factors[0].nbytes + 1)
+    monkeypatch.setattr(factorizations, "_PIECE_IN_BATCHES", 3 * factors[0].nbytes + 1)
 
     def watched(factor: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         sizes.append(len(factor))
@@ -112,7 +113,7 @@ def test_hard_matrices_get_the_inverses_of_the_cpu(as_root: bool) -> None:
         case = hard_stack(random, 100, n)
         batched = cholesky(case.factors, case.damping, as_root, torch.float32)
         with pytest.MonkeyPatch.context() as patch:
-            for module in (triangular, inverse_module):
+            for module in (triangular, factorizations):
                 patch.setattr(module, "prefers_batches", lambda device: False)
             looped = cholesky(case.factors, case.damping, as_root, torch.float32)
         accepted = [residual <= 0.5 * ACCEPT for _, residual in (batched, looped)]
@@ -184,13 +185,13 @@ def test_a_fallback_leaves_those_alone_that_were_not_refused() -> None:
 def test_tf32_that_the_user_allows_is_not_used_by_cholesky(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither for the inverse nor for its certificate, which would refuse what is right."""
     seen: list[str] = []
-    honest = inverse_module.root_residual
+    honest = factorizations.root_residual
 
     def watched(*args: Any) -> Any:
         seen.append(torch.backends.cuda.matmul.fp32_precision)
         return honest(*args)
 
-    monkeypatch.setattr(inverse_module, "root_residual", watched)
+    monkeypatch.setattr(factorizations, "root_residual", watched)
     with precision.library_tf32():  # as the user's own choice
         _cold(_factors(2, 8))
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"

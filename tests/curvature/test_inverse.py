@@ -9,7 +9,7 @@ import torch
 from support.helpers import energy_error
 from torch import Tensor
 
-from kfac_triton.curvature import inverse as inverse_module
+from kfac_triton.curvature import factorizations
 from kfac_triton.curvature.inverse import ACCEPT, InverseStack, resolve
 from kfac_triton.kernels.certificate import mirror
 from kfac_triton.settings import METHODS
@@ -148,8 +148,8 @@ def test_indefinite_input_is_inverted_with_the_least_damping_that_makes_it_defin
 @pytest.mark.parametrize("lie", [1.5, -1.0, float("nan")])
 def test_a_library_routine_that_returns_garbage_is_not_believed(monkeypatch: pytest.MonkeyPatch, lie: float) -> None:
     """The a-priori bound of Cholesky trusts LAPACK; the probe does not."""
-    honest = inverse_module.symmetric_product
-    monkeypatch.setattr(inverse_module, "symmetric_product", lambda root: honest(root) * lie)
+    honest = factorizations.symmetric_product
+    monkeypatch.setattr(factorizations, "symmetric_product", lambda root: honest(root) * lie)
     _, exact, damping = _stack()
     factors = exact[:2].float()
     stack = InverseStack(factors, "cholesky", tolerance=0.05)

@@ -12,8 +12,7 @@ import torch
 from support.hard_matrices import KINDS, HardStack, drifted, hard_stack, uniform
 from torch import Generator, Tensor
 
-from kfac_triton.curvature import inverse as inverse_module
-from kfac_triton.curvature import triangular
+from kfac_triton.curvature import factorizations, triangular
 from kfac_triton.curvature.eigenbasis import EigenStack
 from kfac_triton.curvature.inverse import ACCEPT, InverseStack
 from kfac_triton.settings import METHODS
@@ -181,9 +180,9 @@ def test_hard_matrices(name: str) -> None:
 @pytest.mark.parametrize("name", NAMED_METHODS)
 def test_hard_matrices_in_batches_as_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Solved against the identity by the library, in pieces that are smaller than the stacks."""
-    for module in (triangular, inverse_module):
+    for module in (triangular, factorizations):
         monkeypatch.setattr(module, "prefers_batches", lambda device: True)
-    monkeypatch.setattr(inverse_module, "_PIECE_IN_BATCHES", 2**14)
+    monkeypatch.setattr(factorizations, "_PIECE_IN_BATCHES", 2**14)
     results = fuzz(name, 800, seed=2)
     totals = sum(results.counts.values(), Counter())
     assert results.error <= LARGEST

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from support.helpers import energy_error
 from torch import Tensor
 
-from kfac_triton.curvature.inverse import ACCEPT, cholesky, eigh
+from kfac_triton.curvature.factorizations import cholesky, eigh
+from kfac_triton.curvature.inverse import ACCEPT
 from kfac_triton.kernels import ops
 from kfac_triton.kernels.certificate import (
     COMPUTED,

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from support.helpers import energy_error
 from torch import Tensor
 
-from kfac_triton.curvature.inverse import ACCEPT, cholesky
+from kfac_triton.curvature.factorizations import cholesky
+from kfac_triton.curvature.inverse import ACCEPT
 from kfac_triton.kernels import ops, runtime, tuning
 
 interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton brings the interpreter")
