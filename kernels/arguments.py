@@ -16,43 +16,45 @@ DIGITS = (torch.float32, torch.float64)
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises ValueError with this message unless the condition holds."""
+    """Raises ValueError with this message unless the condition holds.
+
+    The message is made in any case. What is checked for every tensor of a step makes it only when it is needed.
+    """
     if not condition:
         raise ValueError(message)
 
 
 def require_digits(name: str, tensor: Tensor) -> None:
     """Single or double precision."""
-    require(
-        tensor.dtype in DIGITS,
-        f"{name} must be float32 or float64, but is {tensor.dtype}; convert it (16 bits have too few digits to keep a factor)",
-    )
+    if tensor.dtype not in DIGITS:
+        raise ValueError(
+            f"{name} must be float32 or float64, but is {tensor.dtype}; convert it (16 bits have too few digits to keep a factor)"
+        )
 
 
 def require_stack(name: str, stack: Tensor) -> None:
     """A stack of square matrices, in single or double precision."""
     require_digits(name, stack)
-    require(
-        stack.dim() == 3 and stack.shape[1] == stack.shape[2],
-        f"{name} must be a stack of square matrices (B, n, n), but has shape {tuple(stack.shape)}",
-    )
+    shape = stack.shape
+    if len(shape) != 3 or shape[1] != shape[2]:
+        raise ValueError(f"{name} must be a stack of square matrices (B, n, n), but has shape {tuple(shape)}")
 
 
 def require_like(name: str, tensor: Tensor, shape: tuple[int, ...], other: Tensor) -> None:
     """This shape, and the dtype and device of another tensor."""
-    require(
-        tuple(tensor.shape) == shape and tensor.dtype == other.dtype and tensor.device == other.device,
-        f"{name} must have shape {shape}, dtype {other.dtype} and device {other.device}, but has "
-        f"{tuple(tensor.shape)}, {tensor.dtype} and {tensor.device}",
-    )
+    if tensor.shape != shape or tensor.dtype != other.dtype or tensor.device != other.device:
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)}, dtype {other.dtype} and device {other.device}, but has "
+            f"{tuple(tensor.shape)}, {tensor.dtype} and {tensor.device}"
+        )
 
 
 def require_vector(name: str, vector: Tensor, count: int, device: torch.device) -> None:
     """A number or flag for each of `count` matrices, of any dtype, on their device."""
-    require(
-        tuple(vector.shape) == (count,) and vector.device == device,
-        f"{name} must have shape ({count},) and be on {device}, but has shape {tuple(vector.shape)} and is on {vector.device}",
-    )
+    if vector.shape != (count,) or vector.device != device:
+        raise ValueError(
+            f"{name} must have shape ({count},) and be on {device}, but has shape {tuple(vector.shape)} and is on {vector.device}"
+        )
 
 
 def columns_of(i: int, shape: Sequence[int], window: Window) -> int:

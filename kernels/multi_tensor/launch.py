@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import runtime
-from ..device_tables import device_table
+from ..device_tables import Table, device_table
 from ..strides import is_dense
 from ..tiles import count, shares_of_each
 from . import kernel
+from .diagonals import runs_of
 
 _WORDS = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}  # what elements of so many bytes are copied as
 _SHARES = 16  # programs for each tensor that might be restored; all but those of bad gradients end at once
@@ -22,9 +25,9 @@ _SQUARES_BLOCK = 1024 if runtime.INTERPRETED else 4096
 def can_use_squares(inputs: list[Tensor], out: Tensor) -> str | None:
     """Why the kernel cannot serve these inputs; None if it can."""
     for i, source in enumerate(inputs):
-        if reason := runtime.unreadable(f"inputs[{i}]", source):
-            return reason
-        if not is_dense(source):
+        if source.dtype not in runtime.TYPES:
+            return runtime.unreadable(f"inputs[{i}]", source)
+        if not (source.is_contiguous() or is_dense(source)):
             return f"inputs[{i}] of shape {tuple(source.shape)} and strides {source.stride()} has gaps"
     return None if out.dtype == torch.float32 else f"out is {out.dtype}, and the kernel sums in float32"
 
@@ -48,7 +51,14 @@ def launch_squares(inputs: list[Tensor], out: Tensor) -> None:
 
 
 def can_use_blend(
-    factors: list[Tensor], sums: list[Tensor], keep: Tensor, gain: Tensor, accept: Tensor, summed: Tensor, old: Tensor
+    factors: list[Tensor],
+    sums: list[Tensor],
+    keep: Tensor,
+    gain: Tensor,
+    accept: Tensor,
+    summed: Tensor,
+    old: Tensor,
+    sizes: Sequence[int] = (),
 ) -> str | None:
     """Why the kernel cannot serve these factors; None if it can."""
     return _unusable("factors", factors) or _unusable("sums", sums)
@@ -66,61 +76,78 @@ def _unusable(name: str, stacks: list[Tensor]) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=64)
-def _pieces(stacks: tuple[tuple[int, ...], ...]) -> list[tuple[tuple[int, ...], ...]]:
-    """Rows for `blend_kernel`, those whose addresses and sizes allow wide copies first, and then the others.
+def _places(stacks: list[Tensor]) -> tuple[tuple[int, torch.Size], ...]:
+    """Where stacks are: what the tables below are made of and remembered by."""
+    return tuple([(stack.data_ptr(), stack.shape) for stack in stacks])
 
-    Args:
-        stacks: for each stack its address, that of its sums, the number of matrices, and that of the elements of one.
-    """
+
+Places = tuple[tuple[int, tuple[int, ...]], ...]
+
+
+def _matrices(stacks: Places, sizes: tuple[int, ...]) -> list[tuple[int, int, bool]]:
+    """Address and side of every matrix, and whether only its diagonal is there."""
+    runs = iter(runs_of(sizes, tuple(shape[0] for _, shape in stacks if len(shape) == 1)) or ())
+    found = []
+    for address, shape in stacks:
+        if len(shape) > 1:
+            found += [(address + 4 * shape[1] * shape[2] * i, shape[1], False) for i in range(shape[0])]
+            continue
+        run = next(runs)
+        starts = itertools.accumulate(run, initial=0)
+        found += [(address + 4 * start, size, True) for start, size in zip(starts, run, strict=False)]
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _pairs(factors: Places, sums: Places, sizes: tuple[int, ...]) -> list[Table]:
+    """Rows for `blend_kernel`, those whose addresses and sizes allow wide copies first, and then the others."""
     rows: list[list[tuple[int, ...]]] = [[], []]
-    place = 0
-    for factor, total, matrices, size in stacks:
-        for i in range(matrices):
-            row = (factor + 4 * size * i, total + 4 * size * i, size, place)
-            rows[bool(row[0] % 16 or row[1] % 16 or size % 4)].append(row)
-            place += 1
-    return [tuple(some) for some in rows]
+    pairs = zip(_matrices(factors, sizes), _matrices(sums, sizes), strict=True)
+    for place, ((factor, side, is_diagonal), (total, *_)) in enumerate(pairs):
+        size = side if is_diagonal else side * side
+        rows[bool(factor % 16 or total % 16 or size % 4)].append((factor, total, size, place))
+    return [Table(some) for some in rows]
 
 
 def launch_blend(
-    factors: list[Tensor], sums: list[Tensor], keep: Tensor, gain: Tensor, accept: Tensor, summed: Tensor, old: Tensor
+    factors: list[Tensor],
+    sums: list[Tensor],
+    keep: Tensor,
+    gain: Tensor,
+    accept: Tensor,
+    summed: Tensor,
+    old: Tensor,
+    sizes: Sequence[int] = (),
 ) -> None:
     """The Triton implementation of `blend_reference`."""
-    stacks = tuple(
-        (f.data_ptr(), s.data_ptr(), len(f) if f.dim() > 1 else 1, f[0].numel() if f.dim() > 1 else len(f))
-        for f, s in zip(factors, sums, strict=True)
-    )
     block = 1024
-    for rows, aligned in zip(_pieces(stacks), (True, False), strict=True):
+    for rows, aligned in zip(_pairs(_places(factors), _places(sums), tuple(sizes)), (True, False), strict=True):
         if rows:
-            shares = shares_of_each(count(max(row[2] for row in rows), block), len(rows))
+            shares = shares_of_each(count(max([row[2] for row in rows]), block), len(rows))
             kernel.blend_kernel[(len(rows), shares)](
                 device_table(rows, keep.device), keep, gain, accept.view(torch.uint8), summed.view(torch.uint8),
                 old.view(torch.uint8), BLOCK=block, ALIGNED=aligned, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
 
 
-def can_use_traces(stacks: list[Tensor], out: Tensor) -> str | None:
+def can_use_traces(stacks: list[Tensor], out: Tensor, sizes: Sequence[int] = ()) -> str | None:
     """Why the kernel cannot serve these stacks; None if it can."""
     return _unusable("stacks", stacks) or (None if out.dtype == torch.float32 else f"out is {out.dtype}")
 
 
-def launch_traces(stacks: list[Tensor], out: Tensor) -> None:
+def launch_traces(stacks: list[Tensor], out: Tensor, sizes: Sequence[int] = ()) -> None:
     """The Triton implementation of `traces_reference`."""
-    rows = _diagonals(tuple((x.data_ptr(), tuple(x.shape)) for x in stacks))
+    rows = _diagonals(_places(stacks), tuple(sizes))
     kernel.traces_kernel[(len(rows),)](device_table(rows, out.device), out, BLOCK=1024, num_warps=4)
 
 
 @functools.lru_cache(maxsize=64)
-def _diagonals(stacks: tuple[tuple[int, tuple[int, ...]], ...]) -> tuple[tuple[int, ...], ...]:
-    """Rows for `traces_kernel`, from addresses and shapes."""
-    rows: list[tuple[int, ...]] = []
-    for address, shape in stacks:
-        side, matrices = shape[-1], shape[0] if len(shape) > 1 else 1
-        for i in range(matrices):
-            rows.append((address + 4 * side * side * i, side, side + 1 if len(shape) > 1 else 1, len(rows)))
-    return tuple(rows)
+def _diagonals(stacks: Places, sizes: tuple[int, ...]) -> Table:
+    """Rows for `traces_kernel`."""
+    return Table(
+        (address, side, 1 if is_diagonal else side + 1, place)
+        for place, (address, side, is_diagonal) in enumerate(_matrices(stacks, sizes))
+    )
 
 
 def can_use_restore(tensors: list[Tensor], kept: list[Tensor], finite: Tensor) -> str | None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from .diagonals import split
 
 _STRIPE = (
     1 << 15
@@ -17,18 +21,24 @@ def squares_reference(inputs: list[Tensor], out: Tensor) -> None:
 
 
 def blend_reference(
-    factors: list[Tensor], sums: list[Tensor], keep: Tensor, gain: Tensor, accept: Tensor, summed: Tensor, old: Tensor
+    factors: list[Tensor],
+    sums: list[Tensor],
+    keep: Tensor,
+    gain: Tensor,
+    accept: Tensor,
+    summed: Tensor,
+    old: Tensor,
+    sizes: Sequence[int] = (),
 ) -> None:
     """Plain PyTorch, the kernel's reference. See `kfac_triton.kernels.ops.blend`.
 
     At any point, `old` says of which factors the old values are in the sums: an exception can come between two operations.
     """
     place = 0
-    for factor, total in zip(factors, sums, strict=True):
-        run = slice(place, place := place + (len(factor) if factor.dim() > 1 else 1))
-        pair = (factor, total) if factor.dim() > 1 else (factor[None], total[None])
+    for factor, total in zip(split(factors, sizes), split(sums, sizes), strict=True):
+        run = slice(place, place := place + len(factor))
         (_blend_one_by_one if factor.device.type == "cpu" else _blend_together)(
-            *pair, *(vector[run] for vector in (keep, gain, accept, summed, old))
+            factor, total, *(vector[run] for vector in (keep, gain, accept, summed, old))
         )
 
 
@@ -71,11 +81,11 @@ def _blend_together(
     factor.copy_(blended)
 
 
-def traces_reference(stacks: list[Tensor], out: Tensor) -> None:
+def traces_reference(stacks: list[Tensor], out: Tensor, sizes: Sequence[int] = ()) -> None:
     """Plain PyTorch, the kernel's reference. See `kfac_triton.kernels.ops.traces`."""
     place = 0
-    for stack in stacks:
-        diagonals = stack.diagonal(dim1=-2, dim2=-1) if stack.dim() > 1 else stack[None]
+    for stack in split(stacks, sizes):
+        diagonals = stack.diagonal(dim1=-2, dim2=-1) if stack.dim() > 2 else stack
         out[place : place + len(diagonals)] = diagonals.sum(-1)
         place += len(diagonals)
 

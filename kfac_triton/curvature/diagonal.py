@@ -17,6 +17,7 @@ class DiagonalFactors:
 
     Attributes:
         sizes: size of each factor.
+        diagonal_sizes: likewise, as `FactorStack` has it.
         factors: bias-corrected moving averages of the diagonals.
         sums: sums over the backward passes since the last step.
         owner: for each element, the number of its factor.
@@ -25,6 +26,7 @@ class DiagonalFactors:
 
     def __init__(self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         self.sizes = list(sizes)
+        self.diagonal_sizes = tuple(sizes)
         self._starts = [*itertools.accumulate(sizes, initial=0)]
         self.factors = torch.zeros(self._starts[-1], dtype=dtype, device=device)
         self.nbytes = self.factors.nbytes
@@ -64,10 +66,6 @@ class DiagonalFactors:
         self.sums.copy_(self.factors)
         self.old = everywhere
         self.factors.copy_(blended)
-
-    def split(self, vector: Tensor) -> list[Tensor]:
-        """The elements of each factor in a concatenated vector: views."""
-        return list(vector.split(self.sizes))
 
     def store(self, factors: Tensor, step: int = 0) -> None:
         """Nothing: the factors are changed where they are."""

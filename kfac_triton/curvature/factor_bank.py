@@ -65,6 +65,7 @@ class FactorBank:
             else:
                 self.stacks.append(FactorStack(sizes, dtype, device, is_compact))
         self.stores: list[FactorStack | DiagonalFactors] = [*self.stacks, *self.diagonals]
+        self._diagonal_sizes = [size for store in self.diagonals for size in store.sizes]
         self.places = [(k, i) for k, store in enumerate(self.stores) for i in range(len(store))]
         self.slots = sorted(range(len(specs)), key=self.order.__getitem__)
 
@@ -130,8 +131,7 @@ class FactorBank:
         if self._have_kernel != [True]:
             return torch.cat([store.traces(x).to(self.home) for store, x in zip(self.stores, tensors, strict=True)])
         out = self.updates.new_empty(len(self.updates), dtype=torch.float32)
-        pieces = [piece for store, x in zip(self.stores, tensors, strict=True) for piece in store.split(x)]
-        ops.traces(pieces, out, backend=self._backend)
+        ops.traces(tensors, out, self._diagonal_sizes, backend=self._backend)
         return out
 
     def weights(self, accept: Tensor, ema_decay: float) -> Tensor:

@@ -43,7 +43,10 @@ class FactorStack:
 
     Attributes:
         nbytes: bytes of the factors.
+        diagonal_sizes: sizes of the factors that are stored as diagonals: none.
     """
+
+    diagonal_sizes: tuple[int, ...] = ()
 
     def __init__(self, sizes: list[int], dtype: torch.dtype, device: torch.device, is_compact: bool = False) -> None:
         self.sizes = sizes
@@ -86,10 +89,6 @@ class FactorStack:
         if self._is_compact:
             self._stored.copy_(stochastically_rounded(factors, step))
 
-    def split(self, stack: Tensor) -> list[Tensor]:
-        """A stack as a part of what `kernels.ops.blend` takes."""
-        return [stack]
-
     def blend(self, keep: Tensor, gain: Tensor, accept: Tensor, step: int, backend: str) -> None:
         """`blend_stores` of this store alone, whose factors all have sums."""
         blend_stores([self], keep, gain, accept, torch.ones_like(accept), step, backend)
@@ -107,6 +106,7 @@ class Store(Protocol):
 
     sums: Tensor
     old: Tensor | None
+    diagonal_sizes: tuple[int, ...]
 
     @property
     def factors(self) -> Tensor:
@@ -114,9 +114,6 @@ class Store(Protocol):
 
     def __len__(self) -> int:
         """Number of factors."""
-
-    def split(self, stack: Tensor) -> list[Tensor]:
-        """See `FactorStack`."""
 
     def store(self, factors: Tensor, step: int = 0) -> None:
         """See `FactorStack`."""
@@ -139,14 +136,11 @@ def blend_stores(
         backend: of the kernels.
     """
     changed = [store.factors for store in stores]
-    factors, sums = [], []
-    for store, factor in zip(stores, changed, strict=True):
-        factors += store.split(factor)
-        sums += store.split(store.sums)
+    diagonal_sizes = [size for store in stores for size in store.diagonal_sizes]
     # The launch that overwrites a sum sets its flag: whenever an exception comes, the flags say what the sums hold.
     old = torch.zeros_like(accept)
     for store, flags in zip(stores, old.split([len(store) for store in stores]), strict=True):
         store.old = flags
-    ops.blend(factors, sums, keep, gain, accept, summed, old, backend=backend)
+    ops.blend(changed, [store.sums for store in stores], keep, gain, accept, summed, old, diagonal_sizes, backend=backend)
     for store, factor in zip(stores, changed, strict=True):
         store.store(factor, step)

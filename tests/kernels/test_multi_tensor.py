@@ -248,6 +248,35 @@ def test_traces_of_matrices_and_of_diagonals(backend: str) -> None:
     assert out.isfinite().tolist() == [i != 1 for i in range(len(expected))]
 
 
+@both_backends
+def test_a_vector_of_many_diagonals_is_as_many_vectors(backend: str) -> None:
+    """Sizes and addresses are in the key of what is remembered: the same vector may be divided otherwise."""
+    vector, total, stack = torch.arange(30.0), torch.arange(30.0).neg(), torch.eye(3)[None]
+    for sizes in ([4, 16, 10], [1, 29], [30]):
+        traces = torch.full((len(sizes) + 1,), torch.nan)
+        ops.traces([stack, vector], traces, sizes, backend=backend)
+        assert traces.tolist() == [3, *(float(x.sum()) for x in vector.split(sizes))]
+        factors, sums = [stack.clone(), vector.clone()], [stack.clone(), total.clone()]
+        keep, gain = torch.arange(len(sizes) + 1.0), torch.ones(len(sizes) + 1)
+        accept, old = torch.arange(len(sizes) + 1) != 1, torch.zeros(len(sizes) + 1, dtype=torch.bool)
+        ops.blend(factors, sums, keep, gain, accept, torch.ones_like(accept), old, sizes, backend=backend)
+        assert torch.equal(factors[0], stack)
+        for i, (x, saved) in enumerate(zip(factors[1].split(sizes), sums[1].split(sizes), strict=True), 1):
+            before, added = vector.split(sizes)[i - 1], total.split(sizes)[i - 1]
+            assert torch.equal(x, i * before + added if accept[i] else before)
+            assert torch.equal(saved, before if accept[i] else added)
+        assert torch.equal(old, accept)
+
+
+@pytest.mark.parametrize("sizes", [[3], [2, 4], [6], [0, 5], [5, 5]])
+def test_sizes_of_diagonals_divide_the_vectors(sizes: list[int]) -> None:
+    ones, flags = torch.ones(3), torch.ones(3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"sizes must divide vectors of \[5\] numbers"):
+        ops.traces([torch.ones(5)], ones, sizes)
+    with pytest.raises(ValueError, match=r"sizes must divide vectors of \[5\] numbers"):
+        ops.blend([torch.ones(5)], [torch.ones(5)], ones, ones, flags, flags, ~flags, sizes)
+
+
 def test_traces_refuse_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="out must have shape"):
         ops.traces([torch.zeros(2, 3, 3)], torch.zeros(1))
