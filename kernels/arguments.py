@@ -27,9 +27,11 @@ def require(condition: bool, message: str) -> None:
 def require_digits(name: str, tensor: Tensor) -> None:
     """Single or double precision."""
     if tensor.dtype not in DIGITS:
-        raise ValueError(
-            f"{name} must be float32 or float64, but is {tensor.dtype}; convert it (16 bits have too few digits to keep a factor)"
-        )
+        raise ValueError(_not_digits(name, tensor.dtype))
+
+
+def _not_digits(name: str, dtype: torch.dtype) -> str:
+    return f"{name} must be float32 or float64, but is {dtype}; convert it (16 bits have too few digits to keep a factor)"
 
 
 def require_stack(name: str, stack: Tensor) -> None:
@@ -53,7 +55,8 @@ def require_vector(name: str, vector: Tensor, count: int, device: torch.device) 
     """A number or flag for each of `count` matrices, of any dtype, on their device."""
     if vector.shape != (count,) or vector.device != device:
         raise ValueError(
-            f"{name} must have shape ({count},) and be on {device}, but has shape {tuple(vector.shape)} and is on {vector.device}"
+            f"{name} must have shape ({count},) and be on {device}, but has shape {tuple(vector.shape)} and is on "
+            f"{vector.device}"
         )
 
 
@@ -87,9 +90,31 @@ def columns_of(i: int, shape: Sequence[int], window: Window) -> int:
     return shape[1] * math.prod(kernel)
 
 
-@functools.lru_cache(maxsize=1024)
+def require_layers(
+    factors: tuple[Sequence[int], ...],
+    inputs: tuple[Sequence[int], ...],
+    dtypes: tuple[torch.dtype, ...],
+    ones_column: tuple[bool, ...],
+    windows: tuple[Window, ...],
+) -> None:
+    """That the shapes of factors and inputs fit each other and their windows, and factors have enough digits (dtypes)."""
+    for i, (shape, source, dtype) in enumerate(zip(factors, inputs, dtypes, strict=True)):
+        if dtype not in DIGITS:
+            raise ValueError(_not_digits(f"factors[{i}]", dtype))
+        columns = columns_of(i, source, windows[i]) + bool(ones_column[i])
+        if len(shape) != 2 or shape[0] != shape[1] or shape[0] < columns:
+            raise ValueError(
+                f"factors[{i}] must be square and at least {columns} wide for inputs[{i}] of shape {tuple(source)}, "
+                f"but has shape {tuple(shape)}"
+            )
+
+
+# What has been right is right again. A training loop repeats a handful of calls, with a hundred layers each.
+require_layers_once = functools.lru_cache(maxsize=64)(require_layers)
+
+
 def _norm_fault(norm: Norm, total: tuple[int, ...], x: tuple[int, ...], gradient: tuple[int, ...]) -> str | None:
-    """What is wrong with the shapes of a norm layer, with {i} for its number; remembered, as there may be many of them."""
+    """What is wrong with the shapes of a norm layer, with {i} for its number."""
     if norm.kind not in KINDS:
         return f"norms[{{i}}].kind must be one of {', '.join(KINDS)}, but is {norm.kind!r}"
     if norm.dims < 1 or norm.groups < 1:
@@ -109,17 +134,26 @@ def _norm_fault(norm: Norm, total: tuple[int, ...], x: tuple[int, ...], gradient
     return None
 
 
-def require_norm(i: int, norm: Norm, total: Tensor, x: Tensor, gradient: Tensor, running: tuple[Tensor, Tensor] | None) -> None:
-    """What a norm layer with number i is, its tensors, and that they fit each other."""
-    require_digits(f"totals[{i}]", total)
-    if fault := _norm_fault(norm, total.shape, x.shape, gradient.shape):
-        raise ValueError(fault.format(i=i))
-    if not x.device == gradient.device == total.device:
-        raise ValueError(
-            f"inputs[{i}], gradients[{i}] and totals[{i}] must be on one device, but are on {x.device}, {gradient.device} and "
-            f"{total.device}"
-        )
-    if running is not None:
-        require(norm.kind == "batch", f"running[{i}] must be None for kind {norm.kind!r}")
-        for name, statistic in zip(("mean", "variance"), running, strict=True):
-            require_vector(f"the {name} of running[{i}]", statistic, norm.width(x.shape), total.device)
+def require_norms(
+    norms: tuple[Norm, ...],
+    totals: tuple[tuple[int, ...], ...],
+    dtypes: tuple[torch.dtype, ...],
+    inputs: tuple[tuple[int, ...], ...],
+    gradients: tuple[tuple[int, ...], ...],
+) -> None:
+    """That norm layers are possible, their shapes fit each other, and their totals have enough digits (dtypes)."""
+    for i, (norm, total, dtype, x, gradient) in enumerate(zip(norms, totals, dtypes, inputs, gradients, strict=True)):
+        if dtype not in DIGITS:
+            raise ValueError(_not_digits(f"totals[{i}]", dtype))
+        if fault := _norm_fault(norm, total, x, gradient):
+            raise ValueError(fault.format(i=i))
+
+
+require_norms_once = functools.lru_cache(maxsize=64)(require_norms)
+
+
+def require_running(i: int, norm: Norm, running: tuple[Tensor, Tensor], x: Tensor) -> None:
+    """That running statistics fit the norm layer with number i, whose input is x."""
+    require(norm.kind == "batch", f"running[{i}] must be None for kind {norm.kind!r}")
+    for name, statistic in zip(("mean", "variance"), running, strict=True):
+        require_vector(f"the {name} of running[{i}]", statistic, norm.width(x.shape), x.device)

@@ -13,7 +13,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .arguments import DIGITS, columns_of, require, require_digits, require_like, require_norm, require_stack, require_vector
+from .arguments import (
+    require,
+    require_digits,
+    require_layers,
+    require_layers_once,
+    require_like,
+    require_norms,
+    require_norms_once,
+    require_running,
+    require_stack,
+    require_vector,
+)
 from .covariance import launch as covariance_launch
 from .covariance.reference import covariance_ema_reference
 from .covariance.window import ROWS, Window, flatten, window
@@ -100,16 +111,16 @@ def covariance_ema(
     for name, vector in (("alpha", alpha), ("beta", beta), ("accept", accept)):
         if vector is not None:
             require_vector(name, vector, count, device)
-    # A hundred layers are checked at a time, and to write a message that nobody reads takes longer than the check.
+    # A hundred layers are checked at a time. Dynamo traces the check itself, not what is remembered of it.
+    check = require_layers if torch.compiler.is_compiling() else require_layers_once
+    check(
+        tuple([x.shape for x in factors]),
+        tuple([x.shape for x in inputs]),
+        tuple([x.dtype for x in factors]),
+        tuple(ones_column),
+        tuple(windows),
+    )
     for i, (factor, source) in enumerate(zip(factors, inputs, strict=True)):
-        if factor.dtype not in DIGITS:
-            require_digits(f"factors[{i}]", factor)
-        columns, shape = columns_of(i, source.shape, windows[i]) + bool(ones_column[i]), factor.shape
-        if len(shape) != 2 or shape[0] != shape[1] or shape[0] < columns:
-            raise ValueError(
-                f"factors[{i}] must be square and at least {columns} wide for inputs[{i}] of shape {tuple(source.shape)}, "
-                f"but has shape {tuple(shape)}"
-            )
         if source.device != device or factor.device != device:
             raise ValueError(
                 f"inputs[{i}] must be on the device of all factors, {device}, but is on {source.device} "
@@ -124,6 +135,7 @@ def covariance_ema(
     reference=norm_fisher_diagonal_reference,
     launch=norm_fisher_launch.launch,
     can_use=norm_fisher_launch.can_use,
+    plan=norm_fisher_launch.look_at,
 )
 def norm_fisher_diagonal(
     totals: list[Tensor],
@@ -164,10 +176,24 @@ def norm_fisher_diagonal(
     device = totals[0].device if totals else alpha.device
     for name, vector in (("alpha", alpha), ("beta", beta)):
         require_vector(name, vector, count, device)
-    for i, total in enumerate(totals):
-        require_norm(i, norms[i], total, inputs[i], gradients[i], running[i])
+    check = require_norms if torch.compiler.is_compiling() else require_norms_once  # see `covariance_ema`
+    check(
+        tuple(norms),
+        tuple([x.shape for x in totals]),
+        tuple([x.dtype for x in totals]),
+        tuple([x.shape for x in inputs]),
+        tuple([x.shape for x in gradients]),
+    )
+    for i, (total, x, gradient) in enumerate(zip(totals, inputs, gradients, strict=True)):
         if total.device != device:
             raise ValueError(f"totals[{i}] must be on the device of all layers, {device}, but is on {total.device}")
+        if x.device != device or gradient.device != device:
+            raise ValueError(
+                f"inputs[{i}], gradients[{i}] and totals[{i}] must be on one device, but are on {x.device}, {gradient.device} "
+                f"and {total.device}"
+            )
+        if (statistics := running[i]) is not None:
+            require_running(i, norms[i], statistics, x)
     means, variances = ([None if pair is None else pair[side] for pair in running] for side in (0, 1))
     numbers, epsilons = flatten_norms(norms)
     torch.ops.kfac_triton.norm_fisher_diagonal(
@@ -264,19 +290,20 @@ def factored_newton_refresh(
     require(accept is None or max_steps > 0, f"max_steps must be at least 1 with accept, but is {max_steps}")
     for i, factor in enumerate(factors):
         require_stack(f"factors[{i}]", factor)
-        require(
-            factor.dtype == factors[0].dtype and factor.device == factors[0].device,
-            f"factors[{i}] must have the dtype and device of factors[0], {factors[0].dtype} and {factors[0].device}, but has "
-            f"{factor.dtype} and {factor.device}",
-        )
-        require_like(f"roots[{i}]", roots[i], tuple(factor.shape), factor)
+        if factor.dtype != factors[0].dtype or factor.device != factors[0].device:
+            raise ValueError(
+                f"factors[{i}] must have the dtype and device of factors[0], {factors[0].dtype} and {factors[0].device}, but "
+                f"has {factor.dtype} and {factor.device}"
+            )
+        require_like(f"roots[{i}]", roots[i], factor.shape, factor)
         for name, vectors in (("dampings", dampings), ("residuals", residuals), ("used", used)):
             if vectors:
                 require_like(f"{name}[{i}]", vectors[i], (len(factor),), factor)
         for name, vectors, dtype in (("fallbacks", fallbacks, torch.int64), ("refused", refused, torch.bool)):
             if vectors:
                 require_vector(f"{name}[{i}]", vectors[i], len(factor), factor.device)
-                require(vectors[i].dtype == dtype, f"{name}[{i}] must be {dtype}, but is {vectors[i].dtype}")
+                if vectors[i].dtype != dtype:
+                    raise ValueError(f"{name}[{i}] must be {dtype}, but is {vectors[i].dtype}")
     torch.ops.kfac_triton.factored_newton_refresh(
         factors, dampings, roots, residuals, tolerance, max_steps, accept, used, fallbacks, refused, backend=backend
     )
@@ -314,7 +341,8 @@ def precondition(
         ValueError: if shapes, dtypes or devices disagree, or backend is "triton" and no kernel can serve the call.
     """
     require_digits("gradient", gradient)
-    require(gradient.dim() == 3, f"gradient must have shape (B, m, n), but has {tuple(gradient.shape)}")
+    if gradient.dim() != 3:
+        raise ValueError(f"gradient must have shape (B, m, n), but has {tuple(gradient.shape)}")
     batch, m, n = gradient.shape
     require_like("left", left, (batch, m, m), gradient)
     require_like("right", right, (batch, n, n), gradient)

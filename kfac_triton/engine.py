@@ -187,7 +187,7 @@ class Engine:
 
     def changed_device(self) -> bool:
         """Whether a weight has moved to another device since layers were chosen; False for a closed engine."""
-        return not self.closed and any(x.weight.device != device for x, device in zip(self.layers, self._devices, strict=True))
+        return not self.closed and [layer.weight.device for layer in self.layers] != self._devices
 
     def has_unfrozen(self) -> bool:
         """Whether a weight that was frozen when layers were chosen is trained now; False for a closed engine."""

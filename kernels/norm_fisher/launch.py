@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
-from itertools import groupby, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +14,68 @@ from .. import runtime
 from ..device_tables import device_table
 from ..tiles import count
 from . import kernel
-from .layout import WIDE_COLUMNS, Shape, describe, plan
+from .layout import WIDE_COLUMNS, Shape, describe, shapes_in_place
+from .layout import plan as plan_of
 from .norm import Norm, unflatten
 
 _PROGRAMS_PER_PROCESSOR = 4  # of a launch; memory is slow, and others work while one waits
 UNITS, ITEMS = 16, 64  # tile of the statistics of channels
 EXAMPLES, COLUMNS = 16, 32  # tile of the kernel that adds up
+
+
+class Call(NamedTuple):
+    """A call that was looked at.
+
+    Attributes:
+        obstacle: why the kernels cannot serve it; None if they can.
+        norms: the layers.
+        shapes: of the layers; None where input or gradient have to be copied first.
+    """
+
+    obstacle: str | None
+    norms: tuple[Norm, ...]
+    shapes: tuple[Shape | None, ...]
+
+
+def look_at(
+    totals: list[Tensor],
+    inputs: list[Tensor],
+    gradients: list[Tensor],
+    alpha: Tensor,
+    beta: Tensor,
+    means: Sequence[Tensor | None],
+    variances: Sequence[Tensor | None],
+    norms: Sequence[int],
+    epsilons: Sequence[float],
+) -> Call:
+    """Describes the layers of a call, which is looked up by what decides it: a list for each property is made fastest."""
+    layers = unflatten(tuple(norms), tuple(epsilons))
+    if obstacle := _obstacle(totals, inputs, gradients, layers):
+        return Call(obstacle, layers, ())
+    addresses = [x.data_ptr() for x in (*inputs, *gradients)]
+    offsets: tuple[int, ...] = ()
+    if functools.reduce(operator.or_, addresses, 0) % 16:
+        offsets = tuple([address % 16 for address in addresses])
+    shapes = shapes_in_place(
+        layers,
+        tuple([x.shape for x in inputs]),
+        (tuple(map(Tensor.stride, inputs)), tuple(map(Tensor.stride, gradients))),
+        (tuple([x.dtype for x in inputs]), tuple([x.dtype for x in gradients])),
+        offsets,
+        tuple([mean is not None for mean in means]),
+    )
+    return Call(None, layers, shapes)
+
+
+def _obstacle(totals: list[Tensor], inputs: list[Tensor], gradients: list[Tensor], norms: Sequence[Norm]) -> str | None:
+    for i, (total, x, g) in enumerate(zip(totals, inputs, gradients, strict=True)):
+        if total.dtype != torch.float32 or not total.is_contiguous():
+            return f"totals[{i}] is {total.dtype} with strides {total.stride()}, and the kernel needs contiguous float32"
+        if x.dtype not in runtime.TYPES or g.dtype not in runtime.TYPES:
+            return runtime.unreadable(f"inputs[{i}]", x) or runtime.unreadable(f"gradients[{i}]", g)
+        if x.numel() >= 2**31 and x.numel() // norms[i].width(x.shape) >= 2**31:
+            return f"inputs[{i}] has more positions than 32 bits can count"
+    return None
 
 
 def can_use(
@@ -32,18 +90,7 @@ def can_use(
     epsilons: Sequence[float],
 ) -> str | None:
     """Why the kernels cannot serve these layers; None if they can."""
-
-    def norm_of(i: int) -> Norm:
-        return unflatten(norms, epsilons)[i]
-
-    for i, (total, x, g) in enumerate(zip(totals, inputs, gradients, strict=True)):
-        if total.dtype != torch.float32 or not total.is_contiguous():
-            return f"totals[{i}] is {total.dtype} with strides {total.stride()}, and the kernel needs contiguous float32"
-        if reason := runtime.unreadable(f"inputs[{i}]", x) or runtime.unreadable(f"gradients[{i}]", g):
-            return reason
-        if x.numel() >= 2**31 and x.numel() // norm_of(i).width(x.shape) >= 2**31:
-            return f"inputs[{i}] has more positions than 32 bits can count"
-    return None
+    return look_at(totals, inputs, gradients, alpha, beta, means, variances, norms, epsilons).obstacle
 
 
 def warps(elements: int, backend: str) -> int:
@@ -66,64 +113,46 @@ def launch(
     variances: Sequence[Tensor | None],
     norms: Sequence[int],
     epsilons: Sequence[float],
+    *,
+    plan: Call,
 ) -> None:
-    """The Triton implementation of `norm_fisher_diagonal_reference`, for a call that `can_use` accepts."""
+    """The Triton implementation of `norm_fisher_diagonal_reference`, for a call without an obstacle."""
     if not totals:
         return
-    device = totals[0].device
-    described = [
-        describe(x, g, norm, mean is not None)
-        for x, g, norm, mean in zip(inputs, gradients, unflatten(norms, epsilons), means, strict=True)
-    ]
-    order = sorted(range(len(totals)), key=lambda i: described[i][2].kind)
+    device, number = totals[0].device, len(totals)
+    described: list[Shape] = []
+    sources = [*inputs, *gradients]
+    for i, shape in enumerate(plan.shapes):
+        if shape is None:
+            sources[i], sources[i + number], shape = describe(inputs[i], gradients[i], plan.norms[i], means[i] is not None)
+        described.append(shape)
+    planned = plan_of(tuple(described), _PROGRAMS_PER_PROCESSOR * runtime.target(device).processors)
     running = [None if x is None else x.to(torch.float32).contiguous() for x in (*means, *variances)]
-    rows = [
-        (
-            described[i][0].data_ptr(),
-            described[i][1].data_ptr(),
-            totals[i].data_ptr(),
-            *(0 if x is None else x.data_ptr() for x in (running[i], running[i + len(totals)])),
-            0,
-        )
-        for i in order
-    ]
-    shapes = [described[i][2] for i in order]
-    planned = plan(tuple(shapes), tuple(order), _PROGRAMS_PER_PROCESSOR * runtime.target(device).processors)
-    addresses, layers = device_table(tuple(rows), device), device_table(planned.rows, device)
+    addresses = [x.data_ptr() for x in (*sources, *totals)]
+    addresses += [0 if x is None else x.data_ptr() for x in running]
+    columns = [addresses[start : start + number] for start in range(0, len(addresses), number)]
+    rows = list(zip(*columns, [0] * number, strict=True))
+    table, layers = device_table(tuple([rows[i] for i in planned.places]), device), device_table(planned.rows, device)
     workspace = torch.empty(planned.partials, dtype=torch.float32, device=device)
     statistics = torch.empty(planned.statistics, dtype=torch.float32, device=device)
-
-    def some(start: int, stop: int) -> tuple[Tensor, Tensor]:
-        return addresses[start:stop], layers[start:stop]
-
-    start = 0
-    for _, members in groupby(shapes, key=lambda shape: shape.kind):
-        stop = start + len(list(members))
-        _launch_sums(*some(start, stop), workspace, statistics, shapes[start:stop], planned.programs[start:stop])
-        start = stop
-    with_channels = sum(shape.norm.has_channels for shape in shapes)
-    start = 0
-    for stop, has_channels in ((len(shapes) - with_channels, False), (len(shapes), True)):
-        by_position = [shape.by_position for shape in shapes[start:stop]]
-        if has_channels and start < stop:
-            units = max(row[kernel.UNITS] for row in planned.rows[start:stop])
-            kernel.channel_statistics_kernel[(max(1, count(units, UNITS)), stop - start)](
-                *some(start, stop), workspace, statistics, UNITS=UNITS, ITEMS=ITEMS, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
-        # Only sums about a mean differ if positions are terms.
-        cuts = sorted({start, stop, start + by_position.index(True) if has_channels and True in by_position else start})
-        for first, last in pairwise(cuts):
-            widest = max(shape.width for shape in shapes[first:last])
-            kernel.fisher_kernel[(2 * count(widest, COLUMNS), last - first)](
-                *some(first, last), workspace, statistics, alpha, beta,
-                EXAMPLES=EXAMPLES, COLUMNS=COLUMNS, HAS_CHANNELS=has_channels,
-                BY_POSITION=has_channels and shapes[first].by_position, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
-        start = stop
+    for run in planned.kinds:
+        _launch_sums(table[run], layers[run], workspace, statistics, planned.shapes[run], planned.programs[run])
+    if planned.units is not None:
+        run, units = planned.units
+        kernel.channel_statistics_kernel[(max(1, count(units, UNITS)), run.stop - run.start)](
+            table[run], layers[run], workspace, statistics, UNITS=UNITS, ITEMS=ITEMS, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    for run, widest in planned.results:
+        shape = planned.shapes[run.start]
+        kernel.fisher_kernel[(2 * count(widest, COLUMNS), run.stop - run.start)](
+            table[run], layers[run], workspace, statistics, alpha, beta,
+            EXAMPLES=EXAMPLES, COLUMNS=COLUMNS, HAS_CHANNELS=shape.norm.has_channels,
+            BY_POSITION=shape.norm.has_channels and shape.by_position, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 def _launch_sums(
-    addresses: Tensor, layers: Tensor, workspace: Tensor, statistics: Tensor, shapes: list[Shape], programs: Sequence[int]
+    addresses: Tensor, layers: Tensor, workspace: Tensor, statistics: Tensor, shapes: Sequence[Shape], programs: Sequence[int]
 ) -> None:
     """The first kernel for layers of one kind."""
     shape = shapes[0]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..device_tables import Table
 from ..strides import collapsed
 from ..tiles import count
 from . import kernel
@@ -143,6 +146,39 @@ def describe(x: Tensor, g: Tensor, norm: Norm, running: bool) -> tuple[Tensor, T
     return x, g, _shape(x.shape, x_view, g_view, norm, running, (x.dtype, g.dtype))
 
 
+Sizes = tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def shapes_in_place(
+    norms: tuple[Norm, ...],
+    sizes: tuple[Sizes, ...],
+    strides: tuple[tuple[Sizes, ...], tuple[Sizes, ...]],
+    types: tuple[tuple[torch.dtype, ...], tuple[torch.dtype, ...]],
+    offsets: tuple[int, ...],
+    running: tuple[bool, ...],
+) -> tuple[Shape | None, ...]:
+    """The layers of a call as `describe` would describe them; None for those of which it would copy something.
+
+    Args:
+        norms: the layers.
+        sizes: of the inputs, and of the gradients.
+        strides: of the inputs, and those of the gradients.
+        types: likewise.
+        offsets: what is missing in the addresses of inputs, then of gradients, to a multiple of 16; empty if nothing is.
+        running: whether running statistics are given.
+    """
+    found: list[Shape | None] = []
+    for i, (norm, size) in enumerate(zip(norms, sizes, strict=True)):
+        starts = (offsets[i], offsets[i + len(norms)]) if offsets else (0, 0)
+        x, g = (_view(size, side[i], start % 16 == 0, norm) for side, start in zip(strides, starts, strict=True))
+        if x is None or g is None or (x.column == 1) != (g.column == 1):
+            found.append(None)
+        else:
+            found.append(_shape(size, x, g, norm, running[i], (types[0][i], types[1][i])))
+    return tuple(found)
+
+
 @functools.lru_cache(maxsize=_KEPT_LAYERS)
 def _shape(
     sizes: tuple[int, ...], x: View, g: View, norm: Norm, running: bool, types: tuple[torch.dtype, torch.dtype]
@@ -175,21 +211,33 @@ class Plan:
     """The layer table of a call, and what its launches need.
 
     Attributes:
+        places: of the layers in the caller's lists, in the order of the table, in which those of one kind are neighbours.
+        shapes: of the layers, in this order.
         rows: the layer table.
         programs: of each layer, in the first kernel.
         partials: elements of the workspace.
         statistics: elements of the statistics.
+        kinds: which rows the first kernel processes in a launch.
+        units: which rows have channels, and the most statistics that one of these has; None without such rows.
+        results: which rows the last kernel processes in a launch, and the widest of them.
     """
 
-    rows: tuple[tuple[int, ...], ...]
+    places: tuple[int, ...]
+    shapes: tuple[Shape, ...]
+    rows: Table
     programs: tuple[int, ...]
     partials: int
     statistics: int
+    kinds: tuple[slice, ...]
+    units: tuple[slice, int] | None
+    results: tuple[tuple[slice, int], ...]
 
 
 @functools.lru_cache(maxsize=_KEPT)
-def plan(shapes: tuple[Shape, ...], places: tuple[int, ...], programs: int) -> Plan:
-    """The table of some layers, whose places in the caller's lists are given, for launches of so many programs."""
+def plan(described: tuple[Shape, ...], programs: int) -> Plan:
+    """The table of some layers for launches of so many programs."""
+    places = tuple(sorted(range(len(described)), key=lambda i: described[i].kind))
+    shapes = tuple(described[i] for i in places)
     total: dict[tuple[object, ...], int] = {}
     for shape in shapes:
         total[shape.kind] = total.get(shape.kind, 0) + shape.width * shape.examples * shape.positions
@@ -240,7 +288,24 @@ def plan(shapes: tuple[Shape, ...], places: tuple[int, ...], programs: int) -> P
         counts.append(blocks * parts * shares)
         partials += slots * shape.width * ((5 if shape.by_position else 4) if norm.has_channels else 2)
         statistics += 2 * units if norm.has_channels or shape.is_wide else 0
-    return Plan(tuple(table), tuple(counts), partials, statistics)
+    first = sum(not shape.norm.has_channels for shape in shapes)
+    most = max((row[kernel.UNITS] for row in table[first:]), default=0)
+    channels = (slice(first, len(table)), most) if first < len(table) else None
+    runs = _runs([shape.kind for shape in shapes])
+    # Only sums about a mean differ if positions are terms.
+    results = _runs([(shape.norm.has_channels, shape.norm.has_channels and shape.by_position) for shape in shapes])
+    widest = tuple((run, max(shape.width for shape in shapes[run])) for run in results)
+    return Plan(places, shapes, Table(table), tuple(counts), partials, statistics, tuple(runs), channels, widest)
+
+
+def _runs(values: Sequence[object]) -> list[slice]:
+    """Where neighbours are equal."""
+    runs, start = [], 0
+    for _, members in itertools.groupby(values):
+        stop = start + len(list(members))
+        runs.append(slice(start, stop))
+        start = stop
+    return runs
 
 
 def _bits(eps: float | None) -> int:

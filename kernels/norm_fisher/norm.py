@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -53,10 +54,11 @@ def flatten(norms: Sequence[Norm]) -> tuple[list[int], list[float]]:
     return numbers, [-1.0 if x.eps is None else x.eps for x in norms]
 
 
-def unflatten(numbers: Sequence[int], epsilons: Sequence[float]) -> list[Norm]:
+@functools.lru_cache(maxsize=64)
+def unflatten(numbers: tuple[int, ...], epsilons: tuple[float, ...]) -> tuple[Norm, ...]:
     """The norms from what `flatten` returned."""
     norms = []
     for i, eps in enumerate(epsilons):
         kind, has_shift, by_position, dims, groups = numbers[i * _NUMBERS : (i + 1) * _NUMBERS]
         norms.append(Norm(KINDS[kind], None if eps < 0 else eps, bool(has_shift), bool(by_position), dims, groups))
-    return norms
+    return tuple(norms)

@@ -69,7 +69,7 @@ def norm_fisher_diagonal_reference(
     epsilons: Sequence[float],
 ) -> None:
     """Plain PyTorch, the kernel's reference. See `kfac_triton.kernels.ops.norm_fisher_diagonal`."""
-    for i, (total, norm) in enumerate(zip(totals, unflatten(norms, epsilons), strict=True)):
+    for i, (total, norm) in enumerate(zip(totals, unflatten(tuple(norms), tuple(epsilons)), strict=True)):
         rows = per_example_gradients(inputs[i], gradients[i], norm, means[i], variances[i])
         added = rows.to(total.dtype).square().sum(0) * alpha[i].to(total.dtype)
         # An old sum that does not count may contain a NaN, so it is not multiplied by zero.

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +21,12 @@ from ..kernels import ops
 from ..kernels.device_tables import device_table, device_vector
 from ..kernels.strides import is_dense
 from ..layers import Rows
-from ..layers.partition import Partition
+from ..layers.partition import Part, Partition
 from ..layers.tied import TiedLayer
 from ..settings import Settings
 from .factor_bank import FactorBank
+
+_KEPT = 16  # sets of layers with deferred rows; usually there is one
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,40 @@ class _Shared:
     counts: list[tuple[Tensor, list[int]]]
     betas: list[Tensor]
     queues: list[RowQueue]
+
+
+class _Arranged(NamedTuple):
+    """The dense factors of some layers, which are the same in every step.
+
+    In the order of slots: if all dense factors are among them, as usual, their weights need not be gathered.
+
+    Attributes:
+        parts: the place of each factor's layer in the list of layers, and the part of the layer.
+        slots: of the factors.
+        factors: views of them.
+        has_bias_column: whether a factor has a column of ones.
+    """
+
+    parts: list[tuple[int, Part]]
+    slots: list[int]
+    factors: list[Tensor]
+    has_bias_column: list[bool]
+
+    @classmethod
+    def of(cls, layers: Sequence[Statistics], bank: FactorBank) -> _Arranged:
+        """The factors of these layers. Factors that are kept in 16 bits have no views."""
+        entries = [(entry.slot, k, entry.part) for k, statistics in enumerate(layers) for entry in statistics.dense]
+        entries.sort(key=lambda entry: entry[0])
+        slots = [slot for slot, _, _ in entries]
+        ones = [part.has_bias_column for _, _, part in entries]
+        return cls([(k, part) for _, k, part in entries], slots, [bank.padded_view(slot) for slot in slots], ones)
+
+
+def _by_device(rows: list[tuple[int, Tensor]]) -> list[tuple[torch.device, list[tuple[int, Tensor]]]]:
+    devices = dict.fromkeys([x.device for _, x in rows])
+    if len(devices) == 1:
+        return [(device, rows) for device in devices]
+    return [(device, [(i, x) for i, x in rows if x.device == device]) for device in devices]
 
 
 def _shared(sums: list[list[FactorSum]], gate: Gate, backend: str, can_wait: bool) -> _Shared:
@@ -125,6 +162,7 @@ class FactorUpdate:
         self._everything = [*self.statistics, *(use.statistics for use in self._second_uses.values())]
         self.gate = gate
         self._backend = backend
+        self._arranged: dict[tuple[int, ...], _Arranged] = {}
         parts = [partition.parts[i] for i in bank.order]
         self.layer_of_slot = torch.tensor([partition.blocks[part.block].layer_number for part in parts], device=bank.home)
         # Of the layers' scales of A, followed by those of G.
@@ -193,10 +231,9 @@ class FactorUpdate:
         precision do not overflow.
         """
         home, layers = self.bank.home, len(summed)
-        rows = [(i, source) for i, s in enumerate(self.statistics) for r in s.deferred for source in r.inputs + r.gradients]
+        rows = [(i, x) for i, s in enumerate(self.statistics) for r in s.deferred for x in (*r.inputs, *r.gradients)]
         values, places = [self.bank.sum_traces()], [self.layer_of_slot]
-        for device in {source.device for _, source in rows}:
-            members = [(i, source) for i, source in rows if source.device == device]
+        for device, members in _by_device(rows):
             squares = torch.empty(len(members), device=device)
             # Copying strided or expanded rows (channel groups, the gradient of a sum) is cheap: only small ones are deferred.
             dense = [x if x.is_contiguous() or is_dense(x) else x.contiguous() for _, x in members]
@@ -209,24 +246,27 @@ class FactorUpdate:
 
     def _blend_passes(self, keep: Tensor, gain: Tensor, accept: Tensor) -> None:
         """Adds the deferred rows to the factors, with one launch for each pass rather than for each layer."""
-        for number in range(max(len(s.deferred) for s in self.statistics)):
-            members = [(s, s.deferred[number]) for s in self.statistics if len(s.deferred) > number]
-            for device in {s.dense[0].total.device for s, _ in members}:
-                here = [(s, rows) for s, rows in members if s.dense[0].total.device == device]
+        for number in range(max([len(s.deferred) for s in self.statistics])):
+            passes = [(i, s.deferred[number]) for i, s in enumerate(self.statistics) if len(s.deferred) > number]
+            for device in dict.fromkeys(self.statistics[i].dense[0].total.device for i, _ in passes):
+                here = [(i, rows) for i, rows in passes if self.statistics[i].dense[0].total.device == device]
                 self._blend_rows(here, torch.ones_like(keep) if number else keep, gain, accept, device)
 
     def _blend_rows(
-        self, members: list[tuple[Statistics, Rows]], keep: Tensor, gain: Tensor, accept: Tensor, device: torch.device
+        self, passes: list[tuple[int, Rows]], keep: Tensor, gain: Tensor, accept: Tensor, device: torch.device
     ) -> None:
-        # In the order of slots: if all dense factors are among them, as usual, their weights need not be gathered.
-        found = [(entry, rows) for statistics, rows in members for entry in statistics.dense]
-        found.sort(key=lambda pair: pair[0].slot)
-        slots = [entry.slot for entry, _ in found]
-        read = [entry.part.sources(rows) for entry, rows in found]
+        """Adds a pass of each of these layers."""
+        which = tuple([i for i, _ in passes])
+        if which not in self._arranged:
+            if len(self._arranged) >= _KEPT:
+                self._arranged.clear()
+            self._arranged[which] = _Arranged.of([self.statistics[i] for i in which], self.bank)
+        chosen = self._arranged[which]
+        read = [part.sources(passes[k][1]) for k, part in chosen.parts]
         sources, windows = [source for source, _ in read], [window for _, window in read]
-        ones = [entry.part.has_bias_column for entry, _ in found]
-        factors = [self.bank.padded_view(slot) for slot in slots]
+        slots = chosen.slots
         has_neighbours = slots[-1] - slots[0] == len(slots) - 1
         places = slice(slots[0], slots[-1] + 1) if has_neighbours else device_vector(slots, self.bank.home)
         alpha, beta, flags = (vector[places].to(device) for vector in (gain, keep, accept))
-        ops.covariance_ema(factors, sources, alpha, beta, ones, windows, flags, backend=self._backend)
+        ones = chosen.has_bias_column
+        ops.covariance_ema(chosen.factors, sources, alpha, beta, ones, windows, flags, backend=self._backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,7 +42,7 @@ class GradientPlan:
         self._partition, self._usable, self._backend = partition, list(usable), backend
         self._gradients, self._updates = [x.gradient for x in stacks], [x.update for x in stacks]
         self._parameters = [p for layer in partition.layers for p in layer.parameters()]
-        self._kinds = [_kind(p) for p in self._parameters]
+        self._kinds = _kinds(self._parameters)
         order = [number for stack in stacks for number in stack.tiles]
         self._place = {number: (s, i) for s, stack in enumerate(stacks) for i, number in enumerate(stack.tiles)}
         self._flag = {number: flag for flag, number in enumerate(order)}
@@ -61,8 +62,8 @@ class GradientPlan:
         return (
             self._usable == usable
             and len(parameters) == len(self._parameters)
-            and all(p is known for p, known in zip(parameters, self._parameters, strict=True))
-            and [_kind(p) for p in parameters] == self._kinds
+            and all(map(operator.is_, parameters, self._parameters))
+            and _kinds(parameters) == self._kinds
         )
 
     def step(
@@ -227,10 +228,12 @@ def _up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
-def _kind(p: nn.Parameter) -> tuple[Any, ...]:
-    """What a plan depends on, beside the parameter itself."""
-    gradient = p.grad
-    return p.dtype, p.stride(), None if gradient is None else (gradient.dtype, gradient.stride())
+def _kinds(parameters: list[nn.Parameter]) -> list[list[Any]]:
+    """What a plan depends on, beside the parameters themselves: one list for each property, which is made fastest."""
+    gradients = [p.grad for p in parameters]
+    has_gradient = [gradient is not None for gradient in gradients]
+    both = [*parameters, *(gradient for gradient in gradients if gradient is not None)]
+    return [has_gradient, [x.dtype for x in both], list(map(Tensor.stride, both))]
 
 
 def _owner_of(part: Tensor, parameters: list[nn.Parameter]) -> nn.Parameter | None:

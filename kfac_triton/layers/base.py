@@ -195,12 +195,16 @@ class Layer(ABC):
     @property
     def weight(self) -> nn.Parameter:
         """Looked up each time: parameter objects may be replaced (FSDP2, load with assign)."""
-        return self.module.weight  # type: ignore[return-value]
+        weight = self.module._parameters.get("weight")  # several times faster than as an attribute
+        return self.module.weight if weight is None else weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> nn.Parameter | None:
         """The bias if K-FAC covers it."""
-        return self.module.bias if self.has_bias else None  # type: ignore[return-value]
+        if not self.has_bias:
+            return None
+        bias = self.module._parameters.get("bias")
+        return self.module.bias if bias is None else bias  # type: ignore[return-value]
 
     @property
     def groups(self) -> int:
@@ -262,7 +266,8 @@ class Layer(ABC):
 
     def parameters(self) -> list[nn.Parameter]:
         """Those that `read_update` returns."""
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
+        weight, bias = self.weight, self.bias
+        return [weight] if bias is None else [weight, bias]
 
     def to_matrix(self, stored: Tensor, group: int) -> Tensor:
         """The rows of W of one group, from a tensor in the layout of the weight."""

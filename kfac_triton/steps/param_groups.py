@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,6 +104,8 @@ def rekey_swapped(optimizer: Optimizer, known: Sequence[Tensor]) -> list[Tensor]
         The parameters that it belongs to now.
     """
     now: list[Tensor] = list(parameters_of(optimizer))
+    if len(now) == len(known) and all(map(operator.is_, known, now)):
+        return now
     for old, new in zip(known, now, strict=True):
         if old is not new and old in optimizer.state:
             optimizer.state[new] = optimizer.state.pop(old)

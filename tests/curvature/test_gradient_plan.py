@@ -84,7 +84,12 @@ def _replace(model: nn.Module) -> None:
         module.bias = nn.Parameter(module.bias.detach().clone())
 
 
-@pytest.mark.parametrize("prepare", [_freeze, _replace])
+def _turn(model: nn.Module) -> None:
+    """The same parameter with data behind other strides."""
+    model.plain.weight.data = model.plain.weight.detach().T.contiguous().T
+
+
+@pytest.mark.parametrize("prepare", [_freeze, _replace, _turn])
 def test_a_plan_does_not_outlive_what_it_is_made_for(prepare: Callable[[nn.Module], object]) -> None:
     pairs = zip(_gradients("triton", prepare), _gradients("torch", prepare), strict=True)
     assert max(relative_error(x, y) for x, y in pairs) <= 100 * ROUNDING

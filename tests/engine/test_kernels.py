@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from support.helpers import TokenModel, conv_net, mlp, relative_error
 from torch import Tensor, nn
 
 from kfac_triton import KFAC, KFACPreconditioner
+from kfac_triton.curvature import factor_update
 
 # Both backends compute in float32: they differ by the order of sums, which the condition of a damped factor magnifies.
 FACTORS, GRADIENTS = 1e-5, 1e-3
@@ -78,6 +80,39 @@ def test_small_passes_wait_and_large_ones_are_summed() -> None:
         assert bool(second.deferred) == waits
         assert second.on_host.passes == (not waits)
         ours.precondition_()
+
+
+class Branches(nn.Module):
+    """A network that uses some of its layers in a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(4, 4 + i % 2) for i in range(4))
+
+    def forward(self, x: Tensor, chosen: tuple[int, ...]) -> Tensor:
+        return sum((self.branches[i](x).sum(1) for i in chosen), torch.zeros(len(x)))
+
+
+def test_other_layers_may_wait_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More sets of them than are remembered, some twice."""
+    monkeypatch.setattr(factor_update, "_KEPT", 2)
+    results = []
+    subsets = [subset for size in (1, 2, 3, 4) for subset in itertools.combinations(range(4), size)]
+    for backend in ("triton", "torch"):
+        torch.manual_seed(0)
+        model = Branches()
+        ours = KFACPreconditioner(model, backend=backend, inverse="cholesky")
+        for chosen in [*subsets, *reversed(subsets)]:
+            model.zero_grad()
+            model(torch.randn(3, 4).requires_grad_(), chosen).square().mean().backward()
+            if backend == "triton":
+                assert [bool(s.deferred) for s in ours.engine.statistics] == [i in chosen for i in range(4)]
+                assert len(ours.engine.collector._arranged) <= 2
+            ours.precondition_()
+        results.append(ours.factors())
+    for name, pair in results[0].items():
+        for ours_, theirs in zip(pair, results[1][name], strict=True):
+            assert relative_error(ours_, theirs) <= FACTORS
 
 
 def test_a_batch_that_is_overwritten_before_the_step_has_counted() -> None:

@@ -251,6 +251,25 @@ def test_the_sums_are_the_same_every_time() -> None:
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(first, second, strict=True))
 
 
+def test_a_layer_whose_memory_changes_is_read_as_it_lies_now() -> None:
+    """Addresses, strides, types and running statistics are in the key of what is remembered of a call."""
+    for norm, shape in (
+        (Norm("layer"), (3, 5, 16)),
+        (Norm("batch"), (3, 16, 5, 4)),
+        (Norm("rms", by_position=True), (3, 5, 16)),
+    ):
+        values, gradients = torch.randn(shape), torch.randn(shape)
+        shifted = torch.zeros(values.numel() + 1)[1:].view(shape).copy_(values)
+        turned = values.transpose(0, 1).contiguous().transpose(0, 1)
+        gaps = torch.stack([values, values], -1)[..., 0]
+        for x in (values, shifted, turned, gaps, values.bfloat16(), values):
+            check([Case(norm, x, gradients)], [0.5], [0.0], "triton")
+            check([Case(norm, gradients, x)], [0.5], [0.0], "triton")
+        if norm.kind == "batch":
+            check([Case(norm, values, gradients, (torch.randn(16), torch.rand(16) + 1))], [0.5], [0.0], "triton")
+            check([Case(norm, values, gradients)], [0.5], [0.0], "triton")
+
+
 def test_launches_do_not_depend_on_the_number_of_layers() -> None:
     counts = []
     for number in (1, 20):

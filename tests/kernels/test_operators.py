@@ -122,3 +122,14 @@ def test_arguments_that_do_not_fit_are_named(change: dict[str, object], message:
     arguments = usual | change
     with pytest.raises(ValueError, match=message):
         ops.covariance_ema(alpha=torch.ones(1), beta=torch.ones(1), **arguments)  # type: ignore[arg-type]
+
+
+def test_what_was_right_is_checked_again_when_something_changes() -> None:
+    """Shapes, types, biases and windows are in the key of what is remembered; devices are compared every time."""
+    usual = {"factors": [torch.zeros(4, 4)], "inputs": [torch.zeros(2, 4)], "ones_column": [False], "windows": [ops.ROWS]}
+    meta = {"inputs": [torch.zeros(2, 4, device="meta")]}
+    wrong = [{"factors": [torch.zeros(4, 4).half()]}, {"factors": [torch.zeros(3, 3)]}, {"ones_column": [True]}, meta]
+    for change in [*wrong, *wrong]:
+        ops.covariance_ema(alpha=torch.ones(1), beta=torch.ones(1), **usual)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"\[0\] must be"):
+            ops.covariance_ema(alpha=torch.ones(1), beta=torch.ones(1), **(usual | change))  # type: ignore[arg-type]
