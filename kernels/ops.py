@@ -298,10 +298,10 @@ def factored_newton_refresh(
         require_like(f"roots[{i}]", roots[i], factor.shape, factor)
         for name, vectors in (("dampings", dampings), ("residuals", residuals), ("used", used)):
             if vectors:
-                require_like(f"{name}[{i}]", vectors[i], (len(factor),), factor)
+                require_like(f"{name}[{i}]", vectors[i], (factor.shape[0],), factor)
         for name, vectors, dtype in (("fallbacks", fallbacks, torch.int64), ("refused", refused, torch.bool)):
             if vectors:
-                require_vector(f"{name}[{i}]", vectors[i], len(factor), factor.device)
+                require_vector(f"{name}[{i}]", vectors[i], factor.shape[0], factor.device)
                 if vectors[i].dtype != dtype:
                     raise ValueError(f"{name}[{i}] must be {dtype}, but is {vectors[i].dtype}")
     torch.ops.kfac_triton.factored_newton_refresh(

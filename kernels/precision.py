@@ -54,11 +54,9 @@ def _library(precision: str) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-@contextmanager
-def library_tf32() -> Iterator[None]:
+def library_tf32() -> AbstractContextManager[None]:
     """Lets the library's products of float32 matrices use TF32 on NVIDIA GPUs; see `_library`."""
-    with _library("tf32"):
-        yield
+    return _library("tf32")
 
 
 @contextmanager

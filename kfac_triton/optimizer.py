@@ -271,9 +271,10 @@ class KFAC(KFACBase, Optimizer):
                 loss = closure()
         first_order.refuse_gradients(self._parameters())
         cuda_graphs.require_recordable_groups(self.param_groups, self.state)
-        learning_rates = {p: group["lr"] for group in self.param_groups for p in group["params"]}
+        # By identity, because a tensor computes its hash in Python.
+        learning_rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
         with transaction(self.engine):
-            updates = self.engine.precondition(lambda p: learning_rates.get(p, 0.0))
+            updates = self.engine.precondition(lambda p: learning_rates.get(id(p), 0.0))
             finite = self.engine.finite
             self._run.dropped += first_order.drop_bad_gradients(self._parameters(), updates, finite, self.engine.mixed)
             # All memory is allocated before the first parameter changes.

@@ -6,6 +6,7 @@ host read: for a finished matrix, programs return at once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .. import precision, runtime, tuning
 from ..certificate import COMPUTED
-from ..device_tables import device_table
+from ..device_tables import Table, device_table
 from ..tiles import ALIGNMENT, count, padded
 from . import kernel, tables
 from . import plan_kernel as planning
@@ -72,7 +73,7 @@ def launch(
     # Two kinds of stacks, because the kind decides how the kernels are compiled. Padded stacks are aligned.
     kinds: dict[bool, list[int]] = {}
     for i, (factor, root) in enumerate(zip(factors, roots, strict=True)):
-        if len(factor):
+        if factor.shape[0]:
             kinds.setdefault(tables.is_aligned(factor, root), []).append(i)
     for aligned, members in kinds.items():
         _refresh([[x[i] for i in members] for x in lists], tolerance, max_steps, accept, aligned)
@@ -91,7 +92,9 @@ def _refresh(lists: list[list[Tensor]], tolerance: float, max_steps: int, accept
     plan_config = tuning.lookup("factored_newton_plan", widest, target)
     half = POWER_STEPS + 1
     layout = tables.layout(shapes, block, plan_config["BLOCK"], 2 * half, rounds, keeps)
-    stacks = device_table(_rows(lists, layout, block, plan_config["BLOCK"]), device)
+    addresses = tuple([tuple([x.data_ptr() for x in stack]) for stack in zip(*lists, strict=True)])
+    strides = tuple([(*factor.stride()[:2], *root.stride()[:2]) for factor, root in zip(factors, lists[2], strict=True)])
+    stacks = device_table(_rows(shapes, addresses, strides, layout, block, plan_config["BLOCK"], device), device)
     scratch = torch.empty(layout.size, dtype=torch.float32, device=device)
     matrices = tables.programs(shapes, widest, "rows", device)  # one block each
     bands = tables.programs(shapes, plan_config["BLOCK"], "rows", device)
@@ -124,23 +127,39 @@ def _refresh(lists: list[list[Tensor]], tolerance: float, max_steps: int, accept
         )  # fmt: skip
 
 
-def _rows(lists: list[list[Tensor]], layout: tables.Layout, block: int, block_of_rows: int) -> tuple[tuple[int, ...], ...]:
-    """The table of stacks."""
+@functools.lru_cache(maxsize=64)
+def _rows(
+    shapes: tables.Shapes,
+    addresses: tuple[tuple[int, ...], ...],
+    strides: tuple[tuple[int, ...], ...],
+    layout: tables.Layout,
+    block: int,
+    block_of_rows: int,
+    device: torch.device,
+) -> Table:
+    """The table of stacks.
+
+    Args:
+        shapes: of the stacks.
+        addresses: for each stack those of its factors, dampings, roots, residuals, and what else the caller keeps of it.
+        strides: for each stack those between its factors and between their rows, and the same of its roots.
+        layout: of the scratch memory.
+        block: side of a tile.
+        block_of_rows: rows of a matrix that a program of the power iteration takes.
+        device: of the stacks.
+    """
     rows, first = [], 0
-    for places, (factor, damping, root, residual, *kept) in zip(layout.places, zip(*lists, strict=True), strict=True):
-        batch, n, _ = factor.shape
+    for places, (batch, n), own, steps in zip(layout.places, shapes, addresses, strides, strict=True):
+        factor, damping, root, residual, *kept = own
         blocks = count(n, block)
         row = [0] * tables.STACK_FIELDS
-        row[tables.FACTOR : tables.N] = (
-            factor.data_ptr(), factor.stride(0), factor.stride(1), root.data_ptr(), root.stride(0), root.stride(1),
-            damping.data_ptr(), residual.data_ptr(),
-        )  # fmt: skip
+        row[tables.FACTOR : tables.N] = (factor, *steps[:2], root, *steps[2:], damping, residual)
         row[tables.N : tables.USED] = (
             n, padded(n), first, blocks * (blocks + 1) // 2, count(n, block_of_rows),
-            fixed_probes(n, torch.float32, factor.device).data_ptr(),
+            fixed_probes(n, torch.float32, device).data_ptr(),
         )  # fmt: skip
-        row[tables.USED : tables.USED + len(kept)] = (vector.data_ptr() for vector in kept)
+        row[tables.USED : tables.USED + len(kept)] = kept
         row[tables.TRANSPOSED : tables.TRANSPOSED + len(places)] = places
         rows.append(tuple(row))
         first += batch
-    return tuple(rows)
+    return Table(rows)

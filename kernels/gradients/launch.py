@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import runtime
-from ..device_tables import device_table, device_vector
+from ..device_tables import Table, device_table, device_vector
 from ..tiles import count, shares_of_each
 from . import kernel
 from .layout import Layout, Piece
@@ -21,7 +21,7 @@ Rows = dict[torch.dtype, tuple[tuple[int, ...], ...]]
 
 def can_use_gather(stacks: list[Tensor], gradients: list[Tensor], layout: Layout) -> str | None:
     """Why the kernel cannot serve these gradients; None if it can."""
-    types = tuple(gradient.dtype for gradient in gradients)
+    types = tuple([gradient.dtype for gradient in gradients])
     return layout.remembered(("gather", types), lambda: _ungatherable(types, layout.pieces)) or _unstacked(stacks)
 
 
@@ -45,8 +45,8 @@ def can_use_inner(gradients: list[Tensor], updates: list[Tensor], out: Tensor) -
 def launch_inner(gradients: list[Tensor], updates: list[Tensor], out: Tensor) -> None:
     """The Triton implementation of `inner_reference`."""
     pairs = zip(gradients, updates, strict=True)
-    rows = _pairs(tuple((w.data_ptr(), v.data_ptr(), len(w), w.stride(0)) for w, v in pairs))
-    block, most = 1024, max(row[2] for row in rows)
+    rows, most = _pairs(tuple([(w.data_ptr(), v.data_ptr(), w.shape[0], w.stride(0)) for w, v in pairs]))
+    block = 1024
     shares = shares_of_each(count(most, block), len(rows))
     partials = out.new_empty(3, len(rows), shares)
     kernel.inner_kernel[(len(rows), shares)](
@@ -57,13 +57,17 @@ def launch_inner(gradients: list[Tensor], updates: list[Tensor], out: Tensor) ->
 
 
 @functools.lru_cache(maxsize=64)
-def _pairs(stacks: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
-    """Rows for `inner_kernel`, from the addresses of two stacks, their number of matrices and the elements of one."""
-    return tuple((w + 4 * size * i, v + 4 * size * i, size) for w, v, matrices, size in stacks for i in range(matrices))
+def _pairs(stacks: tuple[tuple[int, ...], ...]) -> tuple[Table, int]:
+    """Rows for `inner_kernel`, from the addresses of two stacks, their number of matrices and the elements of one.
+
+    And the elements of the largest matrix.
+    """
+    rows = [(w + 4 * size * i, v + 4 * size * i, size) for w, v, matrices, size in stacks for i in range(matrices)]
+    return Table(rows), max(size for *_, size in rows)
 
 
 @functools.lru_cache(maxsize=64)
-def _is_aligned(rows: tuple[tuple[int, ...], ...]) -> bool:
+def _is_aligned(rows: Table) -> bool:
     return not any(w % 16 or v % 16 or size % 4 for w, v, size in rows)
 
 
@@ -71,7 +75,7 @@ def can_use_scatter(stacks: list[Tensor], updates: list[Tensor], scale: Tensor, 
     """Why the kernel cannot serve these updates; None if it can."""
     if scale.dtype != torch.float32:
         return f"scale is {scale.dtype}, and the kernel multiplies by a float32"
-    types = tuple(update.dtype for update in updates)
+    types = tuple([update.dtype for update in updates])
     return layout.remembered(("scatter", types), lambda: _unreadable("updates", types)) or _unstacked(stacks)
 
 
@@ -102,7 +106,7 @@ def _shares(sides: list[tuple[int, int]]) -> int:
 
 def launch_gather(stacks: list[Tensor], gradients: list[Tensor], layout: Layout) -> None:
     """The Triton implementation of `gather_reference`."""
-    types = tuple(gradient.dtype for gradient in gradients)
+    types = tuple([gradient.dtype for gradient in gradients])
 
     def make() -> Rows:
         members: dict[tuple[int, int], list[Piece]] = defaultdict(list)
@@ -118,8 +122,8 @@ def launch_gather(stacks: list[Tensor], gradients: list[Tensor], layout: Layout)
                 rows[dtype].append((_address(stack, i), *stack.shape[1:], *pair[0], *pair[1]))
         return {dtype: tuple(some) for dtype, some in rows.items()}
 
-    key = types, *((x.data_ptr(), x.shape) for x in stacks)
-    addresses = device_vector((x.data_ptr() for x in gradients) if gradients else (0,), stacks[0].device)
+    key = types, *[(x.data_ptr(), x.shape) for x in stacks]
+    addresses = device_vector(map(Tensor.data_ptr, gradients) if gradients else (0,), stacks[0].device)
     shares = layout.remembered(key[1:], lambda: _shares([(x.shape[1], x.shape[2]) for x in stacks for _ in range(len(x))]))
     for dtype, table in layout.tables(key, make, stacks[0].device):
         kernel.gather_kernel[(len(table), shares)](
@@ -131,7 +135,7 @@ def launch_scatter(stacks: list[Tensor], updates: list[Tensor], scale: Tensor, z
     """The Triton implementation of `scatter_reference`."""
     if not layout.pieces:
         return
-    types = tuple(update.dtype for update in updates)
+    types = tuple([update.dtype for update in updates])
 
     def make() -> Rows:
         rows: dict[torch.dtype, list[tuple[int, ...]]] = defaultdict(list)
@@ -140,8 +144,8 @@ def launch_scatter(stacks: list[Tensor], updates: list[Tensor], scale: Tensor, z
             rows[types[piece.tensor]].append((*_row(piece), _address(stack, piece.matrix), stack.shape[2], piece.flag))
         return {dtype: tuple(some) for dtype, some in rows.items()}
 
-    key = types, *((x.data_ptr(), x.shape) for x in stacks)
-    addresses = device_vector((x.data_ptr() for x in updates), stacks[0].device)
+    key = types, *[(x.data_ptr(), x.shape) for x in stacks]
+    addresses = device_vector(map(Tensor.data_ptr, updates), stacks[0].device)
     shares = layout.remembered("shares", lambda: _shares([piece.shape for piece in layout.pieces]))
     for dtype, table in layout.tables(key, make, stacks[0].device):
         kernel.scatter_kernel[(len(table), shares)](

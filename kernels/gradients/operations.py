@@ -52,8 +52,8 @@ def inner(gradients: list[Tensor], updates: list[Tensor], out: Tensor, backend: 
     """
     require(len(gradients) == len(updates), f"there are {len(gradients)} stacks of gradients and {len(updates)} of updates")
     for i, (gradient, update) in enumerate(zip(gradients, updates, strict=True)):
-        require_like(f"updates[{i}]", update, tuple(gradient.shape), gradient)
-    require_like("out", out, (3, sum(map(len, gradients))), gradients[0])
+        require_like(f"updates[{i}]", update, gradient.shape, gradient)
+    require_like("out", out, (3, sum([gradient.shape[0] for gradient in gradients])), gradients[0])
     _INNER.run("inner", gradients, updates, out, backend=backend)
 
 
@@ -74,7 +74,7 @@ def scatter(
         ValueError: if the layout is that of other tensors, or backend is "triton" and no kernel can serve the call.
     """
     require(scale.dim() == 0, f"scale must be a scalar, but has shape {tuple(scale.shape)}")
-    require_vector("zeros", zeros, sum(map(len, stacks)), stacks[0].device)
+    require_vector("zeros", zeros, sum([stack.shape[0] for stack in stacks]), stacks[0].device)
     _require_layout("updates", updates, stacks, layout)
     _SCATTER.run("scatter", stacks, updates, scale, zeros, layout, backend=backend)
 

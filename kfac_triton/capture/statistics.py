@@ -141,10 +141,11 @@ class Statistics:
         self._last_backward = task
         if owned_by_autograd and gate.counts_terms and self._defer(rows):
             return
-        # Either all passes are deferred or none: a step that fails needs the old factor, which the buffers then hold.
-        passes = [Pass(deferred, True) for deferred in self.deferred]
-        passes.append(Pass(rows, gate.counts_terms))
-        self._undefer()
+        passes = [Pass(rows, gate.counts_terms)]
+        if self.deferred:
+            # Either all passes are deferred or none: a step that fails needs the old factor, which the buffers then hold.
+            passes = [*(Pass(deferred, True) for deferred in self.deferred), *passes]
+            self._undefer()
         self.on_host.passes += 1
         self._queue.put(self, passes)
 
@@ -169,7 +170,9 @@ class Statistics:
         """Keeps rows until the step, unless something is summed already, or they take too much memory."""
         if not self._may_wait or self.on_host.passes:
             return False
-        size = self._deferred_bytes + sum([x.nbytes for x in rows.inputs]) + sum([x.nbytes for x in rows.gradients])
+        size = self._deferred_bytes
+        for source in (*rows.inputs, *rows.gradients):
+            size += source.nbytes
         if size > self._most_deferred:
             return False
         self.deferred.append(rows)

@@ -91,9 +91,9 @@ class GradientPlan:
         ops.inner(self._gradients, self._updates, self._inner, backend=self._backend)
         rates = rate_vector([learning_rate(weight) for weight in self.weights], self._inner)
         flags = self._finite, self._zeros
-        ops.clip(self._inner[0], rates, self._members, self._places, kl_clip, scale, *flags, dropped, backend=self._backend)
+        ops.clip(self._products, rates, self._members, self._places, kl_clip, scale, *flags, dropped, backend=self._backend)
         ops.scatter(self._updates, self._outputs, scale, self._zeros, self._scatter, backend=self._backend)
-        result, flags_of = dict(self._dense), {p: (self._number[w],) for p, w in self._owner.items()}
+        result, flags_of = dict(self._dense), dict(self._flags_of)
         for number in self._read:
             layer = self._partition.layers[number]
             for p in add_updates(layer, self._blocks(number), result):
@@ -117,7 +117,9 @@ class GradientPlan:
         most, device = max(map(len, members.values())), self._gradients[0].device
         rows = [members[weight] + [-1] * (most - len(members[weight])) for weight in self.weights]
         self._members = torch.tensor(rows, dtype=torch.int32, device=device)
+        self._flags_of = {p: (self._number[weight],) for p, weight in self._owner.items()}
         self._inner = torch.zeros(3, len(owners), dtype=torch.float32, device=device)  # <V, W>, <W, W> and <V, V>
+        self._products = self._inner[0]
         self._zeros = torch.zeros(len(owners), dtype=torch.bool, device=device)
         self._finite = torch.zeros(len(self.weights), dtype=torch.bool, device=device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,7 +22,7 @@ class SideGroup:
     store: int
     places: tuple[int, ...]
 
-    @property
+    @functools.cached_property
     def run(self) -> slice | None:
         """The places as a slice, if they are consecutive; None if tiles share factors."""
         first = self.places[0]

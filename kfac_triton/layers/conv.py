@@ -60,7 +60,8 @@ class ConvLayer(Layer):
             x, gradient = x.unsqueeze(0), gradient.unsqueeze(0)
         x, window = self.patches(x, gradient.shape[2:])
         examples, positions = x.shape[0], gradient.shape[2:].numel()
-        inputs, gradients = list(x.chunk(self.groups, dim=1)), list(gradient.chunk(self.groups, dim=1))
+        groups = self.groups
+        inputs, gradients = ([t] if groups == 1 else list(t.chunk(groups, dim=1)) for t in (x, gradient))
         if not self.reduce:
             return self.make_rows(inputs, gradients, examples, positions, window, ops.window((1,) * spatial))
         inputs = [mean_patches(part, window, gradient.shape[2:]) for part in inputs]

@@ -7,5 +7,5 @@ from torch import Tensor
 
 def local(tensor: Tensor) -> Tensor:
     """The rank's own part of a DTensor; another tensor as it is, detached."""
-    tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    own = tensor.detach()
+    return own if type(own) is Tensor or not hasattr(own, "to_local") else own.to_local()
