@@ -43,7 +43,10 @@ class DiagonalFactors:
         return vector[start : start + self.sizes[index]]
 
     def rows(self, vector: Tensor, side: SideGroup) -> Tensor:
-        """The elements of a group's factors, which have the same size n, as rows (tiles, n)."""
+        """The elements of a group's factors, which have the same size n, as rows (tiles, n): a view of neighbours."""
+        run = side.run
+        if run is not None:
+            return vector[self._starts[run.start] : self._starts[run.stop]].view(len(side.places), -1)
         return torch.stack([self.piece(vector, place) for place in side.places])
 
     def view(self, index: int) -> Tensor:

@@ -30,8 +30,9 @@ class SideGroup:
 
     def select(self, stack: Tensor) -> Tensor:
         """The group's matrices of a stack: a view if their places are consecutive, else a copy."""
-        if self.run is not None:
-            return stack[self.run]
+        run = self.run
+        if run is not None:
+            return stack[run]
         return stack[device_vector(self.places, stack.device)]
 
 

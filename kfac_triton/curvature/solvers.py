@@ -26,13 +26,18 @@ class InverseSolve:
 
     def __init__(self, group: TileGroup, left: Inverse, right: Inverse, backend: str) -> None:
         self._group, self._left, self._right, self._backend = group, left, right, backend
+        self._is_dense = isinstance(left, InverseStack) and isinstance(right, InverseStack)
+        # Refreshes and checkpoints write inverses where they are, so that views of neighbours need not be made again.
+        sides = (group.g, left), (group.a, right)
+        self._views = [side.select(inverse.values) for side, inverse in sides if self._is_dense and side.run is not None]
 
     def __call__(self, gradient: Tensor, update: Tensor, product: Tensor | None) -> None:
         """See `preconditioning.Solve`."""
         left, right, a, g = self._left, self._right, self._group.a, self._group.g
-        if isinstance(left, InverseStack) and isinstance(right, InverseStack):  # one launch for both sides
-            values = g.select(left.values), a.select(right.values)
-            ops.precondition(gradient, *values, update, product, factored=left.factored, backend=self._backend)
+        if self._is_dense:  # one launch for both sides
+            values = self._views if len(self._views) == 2 else [g.select(left.values), a.select(right.values)]
+            is_root = left.kind == "root"
+            ops.precondition(gradient, values[0], values[1], update, product, factored=is_root, backend=self._backend)
         else:
             with precision.library_for_gradients(gradient.device, self._backend):
                 result = right.right(a, left.left(g, gradient))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kfac_triton.capture.diagonal_sums import squared_rows
 from kfac_triton.curvature.diagonal import DiagonalFactors, DiagonalInverse
+from kfac_triton.curvature.groups import SideGroup
 from kfac_triton.kernels import ops
 from kfac_triton.kernels.covariance.reference import patch_matrix
 
@@ -67,6 +68,15 @@ def test_a_store_is_many_diagonals(sizes: list[int], seed: int) -> None:
     assert store.nbytes == 8 * sum(sizes)
     store.roll_back()
     assert torch.equal(store.factors, torch.cat(before))
+
+
+@pytest.mark.parametrize("places", [(0, 1, 2), (1, 2), (2, 0), (1, 1), (2,)])
+def test_rows_of_a_group_are_its_diagonals(places: tuple[int, ...]) -> None:
+    """Neighbours are a view, and the numbers those of any vector over the store."""
+    store = DiagonalFactors([4, 4, 4, 7], torch.float64, CPU)
+    side = SideGroup(0, places)
+    for vector in (store.factors.copy_(torch.rand(19)), torch.rand(19)):
+        assert torch.equal(store.rows(vector, side), torch.stack([store.piece(vector, place) for place in places]))
 
 
 def test_a_constant_without_statistics_has_no_inverse() -> None:

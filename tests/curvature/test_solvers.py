@@ -63,6 +63,28 @@ def test_a_solve_is_that_of_the_dense_system(kind: str, g_side: str, a_side: str
     torch.testing.assert_close(product, (update * gradient).sum((1, 2)))
 
 
+@pytest.mark.parametrize("places", PLACES)
+@pytest.mark.parametrize("kind", ["cholesky", "factored"])
+def test_a_solve_uses_the_inverses_of_the_last_refresh_or_checkpoint(kind: str, places: str) -> None:
+    (left, _), (right, factors) = _dense(kind), _dense(kind)
+    group = TileGroup((0, 1), SideGroup(1, PLACES[places]), SideGroup(0, PLACES[places]))
+    solve = InverseSolve(group, left, right, "torch")
+    gradient = torch.randn(2, N, N, dtype=torch.float64)
+
+    def solved() -> Tensor:
+        update = torch.zeros_like(gradient)
+        solve(gradient, update, None)
+        return update
+
+    kept, before = [right.kept(i).clone() for i in range(3)], solved()
+    right.restart()
+    right.refresh(factors, torch.full((3,), 2 * DAMPING).double())
+    assert not torch.allclose(solved(), before)
+    for i, values in enumerate(kept):
+        right.restore(i, values, right.residual[i], right.damping[i])
+    assert torch.equal(solved(), before)
+
+
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
 @pytest.mark.parametrize("has_tf32", [True, False])
 @pytest.mark.parametrize(("g_side", "a_side"), [("dense", "diagonal"), ("diagonal", "dense")])

@@ -246,6 +246,22 @@ def test_tables_are_made_once() -> None:
     assert tables.programs(shapes, 16, "energy", CPU) is first
 
 
+def test_the_same_memory_may_hold_stacks_of_other_strides() -> None:
+    """Addresses are in the key of the table of stacks, and strides, too."""
+    one = stack(48, 1.1, 1.2)
+    (expected,), kept = refresh([one]), one.copy()
+    buffers = [torch.empty(2 * 64 * 64) for _ in range(2)]
+    for is_part in (False, True, False):
+        views = [x.view(2, 64, 64)[:, :48, :48] if is_part else x[: 2 * 48 * 48].view(2, 48, 48) for x in buffers]
+        for view, values in zip(views, (one.factor, one.root), strict=True):
+            view.copy_(values)
+        ops.factored_newton_refresh(
+            [views[0]], [kept.damping], [views[1]], [kept.residual.fill_(OLD)], 0.05, 4, ACCEPT, [kept.used], [kept.fallbacks],
+            [kept.refused], backend="triton",
+        )  # fmt: skip
+        assert torch.equal(views[1], expected.root)
+
+
 @pytest.mark.parametrize("order", ["factor", "energy", "update"])
 def test_every_tile_has_one_program_and_the_longest_come_first(order: str) -> None:
     rows = tables.programs(((2, 100), (3, 33)), 16, order, CPU).tolist()
