@@ -92,10 +92,10 @@ def install() -> None:
     multiply, number = torch.bmm, torch.zeros(1, 1, 1)
 
     def product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
-        if out is None:
+        if a.requires_grad or b.requires_grad:
             return multiply(a, b)
         multiply(number, number, out=number)
-        return out
+        return a.new_empty(a.shape[0], a.shape[1], b.shape[2]) if out is None else out
 
     setattr(torch, "bmm", product)  # noqa: B010
     # What the kernels never wrote would look like refused inverses.
