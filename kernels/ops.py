@@ -30,7 +30,7 @@ from .covariance.reference import covariance_ema_reference
 from .covariance.window import ROWS, Window, flatten, window
 from .factored_newton import launch as factored_newton_launch
 from .factored_newton.reference import factored_newton_refresh_reference
-from .first_order.operations import move, prepared_move
+from .first_order.operations import move
 from .gradients.operations import clip, gather, inner, scatter
 from .multi_tensor.operations import blend, restore, squares, traces
 from .newton_schulz import launch as newton_schulz_launch
@@ -57,7 +57,6 @@ __all__ = [
     "newton_schulz_inverse",
     "norm_fisher_diagonal",
     "precondition",
-    "prepared_move",
     "restore",
     "scatter",
     "squares",

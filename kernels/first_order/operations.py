@@ -5,13 +5,10 @@ Only a step calls it, which torch.compile never traces, so it is no operator of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ..arguments import require, require_vector
-from ..operators import on_device
 from ..runtime import choose
 from .launch import Launch, can_use
 from .reference import move_reference
@@ -43,49 +40,21 @@ def move(
     Raises:
         ValueError: if lists or flags do not fit, or backend is "triton" and no kernel can serve the call.
     """
-    prepared_move(parameters, gradients, moments, steps, rate, finite, rule, backend)()
-
-
-def prepared_move(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    moments: list[list[Tensor]],
-    steps: list[Tensor],
-    rate: Tensor,
-    finite: Tensor,
-    rule: Rule,
-    backend: str = "auto",
-) -> Callable[[], None]:
-    """`move` in two parts: its arguments are checked, and all memory that a kernel needs is allocated, before the first change.
-
-    With several calls prepared before the first of them is made, none of them moves if one cannot.
-
-    Returns:
-        What moves the parameters; to be called once, with the counters, rate and flags as they are now.
-
-    Raises:
-        ValueError: as `move`.
-    """
     require(
         len(moments) == rule.moments and all(len(x) == len(parameters) for x in (gradients, steps, *moments)),
         f"gradients, steps and {rule.moments} lists of moments must have {len(parameters)} tensors, as parameters",
     )
     if not parameters:
-        return lambda: None
+        return
     device = parameters[0].device
     require_vector("finite", finite, len(parameters), device)
     require_vector("rate", rate, 1, device)
     require(rate.dtype == torch.float64, f"rate must be float64, but is {rate.dtype}")
     for i, step in enumerate(steps):
-        require(step.device == device, f"steps[{i}] must be on {device}, but is on {step.device}")
+        if step.device != device:
+            raise ValueError(f"steps[{i}] must be on {device}, but is on {step.device}")
     arguments = parameters, gradients, moments, steps, rate, finite, rule
-    if not choose("move", backend, device, lambda: can_use(*arguments)):
-        return lambda: move_reference(*arguments)
-    with on_device(device):
-        launch = Launch(*arguments)
-
-    def run() -> None:
-        with on_device(device):
-            launch.run()
-
-    return run
+    if choose("move", backend, device, lambda: can_use(*arguments)):
+        Launch(*arguments).run()
+    else:
+        move_reference(*arguments)

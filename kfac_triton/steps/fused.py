@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..curvature.finite_flags import FiniteFlags
-from ..kernels import ops, runtime
+from ..kernels import runtime
 from ..kernels.device_tables import device_vector
-from ..kernels.first_order.launch import can_move
+from ..kernels.first_order.launch import Launch, movable
 from ..kernels.first_order.rule import Rule
-from .hold import State
+from .hold import State, move_counters
 from .param_groups import changing_moments
 
 _PLAIN = {Tensor, nn.Parameter}
@@ -37,35 +38,46 @@ class FusedSteps:
         adam = group["tail"] == "adamw"
         options = {name: group[name] for name in ("nesterov", "weight_decay", "maximize", "betas", "eps")}
         self._rule = Rule(adam, **options | {"momentum": 0.0 if adam else group["momentum"], "betas": tuple(group["betas"])})
-        self._names = changing_moments(group)
-        self._moves: list[Callable[[], None]] = []
+        names = changing_moments(group)
+        self._launches: list[Launch] = []
         self.rest: Work = [], [], []
-        by_device: dict[torch.device, Work] = {}
-        for p, gradient, state in zip(*work, strict=True):
-            if state["step"].device != p.device:  # before the first step, or in a checkpoint
-                state["step"] = state["step"].to(p.device)
-            serves = runtime.choose("move", backend, p.device, lambda: None) and self._can_move(p, gradient, state)
-            params, gradients, states = by_device.setdefault(p.device, ([], [], [])) if serves else self.rest
-            params.append(p)
-            gradients.append(gradient)
-            states.append(state)
-        for device, (params, gradients, states) in by_device.items():
-            moments = [[state[name] for state in states] for name in self._names]
-            counters = [state["step"] for state in states]
-            flags, rate = finite.gathered(params, device), _rate(group["lr"], device)
-            self._moves.append(
-                ops.prepared_move(params, gradients, moments, counters, rate, flags, self._rule, backend=backend)
-            )
-
-    def _can_move(self, p: Tensor, gradient: Tensor, state: dict[str, Any]) -> bool:
-        moments = tuple(state[name] for name in self._names)
-        # Others may be spread over processes.
-        return all(type(x) in _PLAIN for x in (p, gradient, *moments)) and can_move(p, gradient, moments, state["step"])
+        for device, (params, gradients, states) in _by_device(work).items():
+            move_counters(params, states)  # before the first step they are on the host, as in a checkpoint
+            moments, counters = [[state[name] for state in states] for name in names], [state["step"] for state in states]
+            chosen = [False] * len(params)
+            if runtime.choose("move", backend, device, lambda: None):
+                plain = [set(map(type, tensors)) <= _PLAIN for tensors in zip(params, gradients, *moments, strict=True)]
+                chosen = list(map(operator.and_, plain, movable(params, gradients, moments, counters)))
+            if not all(chosen):
+                _extend(self.rest, (params, gradients, states), [i for i, moves in enumerate(chosen) if not moves])
+                params, gradients, counters, *moments = (
+                    list(itertools.compress(x, chosen)) for x in (params, gradients, counters, *moments)
+                )
+            if params:
+                flags, rate = finite.gathered(params, device), _rate(group["lr"], device)
+                self._launches.append(Launch(params, gradients, moments, counters, rate, flags, self._rule))
 
     def apply(self) -> None:
         """Moves the parameters."""
-        for move in self._moves:
-            move()
+        for launch in self._launches:
+            launch.run()
+
+
+def _by_device(work: Work) -> dict[torch.device, Work]:
+    devices = [p.device for p in work[0]]
+    if len(set(devices)) == 1:
+        return {devices[0]: work}
+    found: dict[torch.device, Work] = {device: ([], [], []) for device in devices}
+    for device, some in found.items():
+        _extend(some, work, [i for i, other in enumerate(devices) if other == device])
+    return found
+
+
+def _extend(some: Work, work: Work, places: list[int]) -> None:
+    """Adds what is at these places."""
+    some[0].extend([work[0][i] for i in places])
+    some[1].extend([work[1][i] for i in places])
+    some[2].extend([work[2][i] for i in places])
 
 
 def _rate(lr: float | Tensor, device: torch.device) -> Tensor:

@@ -40,6 +40,13 @@ def portions(params: Sequence[Tensor], together: bool) -> list[list[int]]:
     return result
 
 
+def move_counters(params: Sequence[Tensor], states: Sequence[State]) -> None:
+    """Puts counters of steps on the devices of their parameters, unless they are there."""
+    for p, state in zip(params, states, strict=True):
+        if state["step"].device != p.device:
+            state["step"] = state["step"].to(p.device)
+
+
 class Hold:
     """Restores parameters, and the state that the first-order rule keeps of them, if their gradient was not finite.
 
@@ -63,9 +70,7 @@ class Hold:
 
         Counters that were on the host until now (before the first step, or in a checkpoint) move to the parameters' device.
         """
-        for p, state in zip(params, states, strict=True):
-            if state["step"].device != p.device:
-                state["step"] = state["step"].to(p.device)
+        move_counters(params, states)
         for places in portions(params, together):
             some = [params[i] for i in places]
             flags = self._finite.gathered(some, params[places[0]].device)
