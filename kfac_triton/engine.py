@@ -166,7 +166,8 @@ class Engine:
         """Continues from this progress: it determines schedules, intervals, and whether the next passes leave statistics."""
         self.progress, settings = progress, self.settings
         self.gate.open = settings.is_due("statistics_every", progress.steps)
-        self.gate.stride = math.ceil(1 / settings.stats_fraction - 1e-9)
+        self.gate.is_auto = settings.stats_fraction == "auto"
+        self.gate.stride = 1 if self.gate.is_auto else math.ceil(1 / float(settings.stats_fraction) - 1e-9)
         self.gate.max_rows = settings.max_stats_tokens
         self.gate.max_kept_bytes = settings.max_kept_bytes
         self.gate.step = progress.steps

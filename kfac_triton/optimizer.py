@@ -69,8 +69,9 @@ class KFAC(KFACBase, Optimizer):
         loss_reduction: "mean" or "sum" of the loss terms.
         loss_terms: "examples", or "tokens" if each position has a loss term (language models).
         loss_scale: factor on the loss in the backward pass: a number, a `torch.amp.GradScaler`, or a function that returns it.
-        stats_fraction: largest part of the rows (tokens, images) to take statistics of, in (0, 1]: every 2nd, 3rd, ... row
-            (see docs/curvature.md).
+        stats_fraction: largest part of the rows (tokens, images) to take statistics of, in (0, 1]: every 2nd, 3rd, ... row.
+            "auto" takes an eighth of the tokens of linear layers, but at least about 1,024 and as many as the layer's largest
+            factor has rows, and everything else (docs/curvature.md).
         max_stats_tokens: largest number of rows of a layer to take statistics of in a pass; None for all.
         max_kept_bytes: on a GPU, bytes of rows (of large batches) that a backward pass keeps, so that one launch sums those of
             many layers; 0 sums each layer at once. Rows that need less memory than the factors of their layer do not count.
@@ -133,7 +134,7 @@ class KFAC(KFACBase, Optimizer):
         loss_reduction: str = Settings.loss_reduction,
         loss_terms: str = Settings.loss_terms,
         loss_scale: float | Callable[[], float] | GradScaler = Settings.loss_scale,
-        stats_fraction: float = Settings.stats_fraction,
+        stats_fraction: float | str = Settings.stats_fraction,
         max_stats_tokens: int | None = Settings.max_stats_tokens,
         max_kept_bytes: int = Settings.max_kept_bytes,
         max_factor_size: int | None = Settings.max_factor_size,

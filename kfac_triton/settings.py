@@ -51,6 +51,15 @@ def _require_patterns(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a pattern, a list of patterns or a function of name and module, but is {value!r}")
 
 
+def _require_fraction(name: str, value: Any) -> None:
+    if value == "auto":
+        return
+    if isinstance(value, str):
+        raise ValueError(f"{name} must be 'auto' or a number, but is {value!r}")
+    if validation.real(name, value, open_low=True) > 1:
+        raise ValueError(f"{name} must be at most 1, but is {value}")
+
+
 def _require_split(name: str, value: Any) -> None:
     if not isinstance(value, dict) or not all(isinstance(pattern, str) for pattern in value):
         raise TypeError(f"{name} must be a dict of patterns and numbers of blocks, but is {value!r}")
@@ -84,7 +93,7 @@ class Settings:
     loss_reduction: str = _choice(*LOSS_REDUCTIONS)
     loss_terms: str = _choice("examples", "tokens")
     loss_scale: Any = 1.0
-    stats_fraction: float = field(default=1.0, metadata=_checked_by(validation.real, open_low=True))
+    stats_fraction: float | str = field(default="auto", metadata=_checked_by(_require_fraction))
     max_stats_tokens: int | None = field(default=None, metadata=_checked_by(validation.whole, or_none=True))
     max_kept_bytes: int = field(default=1 << 28, metadata=_checked_by(validation.whole, low=0))
     max_factor_size: int | None = field(default=8192, metadata=_checked_by(validation.whole, or_none=True))
@@ -111,8 +120,6 @@ class Settings:
                 "loss=nn.CrossEntropyLoss() or the loss that you train with, and call accumulate_fisher(outputs, targets) "
                 "between forward and backward"
             )
-        if self.stats_fraction > 1:
-            raise ValueError(f"stats_fraction must be at most 1, but is {self.stats_fraction}")
         if self.capturable:
             self.require_constant()
         if not callable(self.loss_scale) and not isinstance(self.loss_scale, GradScaler):

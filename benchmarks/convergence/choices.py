@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from kfac_triton.capture.gate import AUTO_STRIDE, LEAST_ROWS
 from kfac_triton.layers import meeting_all
 
 from .contest import CONTEST, KFAC_NAME, Config
 from .problems import Problem
 
 EVERYTHING, CONTROL = "everything", "control: damping 2 % higher"
+DEFAULT = "the default"  # which takes all rows of layers that the other choices reduce, such as a ViT's head
 
 _TEXT = CONTEST["text"][KFAC_NAME].fixed
 # Configurations of the race's grid: of two to four that were tried on seed 0 with all rows and whole factors, those with the
@@ -67,9 +69,12 @@ def _largest_kernel(problem: Problem) -> int:
     return max((math.prod(m.kernel_size) for m in problem.build(0).modules() if isinstance(m, nn.Conv2d)), default=0)
 
 
-def rows_kept(rows: int, positions: int, config: Config) -> int:
-    """Rows that are left of so many, of examples with so many positions."""
-    every = math.ceil(1 / config["stats_fraction"] - 1e-9)
+def rows_kept(rows: int, positions: int, size: int, config: Config) -> int:
+    """Rows that are left of so many, of examples with so many positions, for a factor of this size."""
+    if config["stats_fraction"] == "auto":
+        every = max(1, min(AUTO_STRIDE, rows // max(LEAST_ROWS, size)))
+    else:
+        every = math.ceil(1 / config["stats_fraction"] - 1e-9)
     if config["max_stats_tokens"] is not None:
         every = max(every, -(-rows // config["max_stats_tokens"]))
     return -(-rows // meeting_all(every, positions))
@@ -85,7 +90,7 @@ def choices(problem: Problem) -> list[Choice]:
         config = base | settings
         limit = config["max_factor_size"]
         count = 1 if limit is None else -(-side // (limit - 1))
-        return Choice(name, config, rows_kept(rows, rows // problem.batch, config), size, -(-side // count) + 1)
+        return Choice(name, config, rows_kept(rows, rows // problem.batch, size, config), size, -(-side // count) + 1)
 
     def blocks(count: int) -> Config:
         return {"max_factor_size": max(-(-side // count), _largest_kernel(problem)) + 1}
@@ -108,4 +113,5 @@ def choices(problem: Problem) -> list[Choice]:
         choice(CONTROL, damping=1.02 * base["damping"]),
         choice("1/4 of the rows, 2 blocks", stats_fraction=1 / 4, **blocks(2)),
         choice("3 blocks", **blocks(3)),
+        choice(DEFAULT, stats_fraction="auto"),
     ]

@@ -57,7 +57,10 @@ def _adamw(*rates: float) -> Entry:
 # K-FAC's fixed settings were found by some sixty single trial runs on seed 0, AdamW's grid by ten. What they showed: with an
 # AdamW tail the preconditioned gradient needs no KL clip; so few steps want short averages, for both contestants; norms train
 # better along their gradient; positions are broadcast over the batch, and their rows are not examples.
-_KFAC: Config = {"tail": "adamw", "betas": [0.8, 0.9], "momentum": 0.0, "kl_clip": None, "inverse_every": 2, "norms": "skip"}
+_KFAC: Config = {
+    "tail": "adamw", "betas": [0.8, 0.9], "momentum": 0.0, "kl_clip": None, "inverse_every": 2, "norms": "skip",
+    "stats_fraction": 1.0,
+}  # fmt: skip
 
 CONTEST: dict[str, dict[str, Entry]] = {
     "text": {

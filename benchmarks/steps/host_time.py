@@ -96,7 +96,7 @@ def measure(name: str, settings: dict[str, Any], repeats: int) -> dict[str, floa
     from kfac_triton import KFAC
 
     model, loss, terms = task(name)
-    options = {"tail": "adamw", "damping": 0.1, "inverse": "factored", "skip": "positions", **settings}
+    options = {"tail": "adamw", "damping": 0.1, "inverse": "factored", "skip": "positions", "stats_fraction": 1.0, **settings}
     if not hasattr(model, "positions"):
         del options["skip"]
     optimizer = KFAC(model, lr=1e-4, loss_terms=terms, backend="triton", **options)

@@ -10,6 +10,9 @@ from torch import Tensor
 from ..kernels import runtime
 
 _NONE = -2  # the number of no backward pass
+# With stats_fraction="auto", one token in eight is kept, but at least about 1,024 of a pass. Training with an eighth of the
+# tokens could not be told from training with all (benchmarks/README.md).
+AUTO_STRIDE, LEAST_ROWS = 8, 1024
 
 
 class Gate:
@@ -25,6 +28,7 @@ class Gate:
         probe: an input of every tap. Asking for its gradient, which is None, runs the backward pass through all taps without
             computing gradients of weights.
         stride: at most one row in `stride` is kept. (torch.compile could not trace a fraction as dynamic.)
+        is_auto: whether layers with many tokens choose their stride.
         max_rows: the largest number of rows that a pass keeps for a layer.
         max_kept_bytes: bytes of rows that wait to be summed with those of other layers (see `RowQueue`).
         step: number of the step, which shifts the rows that are kept.
@@ -44,6 +48,7 @@ class Gate:
         self.compiled_terms = torch.zeros((), device=device)
         self.probe = torch.zeros((), device=device, requires_grad=True)
         self.stride = 1
+        self.is_auto = False
         self.max_rows: int | None = None
         self.max_kept_bytes = 0
         self.step = 0
@@ -68,6 +73,12 @@ class Gate:
         self.scale, self.saw_loss, self.is_unrecorded = None, False, False
         self._noticed = _NONE  # a step may be taken inside of a backward pass
 
-    def stride_for(self, rows: int) -> int:
-        """The n of which one row in n is kept."""
-        return self.stride if not self.max_rows else max(self.stride, -(-rows // self.max_rows))
+    def stride_for(self, rows: int, least: int) -> int:
+        """The n of which one row in n is kept.
+
+        Args:
+            rows: of the pass.
+            least: about as many rows must be left where the stride is chosen here; 0 where it is not.
+        """
+        stride = max(1, min(AUTO_STRIDE, rows // least)) if self.is_auto and least else self.stride
+        return stride if not self.max_rows else max(stride, -(-rows // self.max_rows))

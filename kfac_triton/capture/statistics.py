@@ -12,7 +12,7 @@ from torch import Tensor
 from ..layers import Layer, Rows
 from ..layers.partition import Part
 from .ekfac_moments import Moments
-from .gate import Gate
+from .gate import LEAST_ROWS, Gate
 from .row_queue import Pass, RowQueue
 from .sums import Item, Kind, kind_of
 
@@ -106,6 +106,7 @@ class Statistics:
         self._beta = shared.beta
         self._queue = shared.queue
         self._first = shared.first
+        self._least_rows = max([LEAST_ROWS, *(e.part.size for e in self.dense)])
         self._runs = _runs(layer, [*self.dense, *self.diagonal])
         self._last_backward = -1
 
@@ -133,7 +134,7 @@ class Statistics:
         rows = self.layer.rows(x, gradient)
         if self.moments is not None:
             self.moments.add(rows)
-        every = gate.stride_for(rows.input_count)
+        every = gate.stride_for(rows.input_count, self._least(rows))
         if every > 1:
             rows = rows.sample(every, gate.step)
         if gate.counts_terms:
@@ -148,6 +149,11 @@ class Statistics:
             self._undefer()
         self.on_host.passes += 1
         self._queue.put(self, passes)
+
+    def _least(self, rows: Rows) -> int:
+        """See `Gate.stride_for`. A diagonal is of a vocabulary, or as large as one; of rare words each occurrence counts."""
+        can_choose = self.layer.samples_tokens and not self.diagonal and rows.input_count > rows.examples
+        return self._least_rows if can_choose else 0
 
     def clear(self) -> None:
         """Clears everything except what layers share."""
@@ -199,7 +205,7 @@ class Statistics:
         """Adds a pass inside a graph of torch.compile, where a second call in one backward pass cannot be recognized."""
         gate = self.gate
         rows = self.layer.rows(x, gradient)
-        every = gate.stride_for(rows.input_count)
+        every = gate.stride_for(rows.input_count, self._least(rows))
         if every > 1:
             rows = rows.sample_compiled(every)
         alpha, beta = self._alpha * gate.weight, self._beta

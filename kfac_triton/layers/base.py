@@ -115,6 +115,7 @@ class Layer(ABC):
         applies_weight_itself: whether the module's forward applies the weight by `F.linear`, so that no module's hook sees it.
         modules: those that share the weight, usually one.
         groups: number of channel groups; each is a block with its own factor pair.
+        samples_tokens: whether stats_fraction="auto" takes a part of the tokens. (An embedding would miss rare words.)
         output_parts: the number of parts of equal size that G is divided into along its diagonal.
     """
 
@@ -126,6 +127,7 @@ class Layer(ABC):
     weight_is_transposed: ClassVar[bool] = False
     can_be_tied: ClassVar[bool] = False
     applies_weight_itself: ClassVar[bool] = False
+    samples_tokens: ClassVar[bool] = False
     output_parts: int = 1
 
     def __init_subclass__(cls, **options: Any) -> None:

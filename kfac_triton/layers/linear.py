@@ -13,6 +13,7 @@ class LinearLayer(Layer):
     module_type: type[nn.Module] = nn.Linear
     autocasts = True
     can_be_tied = True
+    samples_tokens = True
 
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
         """Expand: every position is a row. Reduce: an example's mean input and summed gradient."""

@@ -29,6 +29,7 @@ class TiedLayer(LinearLayer):
     """
 
     diagonal_gradients = True
+    samples_tokens = False
 
     @classmethod
     def tie(cls, modules: list[nn.Module]) -> type[Layer] | None:

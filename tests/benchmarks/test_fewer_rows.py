@@ -34,9 +34,8 @@ def test_choices_differ_and_start_with_the_reference(problem: problems.Problem) 
     assert (reference.rows, reference.block) == (choices.rows_of(problem), reference.size)
     assert len({choice.name for choice in found}) == len({str(sorted(c.config.items())) for c in found}) == len(found)
     assert min(choice.rows_per_size for choice in found) < 1, "too few rows is among what is tried"
-    assert all(
-        isinstance(choice.config[name], (int, float)) for choice in found for name in ("lr", "damping", "stats_fraction")
-    )
+    assert all(isinstance(choice.config[name], (int, float)) for choice in found for name in ("lr", "damping"))
+    assert [choice.name for choice in found if choice.config["stats_fraction"] == "auto"] == [choices.DEFAULT]
 
 
 @pytest.mark.parametrize("name", ["text", "vit"])

@@ -127,6 +127,84 @@ def test_sampling_compiles_once_for_all_lengths() -> None:
         assert graphs.frame_count == 1
 
 
+class Tokens(nn.Module):
+    """Layers with a row for each token, and others."""
+
+    def __init__(self, width: int, words: int = 20) -> None:
+        super().__init__()
+        self.words = nn.Embedding(words, 6)
+        self.token = nn.Linear(6, width)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 4)
+        self.decoder = nn.Linear(6, words, bias=False)
+        self.decoder.weight = self.words.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        embedded = self.words(tokens)
+        x = self.token(embedded)
+        x = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+        return self.head(x.mean(1)).square().mean() + self.decoder(embedded).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("examples", "length", "width", "stride"),
+    [
+        (32, 63, 8, 1),  # 2,016 tokens
+        (32, 64, 8, 3),  # every second one would miss half of the positions
+        (32, 65, 8, 2),
+        (64, 63, 8, 4),  # every third one of 4,032
+        (129, 63, 8, 8),
+        (500, 63, 8, 8),
+        (129, 64, 8, 9),
+        (32, 65, 1500, 1),  # factors of size 1,501
+        (64, 65, 1500, 2),
+    ],
+)
+def test_by_default_linear_layers_take_a_part_of_many_tokens(examples: int, length: int, width: int, stride: int) -> None:
+    model = nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2))
+    with KFACPreconditioner(model, loss_terms="tokens", norms="skip") as ours:
+        model(torch.randn(examples, length, 3)).square().mean().backward()
+        assert [int(s.counts[0]) for s in ours.engine.statistics] == [-(-examples * length // stride)] * 2
+
+
+def test_by_default_everything_else_takes_all_rows() -> None:
+    """Embeddings, tied ones too, norms, layers with a row for each example, and what is not divided into examples."""
+    model, tokens = Tokens(8), torch.randint(20, (64, 64))
+    with KFACPreconditioner(model, loss_terms="examples", norms="diagonal") as ours:
+        model(tokens).backward()
+        rows = {s.layer.name: s.counts.tolist() for s in ours.engine.statistics}
+    part = {name for name, (count, _) in rows.items() if count not in (64, 64 * 64)}
+    assert part == {name for name in rows if name.startswith(("token", "attention"))} > {"token"}
+    assert all(terms == 64 for _, terms in rows.values())
+    flat, images = nn.Linear(5, 3), nn.Conv2d(2, 3, 3)
+    for layer, x in ((flat, torch.randn(5000, 5)), (images, torch.randn(9, 2, 40, 40))):
+        with KFACPreconditioner(layer, weight_sharing="expand") as ours:
+            layer(x).square().mean().backward()
+            assert int(ours.engine.statistics[0].counts[0]) == (5000 if layer is flat else 9 * 38 * 38)
+    tokens_of = nn.Linear(5, 3)
+    with KFACPreconditioner(tokens_of, weight_sharing="reduce") as ours:
+        tokens_of(torch.randn(64, 64, 5)).square().mean().backward()
+        assert int(ours.engine.statistics[0].counts[0]) == 64
+
+
+@pytest.mark.parametrize("oversize", ["diagonal", "block"])
+def test_a_vocabulary_with_a_diagonal_is_not_sampled(oversize: str) -> None:
+    model = nn.Linear(4, 50)
+    with KFACPreconditioner(model, loss_terms="tokens", max_factor_size=10, oversize=oversize) as ours:
+        model(torch.randn(64, 63, 4)).square().mean().backward()
+        assert int(ours.engine.statistics[0].counts[0]) == (64 * 63 if oversize == "diagonal" else 64 * 63 // 4)
+
+
+def test_all_rows_are_taken_on_request() -> None:
+    model, x = nn.Linear(4, 3), torch.randn(64, 64, 4, dtype=torch.float32)
+    with KFACPreconditioner(model, loss_terms="tokens", stats_fraction=1.0, ema_decay=0.0) as ours:
+        model(x).square().mean().backward()
+        ours.precondition_()
+        rows = torch.cat([x.flatten(0, 1), torch.ones(64 * 64, 1)], 1).double()
+        assert relative_error(ours.factors()[""][0], (rows.T @ rows / len(rows)).float()) <= 1e-5
+
+
 def test_gradients_of_a_part_estimate_those_of_all() -> None:
     """Each example as often as it is left out: the same G, also for a sum over terms and several passes."""
     model = mlp()
@@ -180,6 +258,7 @@ def test_kernels_sample_too() -> None:
     [
         ({"stats_fraction": 0.0}, "stats_fraction must be finite and greater than 0"),
         ({"stats_fraction": 1.5}, "stats_fraction must be at most 1, but is 1.5"),
+        ({"stats_fraction": "half"}, "stats_fraction must be 'auto' or a number, but is 'half'"),
         ({"max_stats_tokens": 0}, "max_stats_tokens must be at least 1"),
         ({"max_factor_size": 0}, "max_factor_size must be at least 1"),
         ({"oversize": "sparse"}, "oversize must be one of diagonal, block"),
