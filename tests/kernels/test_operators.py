@@ -54,7 +54,7 @@ def test_a_device_is_made_current_only_if_it_is_not(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(runtime, "current", lambda device: entered.append(device) or operators.nullcontext())
     for device in (CPU, torch.device("cuda", 1), torch.device("cuda", 0)):
-        with operators._on(device):
+        with operators.on_device(device):
             pass
     assert entered == [torch.device("cuda", 0)]
 
