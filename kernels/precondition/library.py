@@ -39,9 +39,9 @@ def bounds(side: int, count: int) -> list[tuple[int, int]]:
 
 def root_times(root: Tensor, matrix: Tensor, count: int, transposed: bool = False) -> Tensor:
     """T B or T^T B with lower triangular T (B, m, m), by panels of the result's rows."""
+    out = matrix.new_empty(matrix.shape)  # given, so that autocast does not choose another type
     if count == 1:  # without views, which the host pays for
-        return torch.bmm(root.mT if transposed else root, matrix)
-    out = matrix.new_empty(matrix.shape)
+        return torch.bmm(root.mT if transposed else root, matrix, out=out)
     for start, stop in bounds(root.shape[1], count):
         if transposed:
             torch.bmm(root[:, start:, start:stop].mT, matrix[:, start:], out=out[:, start:stop])

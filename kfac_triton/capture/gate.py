@@ -80,5 +80,6 @@ class Gate:
             rows: of the pass.
             least: about as many rows must be left where the stride is chosen here; 0 where it is not.
         """
-        stride = max(1, min(AUTO_STRIDE, rows // least)) if self.is_auto and least else self.stride
+        # Not by min and max, for each of whose outcomes torch.compile would make a graph.
+        stride = torch.sym_max(1, torch.sym_min(AUTO_STRIDE, rows // least)) if self.is_auto and least else self.stride
         return stride if not self.max_rows else max(stride, -(-rows // self.max_rows))

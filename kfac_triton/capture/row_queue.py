@@ -129,10 +129,13 @@ class RowQueue:
         else:
             index = device_vector(places, self._betas.device)
             own, betas = self._betas, self._betas.index_select(0, index)
-        start = 0
+        start, alphas = 0, self._alphas
+        shares = [item.rows.share for pairs in members.values() for _, item in pairs]
+        if any(share != 1 for share in shares):
+            alphas = device_vector([1 / share for share in shares], alphas.device, alphas.dtype)
         for kind, pairs in members.items():
             run = slice(start, start + len(pairs))
-            kind([item for _, item in pairs], self._alphas[run], betas[run], self._backend)
+            kind([item for _, item in pairs], alphas[run], betas[run], self._backend)
             start = run.stop
         own.fill_(1.0) if index is None else own.index_fill_(0, index, 1.0)
 

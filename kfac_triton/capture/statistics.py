@@ -24,7 +24,7 @@ class Counts:
     Attributes:
         rows: rows of A.
         terms: loss terms.
-        taken: loss terms whose rows were kept, if rows are sampled.
+        taken: rows of A that were kept, if rows are sampled; nothing depends on it.
         passes: passes that were summed.
     """
 
@@ -115,6 +115,11 @@ class Statistics:
         """Rows of A and loss terms of all passes, (2,)."""
         return (self.on_device + torch.tensor(self.on_host.values(), dtype=torch.float64, device=self.on_device.device))[:2]
 
+    @property
+    def rows_taken(self) -> float:
+        """Rows of A that the sums have: fewer, if they are sampled."""
+        return float(self.on_host.taken + self.on_device[2])
+
     def add(self, x: Tensor, gradient: Tensor, owned_by_autograd: bool = False) -> None:
         """Adds one backward pass through the layer.
 
@@ -192,14 +197,14 @@ class Statistics:
         """Counts rows and loss terms of a pass of the backward pass with this number."""
         counts = self.on_host
         counts.rows += rows.input_count
+        counts.taken += rows.input_count * rows.share
         if task == self._last_backward:  # a second call of the module in one backward pass has the same loss terms
             return
         terms = rows.terms if self.gate.terms is None else self.gate.terms
         if isinstance(terms, Tensor):
-            self._count_on_device(0, terms, rows.share, 0)
+            self._count_on_device(0, terms, 0, 0)
         else:
             counts.terms += terms
-            counts.taken += terms * rows.share
 
     def _add_compiled(self, x: Tensor, gradient: Tensor) -> None:
         """Adds a pass inside a graph of torch.compile, where a second call in one backward pass cannot be recognized."""
@@ -208,18 +213,19 @@ class Statistics:
         every = gate.stride_for(rows.input_count, self._least(rows))
         if every > 1:
             rows = rows.sample_compiled(every)
-        alpha, beta = self._alpha * gate.weight, self._beta
+        alpha, beta = self._alpha * gate.weight / rows.share, self._beta
         # No number that differs between equal layers (a place, a slot) may be read here: they would not share a graph.
         for kind, entries, places in self._runs:
             items = [Item(self.layer, entry.part, rows, entry.total) for entry in entries]
             kind(items, alpha[places], beta[places], self._backend)
         beta.fill_(1.0)
         terms = rows.terms if gate.empirical else gate.compiled_terms
-        self._count_on_device(rows.input_count * gate.weight, terms, rows.share, gate.weight)
+        counted = rows.input_count * gate.weight
+        self._count_on_device(counted, terms, counted * rows.share, gate.weight)
 
-    def _count_on_device(self, rows: Tensor | float, terms: Tensor | float, share: float, passes: Tensor | float) -> None:
-        for place, added in enumerate((rows, terms, terms * share, passes)):
-            self.on_device[place].add_(added)  # without unbind, whose views a compiled forward pass would save
+    def _count_on_device(self, *added: Tensor | float) -> None:
+        for place, number in enumerate(added):
+            self.on_device[place].add_(number)  # without unbind, whose views a compiled forward pass would save
 
 
 def _runs(layer: Layer, entries: list[FactorSum]) -> list[tuple[Kind, list[FactorSum], slice]]:

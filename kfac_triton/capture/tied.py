@@ -59,7 +59,7 @@ class TiedStatistics:
 
             u = sqrt(tr(r S_c) tr S_hh / (tr S_gg tr S_e)).
 
-        If only part of the rows is taken, r corrects for that too. If only one use has statistics, its sums stay as they are.
+        If only one use has statistics, its sums stay as they are.
 
         Args:
             first_counts: `Counts` of the first use, (4,). If there was no pass, its sums are stale and not read.
@@ -84,7 +84,7 @@ class TiedStatistics:
             return torch.stack(pieces).sum().to(home)
 
         both = summed & came
-        ratio = torch.where(both, n.rows / e.rows * (e.terms / e.taken) / (n.terms / n.taken), 1.0)
+        ratio = torch.where(both, n.rows / e.rows, 1.0)
         root = ratio * trace(1, False) * trace(0, True) / (trace(0, False) * trace(1, True))
         u = torch.where(both & torch.isfinite(root) & (root > 0), root, 1.0).sqrt()
         for (first, second), (old, new) in zip(self._pairs, sums, strict=True):

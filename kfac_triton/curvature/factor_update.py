@@ -191,8 +191,7 @@ class FactorUpdate:
         counts = Counts(*torch.where(present, table, 1.0).unbind(1))
         reduction = settings.loss_reduction if settings.fisher == "empirical" else "sum"
         moment_scale = scales.gradient_scale(counts.terms, reduction, settings.current_loss_scale())
-        g_scale = moment_scale * counts.terms / counts.taken
-        scale = torch.cat([scales.input_scale(counts.rows), g_scale])[self._scale_of_slot]
+        scale = torch.cat([scales.input_scale(counts.rows), moment_scale])[self._scale_of_slot]
         accept = accepted[self.layer_of_slot]
         rate = self.bank.weights(accept, settings.ema_decay)
         keep, gain = 1 - rate, rate * scale
@@ -268,5 +267,7 @@ class FactorUpdate:
         has_neighbours = slots[-1] - slots[0] == len(slots) - 1
         places = slice(slots[0], slots[-1] + 1) if has_neighbours else device_vector(slots, self.bank.home)
         alpha, beta, flags = (vector[places].to(device) for vector in (gain, keep, accept))
+        if any(rows.share != 1 for _, rows in passes):
+            alpha = alpha * device_vector([1 / passes[k][1].share for k, _ in chosen.parts], device, alpha.dtype)
         ones = chosen.has_bias_column
         ops.covariance_ema(chosen.factors, sources, alpha, beta, ones, windows, flags, backend=self._backend)

@@ -26,7 +26,7 @@ class Rows(NamedTuple):
         input_count: rows of A in this pass: examples times positions (expand) or examples (reduce).
         terms: loss terms in this pass, the number that a mean loss divides by.
         examples: number of examples; each has the same number of rows, which are adjacent.
-        share: the fraction of the rows that is kept, if the rows are sampled.
+        share: the fraction of the rows that is kept, if the rows are sampled; their squares are weighted by its inverse.
         make: makes the rows, if inputs and gradients are still those of the module, because a kernel reads them as they are.
     """
 
@@ -57,7 +57,7 @@ class Rows(NamedTuple):
         if self.make is not None:
             return self.make().sample(every, step)
         rows = len(self.gradients[0])
-        every = meeting_all(every, rows // max(1, self.examples))
+        every = meeting_all(every, rows // self.examples if self.examples else 1)
         first = min(step % every, max(0, rows - 1))
         return self._part(lambda x: x[first::every])
 
@@ -76,9 +76,8 @@ class Rows(NamedTuple):
 
     def _part(self, take: Callable[[Tensor], Tensor]) -> Rows:
         inputs, gradients = [take(x) for x in self.inputs], [take(x) for x in self.gradients]
-        share = len(gradients[0]) / max(1, len(self.gradients[0]))
-        taken = round(self.input_count * share)
-        return self._replace(inputs=inputs, gradients=gradients, input_count=taken, share=share, examples=len(gradients[0]))
+        share = max(1, len(gradients[0])) / max(1, len(self.gradients[0]))
+        return self._replace(inputs=inputs, gradients=gradients, share=share, examples=len(gradients[0]))
 
 
 def meeting_all(every: int, positions: int) -> int:
@@ -94,7 +93,7 @@ def meeting_all(every: int, positions: int) -> int:
 def _hash(numbers: Tensor) -> Tensor:
     """Numbers below 2^32, equally distributed: multiplicative hashing (Knuth, TAOCP 6.4), high bits mixed into low ones."""
     mixed = numbers * 2654435769 % 2**32
-    mixed = (mixed ^ (mixed >> 16)) * 2246822519 % 2**32
+    mixed = (mixed ^ (mixed >> 16)) * 1812433253 % 2**32
     return mixed ^ (mixed >> 13)
 
 

@@ -147,4 +147,4 @@ def test_rows_are_made_only_where_they_are_read() -> None:
             assert (rows.make is None) == (norms == "full")
             made, sampled = rows.made(), rows.sample(2, 1)
             assert torch.equal(sampled.gradients[0], made.gradients[0][1::2])
-            assert (made.input_count, sampled.input_count) == (N * 5, N * 5 // 2)
+            assert (made.input_count, sampled.input_count, sampled.share) == (N * 5, N * 5, 0.5)

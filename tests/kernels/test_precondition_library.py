@@ -42,6 +42,19 @@ def test_any_number_of_panels_against_einsum(batch: int, m: int, n: int, multipl
     assert all(torch.equal(a, b) for a, b in zip(kept, (gradient, left, right), strict=True))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_autocast_changes_no_type(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step may be taken inside of it. There torch.bmm computes in 16 bits, unless it is told where to put the result."""
+    monkeypatch.setattr(library, "panels", lambda *sizes: count)
+    monkeypatch.setattr(library, "_MULTIPLE", 4)
+    gradient, left, right = torch.randn(2, 8, 12), torch.randn(2, 8, 8).tril(), torch.randn(2, 12, 12).tril()
+    results = [torch.empty(2, 8, 12) for _ in range(2)]
+    for out, enabled in zip(results, (False, True), strict=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            library.precondition_by_roots(gradient, left, right, out, None)
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize(("batch", "side", "across", "expected"), [
     (12, 3072, 784, 4), (12, 784, 3072, 2), (12, 768, 784, 1), (3, 4608, 512, 3), (1, 1008, 800, 1), (1, 0, 0, 1),
 ])  # fmt: skip

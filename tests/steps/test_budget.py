@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_rows_are_every_second_one_and_factors_keep_their_scale(setting: dict) -
         for _ in range(2):
             model.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
-            assert all(s.counts.tolist() == [9, 18] for s in ours.engine.statistics)
+            assert all((s.counts.tolist(), s.rows_taken) == ([18, 18], 9) for s in ours.engine.statistics)
             ours.engine.precondition(lambda _: 0.1)
             rows.append(ours.factors()["first"][0])
         both = ours.factors()
@@ -89,7 +90,7 @@ def test_the_stride_is_the_next_that_meets_every_position(positions: int) -> Non
         good = [n for n in range(every, stride + 1) if len({i * n % positions for i in range(positions)}) == positions]
         assert good == [stride]
         assert sampled.gradients[0][0] == 5 % stride
-        assert sampled.input_count == len(sampled.gradients[0])
+        assert sampled.input_count == len(rows)
         assert sampled.share == pytest.approx(1 / stride, rel=0.02)
 
 
@@ -165,7 +166,37 @@ def test_by_default_linear_layers_take_a_part_of_many_tokens(examples: int, leng
     model = nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2))
     with KFACPreconditioner(model, loss_terms="tokens", norms="skip") as ours:
         model(torch.randn(examples, length, 3)).square().mean().backward()
-        assert [int(s.counts[0]) for s in ours.engine.statistics] == [-(-examples * length // stride)] * 2
+        assert [int(s.rows_taken) for s in ours.engine.statistics] == [-(-examples * length // stride)] * 2
+
+
+@pytest.mark.parametrize("setting", [{}, {"stats_fraction": 0.3}, {"max_stats_tokens": 500}], ids=str)
+@pytest.mark.parametrize("terms", ["examples", "tokens"])
+@pytest.mark.parametrize("how", ["two backward passes", "two calls", "compiled", "kernels"])
+def test_passes_of_different_lengths_count_as_if_all_rows_were_taken(how: str, terms: str, setting: dict[str, Any]) -> None:
+    """All rows of a pass are equal, so any part of them has the same second moments. Strides differ: 7 or 8, and 1 or 3."""
+    results = []
+    for options in ({"stats_fraction": 1.0}, setting):
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+        model = model.float() if how == "kernels" else model
+        run = torch.compile(model, backend="aot_eager") if how == "compiled" else model
+        options |= {"loss_terms": terms, "ema_decay": 0.0, "backend": "triton" if how == "kernels" else "torch"}
+        with KFACPreconditioner(model, **options) as ours:
+            losses = []
+            for value, (examples, length) in ((1.0, (8, 1024)), (3.0, (8, 64)), (-2.0, (9, 35))):
+                x = torch.full((examples, length, 5), value, dtype=model[0].weight.dtype)
+                loss = value * run(x).sum() / (examples if terms == "examples" else examples * length)
+                losses.append(loss)
+                if how != "two calls":
+                    loss.backward()
+            if how == "two calls":
+                sum(losses).backward()
+            ours.precondition_()
+            results.append(ours.factors())
+    for name, pair in results[0].items():
+        for exact, sampled in zip(pair, results[1][name], strict=True):
+            assert relative_error(sampled, exact) <= (1e-5 if how == "kernels" else 1e-10)
 
 
 def test_by_default_everything_else_takes_all_rows() -> None:
@@ -173,19 +204,19 @@ def test_by_default_everything_else_takes_all_rows() -> None:
     model, tokens = Tokens(8), torch.randint(20, (64, 64))
     with KFACPreconditioner(model, loss_terms="examples", norms="diagonal") as ours:
         model(tokens).backward()
-        rows = {s.layer.name: s.counts.tolist() for s in ours.engine.statistics}
-    part = {name for name, (count, _) in rows.items() if count not in (64, 64 * 64)}
+        rows = {s.layer.name: (s.rows_taken, s.counts.tolist()) for s in ours.engine.statistics}
+    part = {name for name, (taken, _) in rows.items() if taken not in (64, 64 * 64)}
     assert part == {name for name in rows if name.startswith(("token", "attention"))} > {"token"}
-    assert all(terms == 64 for _, terms in rows.values())
+    assert all(terms == 64 for _, (_, terms) in rows.values())
     flat, images = nn.Linear(5, 3), nn.Conv2d(2, 3, 3)
     for layer, x in ((flat, torch.randn(5000, 5)), (images, torch.randn(9, 2, 40, 40))):
         with KFACPreconditioner(layer, weight_sharing="expand") as ours:
             layer(x).square().mean().backward()
-            assert int(ours.engine.statistics[0].counts[0]) == (5000 if layer is flat else 9 * 38 * 38)
+            assert int(ours.engine.statistics[0].rows_taken) == (5000 if layer is flat else 9 * 38 * 38)
     tokens_of = nn.Linear(5, 3)
     with KFACPreconditioner(tokens_of, weight_sharing="reduce") as ours:
         tokens_of(torch.randn(64, 64, 5)).square().mean().backward()
-        assert int(ours.engine.statistics[0].counts[0]) == 64
+        assert int(ours.engine.statistics[0].rows_taken) == 64
 
 
 @pytest.mark.parametrize("oversize", ["diagonal", "block"])
@@ -193,7 +224,7 @@ def test_a_vocabulary_with_a_diagonal_is_not_sampled(oversize: str) -> None:
     model = nn.Linear(4, 50)
     with KFACPreconditioner(model, loss_terms="tokens", max_factor_size=10, oversize=oversize) as ours:
         model(torch.randn(64, 63, 4)).square().mean().backward()
-        assert int(ours.engine.statistics[0].counts[0]) == (64 * 63 if oversize == "diagonal" else 64 * 63 // 4)
+        assert int(ours.engine.statistics[0].rows_taken) == (64 * 63 if oversize == "diagonal" else 64 * 63 // 4)
 
 
 def test_all_rows_are_taken_on_request() -> None:
