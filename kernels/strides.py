@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 
-def span(tensor: Tensor) -> int:
+def span(sizes: Sequence[int], strides: Sequence[int]) -> int:
     """Elements from the first to the last one in memory, both included; of a tensor that has some."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
 
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether its elements fill one stretch of memory, in any order."""
-    return tensor.numel() == 0 or tensor.numel() == span(tensor)
+    return tensor.numel() == 0 or tensor.numel() == span(tensor.shape, tensor.stride())
 
 
 def collapsed(sizes: Sequence[int], strides: Sequence[int], of_one: int | None = None) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from kfac_triton.capture.gate import AUTO_STRIDE, LEAST_ROWS
+from kfac_triton.capture.gate import LEAST_ROWS, auto_stride
 from kfac_triton.layers import meeting_all
 
 from .contest import CONTEST, KFAC_NAME, Config
@@ -72,7 +72,7 @@ def _largest_kernel(problem: Problem) -> int:
 def rows_kept(rows: int, positions: int, size: int, config: Config) -> int:
     """Rows that are left of so many, of examples with so many positions, for a factor of this size."""
     if config["stats_fraction"] == "auto":
-        every = max(1, min(AUTO_STRIDE, rows // max(LEAST_ROWS, size)))
+        every = auto_stride(rows, max(LEAST_ROWS, size))
     else:
         every = math.ceil(1 / config["stats_fraction"] - 1e-9)
     if config["max_stats_tokens"] is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import runtime
 from ..device_tables import device_table, device_vector
 from ..operators import on_device
+from ..strides import span
 from ..tiles import count, shares_of_each
 from . import kernel
 from .rule import Rule
@@ -55,7 +56,6 @@ def _movable(
         size, own = math.prod(shape), slice(i, None, count)
         # The stride of a dimension with one element means nothing.
         orders = {tuple(step for n, step in zip(shape, order, strict=True) if n != 1) for order in strides[own]}
-        span = 1 + sum((n - 1) * step for n, step in zip(shape, strides[i], strict=True))
         result.append(
             dtypes[i] in runtime.TYPES
             and set(dtypes[own]) == {dtypes[i]}
@@ -63,7 +63,7 @@ def _movable(
             and counters[i] == torch.float32
             and 0 < size < 2**31
             and len(orders) == 1
-            and size == span
+            and size == span(shape, strides[i])
         )
     return tuple(result)
 

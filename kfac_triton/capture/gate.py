@@ -12,7 +12,14 @@ from ..kernels import runtime
 _NONE = -2  # the number of no backward pass
 # With stats_fraction="auto", one token in eight is kept, but at least about 1,024 of a pass. Training with an eighth of the
 # tokens could not be told from training with all (benchmarks/README.md).
-AUTO_STRIDE, LEAST_ROWS = 8, 1024
+_AUTO_STRIDE, LEAST_ROWS = 8, 1024
+
+
+def auto_stride(rows: int, least: int) -> int:
+    """The n of which stats_fraction="auto" keeps one row in n, so that about `least` are left."""
+    # Not by min and max, for each of whose outcomes torch.compile would make a graph.
+    stride: int = torch.sym_max(1, torch.sym_min(_AUTO_STRIDE, rows // least))
+    return stride
 
 
 class Gate:
@@ -80,6 +87,5 @@ class Gate:
             rows: of the pass.
             least: about as many rows must be left where the stride is chosen here; 0 where it is not.
         """
-        # Not by min and max, for each of whose outcomes torch.compile would make a graph.
-        stride = torch.sym_max(1, torch.sym_min(AUTO_STRIDE, rows // least)) if self.is_auto and least else self.stride
+        stride = auto_stride(rows, least) if self.is_auto and least else self.stride
         return stride if not self.max_rows else max(stride, -(-rows // self.max_rows))

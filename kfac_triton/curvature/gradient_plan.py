@@ -245,7 +245,10 @@ def _owner_of(part: Tensor, parameters: list[nn.Parameter]) -> nn.Parameter | No
     distances may change from step to step.
     """
     for p in parameters:
-        if p.grad is not None and 0 <= part.data_ptr() - p.grad.data_ptr() < span(p.grad) * p.grad.itemsize:
+        if (
+            p.grad is not None
+            and 0 <= part.data_ptr() - p.grad.data_ptr() < span(p.grad.shape, p.grad.stride()) * p.grad.itemsize
+        ):
             return p
     return None
 

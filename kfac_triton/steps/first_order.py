@@ -79,7 +79,7 @@ def split(
 ) -> tuple[list[FusedSteps], list[Work]]:
     """What a kernel moves where only the device knows which gradients are finite, and what is left to PyTorch's rules.
 
-    Flags and rates of the former are made, and the memory of the latter is in the allocator's cache.
+    All memory of the former is allocated, and that of the latter is in the allocator's cache.
     """
     fused, rest = [], []
     for group, own in zip(groups, work, strict=True):
