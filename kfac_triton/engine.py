@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .capture.attention import attach_functional
+from .capture.call_hooks import attach_calls
+from .capture.calls import Calls
 from .capture.fisher_pass import FisherPass
 from .capture.gate import Gate
 from .capture.hooks import attach
@@ -26,7 +28,7 @@ from .curvature.preconditioning import kl_clip_scale, rate_vector, unmoved, upda
 from .fisher.losses import likelihood_of
 from .kernels import runtime
 from .layers.partition import Partition
-from .layers.select import frozen_weights, refuse_sharded, require_backend, select_layers
+from .layers.select import are_tokens, frozen_weights, refuse_sharded, require_backend, select_layers
 from .progress import Progress
 from .settings import Settings
 from .validation import require_module
@@ -65,7 +67,8 @@ class Engine:
         self.host_looks = home.type == "cpu" and settings.backend != "triton"
         self.curvature = Curvature(self.partition, settings, self.host_looks)
         self.bank = self.curvature.bank
-        self.gate = Gate(home, empirical=settings.fisher == "empirical")
+        calls = Calls(settings.loss_terms, are_tokens(model, settings), device=home)
+        self.gate = Gate(home, empirical=settings.fisher == "empirical", calls=calls)
         are_single = all(stack.sums.dtype == torch.float32 for stack in self.bank.stacks)
         self.uses_kernels = are_single and settings.backend != "torch" and not self.host_looks
         # A kernel adds deferred rows straight to the factors. This needs factors in the kernel's type, and EKFAC's moments need
@@ -91,6 +94,7 @@ class Engine:
         self.resume(self.progress)
 
         handles = attach(self.layers, self.statistics) + attach_functional(self.layers, self.statistics)
+        handles += attach_calls(model, self.layers, self.gate)
         # The hooks must not outlive an engine that is dropped without close(). A compiled graph keeps them, but finds the gate
         # closed.
         self._finalizer = weakref.finalize(self, _detach, handles, self.gate)
@@ -103,12 +107,19 @@ class Engine:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Context in which forward passes leave no statistics (gradient penalties, saliency maps)."""
-        was_open, self.gate.open = self.gate.open, False
+        """Context in which neither forward nor backward passes leave statistics."""
+        gate = self.gate
+        was_open, was_paused = gate.open, gate.is_paused
+        gate.open, gate.is_paused = False, True
+        compiled = gate.empirical and gate.calls.compiled.is_used
+        if compiled:  # compiled passes read this, and not the flags
+            gate.weight.zero_()
         try:
             yield
         finally:
-            self.gate.open = was_open and not self.closed
+            gate.open, gate.is_paused = was_open and not self.closed, was_paused
+            if compiled and not was_paused:
+                gate.weight.fill_(1.0)
 
     def change(self, **settings: Any) -> None:
         """Changes settings between steps; they are checked as in the constructor."""
@@ -129,9 +140,14 @@ class Engine:
                 f"outputs must be the tensor that the loss takes, but is {type(outputs).__name__}; for a Hugging Face model "
                 "pass its .logits"
             )
-        likelihood_of(loss).check(outputs, targets)
-        if self._fisher_pass is not None and self.gate.open:
+        likelihood = likelihood_of(loss)
+        likelihood.check(outputs, targets)
+        if not self.gate.open:
+            return
+        if self._fisher_pass is not None:
             self._fisher_pass.run(outputs, targets, self.settings.current_loss_scale())
+        elif self.settings.loss_terms == "auto":
+            self.gate.calls.join(likelihood.terms(outputs, targets), None)
 
     @torch.no_grad()
     def precondition(self, learning_rate: LearningRate) -> dict[nn.Parameter, Tensor | None]:
@@ -172,6 +188,9 @@ class Engine:
         self.gate.max_kept_bytes = settings.max_kept_bytes
         self.gate.step = progress.steps
         self.gate.scaler = settings.scaler
+        # In a sum, each term has its gradient whatever call it is of.
+        is_mean = settings.loss_reduction == "mean" and settings.fisher == "empirical"
+        self.gate.adds_calls = settings.calls if is_mean else "joint"
 
     def forget_statistics(self) -> None:
         """Drops all statistics since the last step."""
@@ -184,6 +203,7 @@ class Engine:
         gradients to come and are kept.
         """
         if self.gate.empirical or self.gate.saw_loss:
+            self.gate.calls.drop()
             self.forget_statistics()
 
     def changed_device(self) -> bool:

@@ -67,7 +67,12 @@ class KFAC(KFACBase, Optimizer):
         inverse: "auto", "newton_schulz", "factored", "cholesky" or "eigh".
         inverse_tolerance: error in the energy norm at which iterative inverses stop.
         loss_reduction: "mean" or "sum" of the loss terms.
-        loss_terms: "examples", or "tokens" if each position has a loss term (language models).
+        loss_terms: how many terms the loss of a call of the model has: "examples"; "tokens", if each position has one; a
+            number; or a function of the call's args, kwargs and output that returns a number or a tensor (). "auto" counts the
+            labels of a Hugging Face model, and otherwise examples (docs/losses.md).
+        calls: how the losses of several calls of the model make one loss: those of one backward pass are means that are added,
+            and further backward passes accumulate one mean ("accumulated"); all between two steps are parts of one mean
+            ("joint"); or all are means that are added ("separate").
         loss_scale: factor on the loss in the backward pass: a number, a `torch.amp.GradScaler`, or a function that returns it.
         stats_fraction: largest part of the rows (tokens, images) to take statistics of, in (0, 1]: every 2nd, 3rd, ... row.
             "auto" takes an eighth of the tokens of linear layers, but at least about 1,024 and as many as the layer's largest
@@ -132,7 +137,8 @@ class KFAC(KFACBase, Optimizer):
         inverse: str = Settings.inverse,
         inverse_tolerance: float = Settings.inverse_tolerance,
         loss_reduction: str = Settings.loss_reduction,
-        loss_terms: str = Settings.loss_terms,
+        loss_terms: str | float | Callable[..., Any] = Settings.loss_terms,
+        calls: str = Settings.calls,
         loss_scale: float | Callable[[], float] | GradScaler = Settings.loss_scale,
         stats_fraction: float | str = Settings.stats_fraction,
         max_stats_tokens: int | None = Settings.max_stats_tokens,
@@ -154,7 +160,7 @@ class KFAC(KFACBase, Optimizer):
         settings = Settings(
             damping=damping, kl_clip=kl_clip, ema_decay=ema_decay, statistics_every=statistics_every,
             inverse_every=inverse_every, warmup=warmup, fisher=fisher, fisher_samples=fisher_samples, loss=loss,
-            curvature=curvature, exact_damping=exact_damping, weight_sharing=weight_sharing, inverse=inverse,
+            curvature=curvature, exact_damping=exact_damping, weight_sharing=weight_sharing, inverse=inverse, calls=calls,
             inverse_tolerance=inverse_tolerance, loss_reduction=loss_reduction, loss_terms=loss_terms, loss_scale=loss_scale,
             stats_fraction=stats_fraction, max_stats_tokens=max_stats_tokens, max_kept_bytes=max_kept_bytes,
             max_factor_size=max_factor_size, oversize=oversize, factor_dtype=factor_dtype, norms=norms, skip=skip,

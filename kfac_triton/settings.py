@@ -13,6 +13,7 @@ from . import validation
 from .kernels.runtime import BACKENDS
 
 LOSS_REDUCTIONS = ("mean", "sum")
+LOSS_TERMS = ("auto", "examples", "tokens")
 METHODS = ("auto", "newton_schulz", "factored", "cholesky", "eigh")
 OVERSIZE = ("diagonal", "block")
 
@@ -49,6 +50,19 @@ def _require_patterns(name: str, value: Any) -> None:
         return
     if not isinstance(value, (list, tuple)) or not all(isinstance(pattern, str) for pattern in value):
         raise TypeError(f"{name} must be a pattern, a list of patterns or a function of name and module, but is {value!r}")
+
+
+def _require_terms(name: str, value: Any) -> None:
+    if isinstance(value, str):
+        validation.choice(name, value, LOSS_TERMS)
+    elif not callable(value):
+        try:
+            validation.real(name, value, open_low=True)
+        except TypeError:
+            raise TypeError(
+                f"{name} must be one of {', '.join(LOSS_TERMS)}, a number, or a function of a call's args, kwargs and output, "
+                f"but is {value!r}"
+            ) from None
 
 
 def _require_fraction(name: str, value: Any) -> None:
@@ -91,7 +105,8 @@ class Settings:
     inverse: str = _choice(*METHODS)
     inverse_tolerance: float = field(default=0.05, metadata=_checked_by(validation.real, high=0.3, open_low=True))
     loss_reduction: str = _choice(*LOSS_REDUCTIONS)
-    loss_terms: str = _choice("examples", "tokens")
+    loss_terms: Any = field(default="auto", metadata=_checked_by(_require_terms))
+    calls: str = _choice("accumulated", "joint", "separate")
     loss_scale: Any = 1.0
     stats_fraction: float | str = field(default="auto", metadata=_checked_by(_require_fraction))
     max_stats_tokens: int | None = field(default=None, metadata=_checked_by(validation.whole, or_none=True))

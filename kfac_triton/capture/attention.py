@@ -20,20 +20,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ..layers import Layer
-from .hooks import InertCopies, Tap, remove_inert, should_tap
-from .statistics import Statistics
+from .calls import Call
+from .hooks import Tap, should_tap
+from .inert import InertCopies, remove_inert
+from .statistics import Statistics, Use
 
 
 class _Split:
     """Replaces the statistics of one layer in a `Tap` by those of several, each with its columns of the output."""
 
-    def __init__(self, members: Sequence[tuple[slice, Statistics]]) -> None:
-        self._members = members
+    def __init__(self, members: Sequence[tuple[slice, Statistics]], call: Call) -> None:
+        self._members = [(columns, own, Use(call, own.layer.weight)) for columns, own in members]
 
-    def add(self, x: Tensor, gradient: Tensor, owned_by_autograd: bool = False) -> None:
+    def add(self, x: Tensor, gradient: Tensor, owned_by_autograd: bool, use: Use) -> None:
         """See `Statistics.add`."""
-        for columns, statistics in self._members:
-            statistics.add(x, gradient[..., columns], owned_by_autograd)
+        for columns, statistics, own in self._members:
+            statistics.add(x, gradient[..., columns], owned_by_autograd, own)
 
 
 class _Watch(TorchFunctionMode):
@@ -65,7 +67,10 @@ class _Watch(TorchFunctionMode):
             return output
         if x.dim() == 2:
             x = x.reshape(len(x) // max(1, self._batch), self._batch, x.shape[1])
-        return Tap.apply(output, x, members[0][1].gate.probe, _Split(members))
+        first = members[0][1]
+        call = first.gate.calls.now()
+        call.last = first.layer, output.shape
+        return Tap.apply(output, x, first.gate.probe, _Split(members, call), Use(call, first.layer.weight))
 
 
 def _columns(layer: Layer, used: Tensor) -> slice | None:
@@ -151,6 +156,8 @@ class AttentionHook(InertCopies):
         if type(query) not in (Tensor, nn.Parameter) or query.is_nested:
             return None
         batch = 1 if query.dim() == 2 else query.shape[0 if module.batch_first else 1]
+        if query.dim() == 2:
+            self.statistics[0].gate.calls.now().enter_unbatched(query)
         marked = _mark(query, _Watch(self.statistics, batch))
         # In every argument that it is, because the forward pass compares query, key and value by identity.
         marks = tuple(marked if x is query else x for x in args)

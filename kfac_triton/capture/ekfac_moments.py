@@ -12,6 +12,7 @@ from ..kernels.covariance.reference import patch_matrix
 from ..kernels.ops import Window
 from ..layers import Rows
 from ..layers.partition import Partition
+from .loss_terms import ONE, Weight, is_one
 
 _CHUNK = 1 << 24  # elements of per-example gradients at a time: 64 MiB in single precision
 
@@ -39,8 +40,9 @@ class Moments:
         self._tiles = tiles
         self.ready = False  # there is a basis
         self.fresh = False  # something was added since the last step
+        self._earlier: list[Tensor] = []
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: Rows, weight: Weight = ONE) -> None:
         """Adds one backward pass. The loss terms of one example are treated as one term."""
         if not self.ready:
             return
@@ -54,8 +56,32 @@ class Moments:
             a, g = inputs @ place.a_vectors[: a_part.size], gradients @ place.g_vectors[: g_part.size]
             if not self.fresh:
                 place.total.zero_()
+            elif not is_one(weight.old):
+                place.total.mul_(weight.old)
+            if weight is not ONE:
+                g = g * weight.new**0.5
             _add_squares(place.total, a, g, rows.examples or len(a))
         self.fresh = True
+
+    def set_aside(self) -> None:
+        """Keeps the moments of earlier calls, whose weights will not change any more."""
+        if not self.fresh:
+            return
+        totals = [place.total for place in self._tiles]
+        earlier = self._earlier or [torch.zeros_like(total) for total in totals]
+        self._earlier = [kept.add_(total) for kept, total in zip(earlier, totals, strict=True)]
+        self.fresh = False
+
+    def restore(self) -> None:
+        """Adds what was set aside."""
+        for place, kept in zip(self._tiles, self._earlier, strict=False):
+            place.total.copy_(kept + place.total if self.fresh else kept)
+        self.fresh |= bool(self._earlier)
+        self._earlier = []
+
+    def clear(self) -> None:
+        """Forgets what was added since the last step."""
+        self.fresh, self._earlier = False, []
 
 
 def _matrix(source: Tensor, window: Window, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..fisher.likelihood import Likelihood
-from .gate import Gate
+from .calls import BY_LIKELIHOOD, Call
+from .gate import MOST_PASSES, Gate
 
 
 class FisherPass:
@@ -43,16 +44,18 @@ class FisherPass:
         terms = self._likelihood.terms(outputs, targets)
         try:
             gate.records, gate.saw_loss = True, False
-            gate.terms = terms
+            gate.whole = Call(terms, BY_LIKELIHOOD)
             gate.weight.fill_(1.0)
             gate.compiled_terms.copy_(terms) if isinstance(terms, Tensor) else gate.compiled_terms.fill_(terms)
-            for vector in self._vectors(outputs, targets):
+            for number, vector in enumerate(self._vectors(outputs, targets), 1):
+                gate.compiled_pass.fill_(number % MOST_PASSES)
                 torch.autograd.grad(outputs, [gate.probe], vector * scale, retain_graph=True, allow_unused=True)
                 if self._kind == "ggn":  # all columns together make one set of terms
                     gate.counts_terms = False
                     gate.compiled_terms.zero_()
         finally:
-            gate.records, gate.counts_terms, gate.terms = False, True, None
+            gate.records, gate.counts_terms, gate.whole = False, True, None
+            gate.compiled_pass.zero_()
             gate.weight.zero_()
             gate.compiled_terms.zero_()
 

@@ -6,10 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from ..kernels import runtime
+from ..warning import warn
+from .calls import Call, Calls
+from .loss_terms import Arithmetic
 
 _NONE = -2  # the number of no backward pass
+MOST_PASSES = 1 << 16  # backward passes of a Fisher pass that compiled passes tell apart
 # With stats_fraction="auto", one token in eight is kept, but at least about 1,024 of a pass. Training with an eighth of the
 # tokens could not be told from training with all (benchmarks/README.md).
 _AUTO_STRIDE, LEAST_ROWS = 8, 1024
@@ -27,11 +32,16 @@ class Gate:
 
     Attributes:
         open: whether forward passes are tapped.
+        is_paused: whether backward passes leave no statistics, either.
         records: whether an eager backward pass through a tap adds statistics.
         counts_terms: whether such a pass counts rows and terms and adds to A. For a GGN only the first column does.
-        terms: number of loss terms of the running Fisher pass; None takes it from the shape of a layer's rows.
+        calls: finds the calls of the model and counts their loss terms.
+        adds_calls: how several calls make one loss, see `KFAC`; "joint" if the loss is a sum.
+        arithmetic: of their loss terms.
+        whole: during a Fisher pass, the call that stands for all calls that its outputs come from.
         weight: the factor, 0 or 1, for the statistics of a compiled pass, which cannot read `records`.
-        compiled_terms: `terms` for compiled passes.
+        compiled_terms: loss terms of the running Fisher pass, for compiled passes.
+        compiled_pass: the number of the running Fisher pass, 0 for the loss, likewise.
         probe: an input of every tap. Asking for its gradient, which is None, runs the backward pass through all taps without
             computing gradients of weights.
         stride: at most one row in `stride` is kept. (torch.compile could not trace a fraction as dynamic.)
@@ -45,14 +55,19 @@ class Gate:
         is_unrecorded: whether an eager backward pass of this step was outside of a CUDA graph.
     """
 
-    def __init__(self, device: torch.device | None = None, empirical: bool = True) -> None:
+    def __init__(self, device: torch.device | None = None, empirical: bool = True, calls: Calls | None = None) -> None:
         self.open = True
+        self.is_paused = False
         self.empirical = empirical
         self.records = empirical
         self.counts_terms = True
-        self.terms: int | Tensor | None = None
+        self.calls = Calls(device=device) if calls is None else calls
+        self.adds_calls = "accumulated"
+        self.arithmetic = Arithmetic()
+        self.whole: Call | None = None
         self.weight = torch.full((), float(empirical), device=device)
         self.compiled_terms = torch.zeros((), device=device)
+        self.compiled_pass = torch.zeros((), dtype=torch.long, device=device)
         self.probe = torch.zeros((), device=device, requires_grad=True)
         self.stride = 1
         self.is_auto = False
@@ -62,13 +77,44 @@ class Gate:
         self.scaler: Any = None
         self.scale: Tensor | None = None
         self.saw_loss = self.is_unrecorded = False
-        self._noticed = _NONE
+        self._noticed = self._noticed_loss = _NONE
+        self._makes_all = True
+        self._warned_of_drop = False
 
-    def notice(self, task: int) -> None:
-        """Records that the eager backward pass with this number runs (-1 outside of one); all its layers call this."""
-        if task == self._noticed:
-            return
-        self._noticed = task if task >= 0 else _NONE
+    def counts(self, task: int, weight: Tensor, call: Call) -> bool:
+        """Whether the eager backward pass with this number leaves statistics of a weight: if it makes the weight's gradient.
+
+        A backward pass that only makes gradients of other tensors, `autograd.grad(output, inputs)`, does not.
+
+        Args:
+            task: number of the pass; -1 outside of one.
+            weight: as the layer used it in its forward pass.
+            call: whose pass it is.
+        """
+        if self.is_paused:
+            return False
+        if task != self._noticed:
+            self._noticed = task if task >= 0 else _NONE
+            self._makes_all = task < 0 or self.whole is not None or _makes(self.probe)
+        if not self._makes_all and not _makes(weight):
+            return False
+        if task != self._noticed_loss:
+            self._noticed_loss = task if task >= 0 else _NONE
+            self._notice_loss()
+        if not self.records:
+            return False
+        call.was_used = True
+        if call.was_dropped and not self._warned_of_drop:
+            self._warned_of_drop = True
+            warn(
+                "zero_grad() threw away the statistics of a backward pass, and now there is another one through the same "
+                "forward pass. To keep the statistics of the first one, clear gradients by model.zero_grad(), and run the "
+                "second one inside paused() if it is to leave none"
+            )
+        return True
+
+    def _notice_loss(self) -> None:
+        """Notes that a backward pass runs that is the loss's or a Fisher pass."""
         self.is_unrecorded |= not runtime.is_recording()
         self.saw_loss |= self.empirical or not self.records
         if self.scaler is not None and self.scale is None:
@@ -78,7 +124,9 @@ class Gate:
     def forget(self) -> None:
         """Resets this after a step, or when its gradients are discarded."""
         self.scale, self.saw_loss, self.is_unrecorded = None, False, False
-        self._noticed = _NONE  # a step may be taken inside of a backward pass
+        self._noticed = self._noticed_loss = _NONE  # a step may be taken inside of a backward pass
+        self.calls.forget()
+        self.arithmetic.clear()
 
     def stride_for(self, rows: int, least: int) -> int:
         """The n of which one row in n is kept.
@@ -89,3 +137,11 @@ class Gate:
         """
         stride = auto_stride(rows, least) if self.is_auto and least else self.stride
         return stride if not self.max_rows else max(stride, -(-rows // self.max_rows))
+
+
+def _makes(leaf: Tensor) -> bool:
+    """Whether the running backward pass makes the gradient of a tensor."""
+    try:
+        return torch._C._will_engine_execute_node(get_gradient_edge(leaf).node)
+    except RuntimeError:  # autograd.grad was asked for this very tensor
+        return True

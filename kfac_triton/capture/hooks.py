@@ -14,35 +14,59 @@ from torch.utils.hooks import RemovableHandle
 
 from ..layers import Layer
 from ..layers.dtensor import local
-from .statistics import Statistics
+from .inert import InertCopies, remove_inert
+from .statistics import Statistics, Use
 
 
 class Tap(torch.autograd.Function):
     """Identity on a layer's output; its backward adds (input, output gradient) to the layer's statistics."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, probe: Tensor, statistics: Statistics) -> Tensor:
+    def forward(ctx: Any, output: Tensor, x: Tensor, probe: Tensor, statistics: Statistics, use: Use) -> Tensor:
         """Returns the output itself, detached: an in-place operation on it stays legal, and no memory is copied."""
         # Only x is saved through autograd. The sums would fail its version check in a second backward pass.
         ctx.save_for_backward(x)
-        ctx.statistics = statistics
+        ctx.statistics, ctx.use = statistics, use
         return output.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Adds to the statistics and passes the gradient on."""
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph
             with torch.no_grad():
-                ctx.statistics.add(local(x), local(gradient), owned_by_autograd=x.requires_grad)
+                ctx.statistics.add(local(x), local(gradient), x.requires_grad, ctx.use)
         else:
-            ctx.statistics.add(local(x), local(gradient), owned_by_autograd=x.requires_grad)
-        return gradient, None, None, None
+            ctx.statistics.add(local(x), local(gradient), x.requires_grad, ctx.use)
+        return gradient, None, None, None, None
+
+
+class CompiledTap(torch.autograd.Function):
+    """The same inside of a graph of torch.compile, which carries the number of the call in place of the call."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, probe: Tensor, number: Tensor, statistics: Statistics) -> Tensor:
+        """Returns the output itself, detached."""
+        ctx.save_for_backward(x, number)
+        ctx.statistics = statistics
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """Adds to the statistics and passes the gradient on."""
+        x, number = ctx.saved_tensors
+        ctx.statistics.add_compiled(local(x), local(gradient), number)
+        return gradient, None, None, None, None
 
 
 def should_tap(statistics: Statistics, output: Tensor) -> bool:
     """Whether a forward pass is to be captured, and can be."""
-    if not statistics.gate.open or not torch.is_grad_enabled():
+    gate = statistics.gate
+    if not gate.open:
+        return False
+    if not torch.is_grad_enabled():
+        if not torch.compiler.is_compiling():
+            gate.calls.note_ungraded()
         return False
     weight = statistics.layer.weight
     if not output.requires_grad or not weight.requires_grad or weight.device != statistics.device:
@@ -51,14 +75,15 @@ def should_tap(statistics: Statistics, output: Tensor) -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None
 
 
-class InertCopies:
-    """Copies and pickles are made without arguments and do nothing, so that copying a model does not copy statistics."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> InertCopies:
-        return type(self)()
-
-    def __reduce__(self) -> tuple[type[InertCopies], tuple[()]]:
-        return type(self), ()
+def tapped(output: Tensor, x: Tensor, statistics: Statistics) -> Tensor:
+    """The output of a layer with the input x, with a tap behind it."""
+    calls = statistics.gate.calls
+    if torch.compiler.is_compiling():
+        calls.compiled.is_used = True
+        return CompiledTap.apply(output, x, statistics.gate.probe, calls.compiled.number.clone(), statistics)
+    call = calls.now()
+    call.enter(statistics.layer, x, output)
+    return Tap.apply(output, x, statistics.gate.probe, statistics, Use(call, statistics.layer.weight))
 
 
 class Hook(InertCopies):
@@ -77,7 +102,7 @@ class CaptureHook(Hook):
         if statistics is None or not should_tap(statistics, output):
             return None
         x = args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
-        return Tap.apply(output, x, statistics.gate.probe, statistics)
+        return tapped(output, x, statistics)
 
 
 class CastHook(Hook):
@@ -94,14 +119,6 @@ class CastHook(Hook):
         if not isinstance(x, Tensor) or x.dtype != torch.float32 or not torch.is_autocast_enabled(x.device.type):
             return None
         return (x.to(torch.get_autocast_dtype(x.device.type)), *args[1:])
-
-
-def remove_inert(module: nn.Module, kind: str, like: Any) -> None:
-    """Removes the hooks that copying or pickling has left on a module: those equal to `like`."""
-    hooks = getattr(module, kind)
-    for key in [key for key, hook in hooks.items() if type(hook) is type(like) and vars(hook) == vars(like)]:
-        del hooks[key]
-        getattr(module, f"{kind}_with_kwargs").pop(key, None)  # in another process the number may be given to another hook
 
 
 def attach(layers: list[Layer], statistics: list[Statistics]) -> list[RemovableHandle]:

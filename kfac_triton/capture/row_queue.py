@@ -12,6 +12,7 @@ from torch import Tensor
 from ..kernels.device_tables import device_vector
 from ..layers import Layer, Rows
 from .gate import Gate
+from .loss_terms import ONE, Number, Weight, is_one
 from .sums import Item, Kind
 
 
@@ -20,10 +21,17 @@ def _current_stream(device: torch.device) -> Any:
 
 
 class Pass(NamedTuple):
-    """Rows of one backward pass through a layer, and whether those of A are to be summed, too."""
+    """Rows of one backward pass through a layer.
+
+    Attributes:
+        rows: the rows.
+        with_inputs: whether those of A are to be summed, too.
+        weight: of those of G.
+    """
 
     rows: Rows
     with_inputs: bool
+    weight: Weight = ONE
 
 
 class Summed(Hashable, Protocol):
@@ -113,16 +121,17 @@ class RowQueue:
         self._versions.clear()
 
     def _sum(self, passes: dict[Summed, Pass]) -> None:
-        found: dict[Kind, list[tuple[int, Item]]] = defaultdict(list)
+        found: dict[Kind, list[tuple[int, Item, Weight]]] = defaultdict(list)
         for statistics, one in passes.items():
             for kind, item, place in statistics.targets(one):
-                found[kind].append((place, item))
+                found[kind].append((place, item, ONE if item.part.is_input else one.weight))
         # In the order of layers, so that the tables of a launch are the same in every step.
-        members = {kind: sorted(pairs, key=lambda pair: pair[0]) for kind, pairs in found.items()}
-        places = [place for pairs in members.values() for place, _ in pairs]
-        if not places:
+        members = {kind: sorted(entries, key=lambda entry: entry[0]) for kind, entries in found.items()}
+        everything = [entry for entries in members.values() for entry in entries]
+        if not everything:
             return
-        first, count = places[0], len(places)
+        first, count = everything[0][0], len(everything)
+        places = [place for place, _, _ in everything]
         if places == list(range(first, first + count)):  # those of one layer, always: no table is needed
             own = betas = self._betas[first : first + count]
             index = None
@@ -130,12 +139,13 @@ class RowQueue:
             index = device_vector(places, self._betas.device)
             own, betas = self._betas, self._betas.index_select(0, index)
         start, alphas = 0, self._alphas
-        shares = [item.rows.share for pairs in members.values() for _, item in pairs]
-        if any(share != 1 for share in shares):
-            alphas = device_vector([1 / share for share in shares], alphas.device, alphas.dtype)
-        for kind, pairs in members.items():
-            run = slice(start, start + len(pairs))
-            kind([item for _, item in pairs], alphas[run], betas[run], self._backend)
+        if any(weight is not ONE or item.rows.share != 1 for _, item, weight in everything):
+            alphas = vector_of([divided(weight.new, item.rows.share) for _, item, weight in everything], alphas)
+            if not all(is_one(weight.old) for _, _, weight in everything):
+                betas = betas * vector_of([weight.old for _, _, weight in everything], alphas)
+        for kind, entries in members.items():
+            run = slice(start, start + len(entries))
+            kind([item for _, item, _ in entries], alphas[run], betas[run], self._backend)
             start = run.stop
         own.fill_(1.0) if index is None else own.index_fill_(0, index, 1.0)
 
@@ -156,3 +166,16 @@ class RowQueue:
             for one in passes:
                 for source in one.rows.inputs + one.rows.gradients:
                     source.record_stream(stream)
+
+
+def divided(weight: Number, share: float) -> Number:
+    """The weight of rows of which this share was kept."""
+    return weight if share == 1 else weight / share
+
+
+def vector_of(numbers: list[Number], like: Tensor) -> Tensor:
+    """A vector of numbers that the host knows, and of others that only the device does."""
+    on_host = [number for number in numbers if not isinstance(number, Tensor)]
+    if len(on_host) == len(numbers):
+        return device_vector(on_host, like.device, like.dtype)
+    return torch.stack([torch.as_tensor(number, dtype=like.dtype, device=like.device) for number in numbers])

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ..layers import Layer, Rows
 from ..layers.partition import Part
+from .calls import Call
 from .ekfac_moments import Moments
-from .gate import LEAST_ROWS, Gate
+from .gate import LEAST_ROWS, MOST_PASSES, Gate
+from .loss_terms import ONE, LossTerms, is_one
 from .row_queue import Pass, RowQueue
 from .sums import Item, Kind, kind_of
 
@@ -38,17 +40,26 @@ class Counts:
         return float(self.rows), float(self.terms), float(self.taken), float(self.passes)
 
 
+class Use(NamedTuple):
+    """A layer's run in a forward pass: the call of the model that it was in, and the weight as it was used."""
+
+    call: Call
+    weight: Tensor
+
+
 class SharedCounts(NamedTuple):
     """One layer's views of tensors that all layers share, so that one operation clears them for all layers.
 
     Attributes:
         counts: `Counts` on the device, (4,), because a compiled pass cannot change Python numbers.
+        last_call: of the compiled passes, the last call whose terms were counted, ().
         beta: for each sum, the weight of its contents when a pass is added. Zero overwrites them, so sums are never cleared.
         first: the place of the first beta in the vector that layers share.
         queue: passes that are not summed yet, of the layers that share the vector.
     """
 
     counts: Tensor
+    last_call: Tensor
     beta: Tensor
     first: int
     queue: RowQueue
@@ -72,7 +83,8 @@ class Statistics:
     Attributes:
         dense: factors that are stored as matrices, those of A first.
         diagonal: factors that are stored as diagonals, those of A first.
-        deferred: rows of the passes that are deferred until the step.
+        deferred: passes that are deferred until the step.
+        terms: loss terms of the passes.
         on_host: the counts on the host.
         on_device: the counts on the device, (4,), in the order of `Counts`.
         tied: statistics of a second use of the weight, which is summed separately (see `capture.tied`).
@@ -94,7 +106,8 @@ class Statistics:
         self.dense = sorted((e for e in entries if not e.part.diagonal), key=lambda e: not e.part.is_input)
         self.diagonal = sorted((e for e in entries if e.part.diagonal), key=lambda e: not e.part.is_input)
         self.moments = moments
-        self.deferred: list[Rows] = []
+        self.deferred: list[Pass] = []
+        self.terms = LossTerms(gate.arithmetic)
         self.tied: Statistics | None = None
         self.on_host = Counts()
         self.on_device = shared.counts
@@ -108,19 +121,24 @@ class Statistics:
         self._first = shared.first
         self._least_rows = max([LEAST_ROWS, *(e.part.size for e in self.dense)])
         self._runs = _runs(layer, [*self.dense, *self.diagonal])
-        self._last_backward = -1
+        self._last_call = shared.last_call
+        self._set_aside: list[tuple[FactorSum, Tensor]] = []
 
     @property
     def counts(self) -> Tensor:
         """Rows of A and loss terms of all passes, (2,)."""
-        return (self.on_device + torch.tensor(self.on_host.values(), dtype=torch.float64, device=self.on_device.device))[:2]
+        device = self.on_device.device
+        total = self.on_device + torch.tensor(self.host_counts(), dtype=torch.float64, device=device)
+        for terms in self.terms.on_device:
+            total[1] += terms.to(device)
+        return total[:2]
 
     @property
     def rows_taken(self) -> float:
         """Rows of A that the sums have: fewer, if they are sampled."""
         return float(self.on_host.taken + self.on_device[2])
 
-    def add(self, x: Tensor, gradient: Tensor, owned_by_autograd: bool = False) -> None:
+    def add(self, x: Tensor, gradient: Tensor, owned_by_autograd: bool = False, use: Use | None = None) -> None:
         """Adds one backward pass through the layer.
 
         Args:
@@ -128,29 +146,45 @@ class Statistics:
             gradient: with respect to its output.
             owned_by_autograd: whether x is a result of the model. An input that the user may overwrite before the step is not
                 deferred until then.
+            use: the run of the module that the pass belongs to; None for one that is its own call.
         """
-        if torch.compiler.is_compiling():
-            self._add_compiled(x, gradient)
-            return
         gate, task = self.gate, torch._C._current_graph_task_id()
-        gate.notice(task)
-        if not gate.records:
+        weight = self.layer.weight
+        if use is None:
+            use = Use(gate.calls.now(), weight)
+        # Another leaf in the place of the weight (torch.func.functional_call) gets a gradient of its own.
+        if (use.weight is not weight and use.weight.is_leaf) or not gate.counts(task, use.weight, use.call):
             return
         rows = self.layer.rows(x, gradient)
+        call = gate.whole or use.call.joined or use.call
+        weigh = ONE
+        if gate.counts_terms:
+            gate.calls.sources.add(call.source)
+            if self.terms.begins(0 if gate.adds_calls == "separate" else task):
+                self._begin_group()
+            weigh = self.terms.add(call, rows.terms)
+            if gate.adds_calls == "joint":
+                weigh = ONE
         if self.moments is not None:
-            self.moments.add(rows)
+            self.moments.add(rows, weigh)
         every = gate.stride_for(rows.input_count, self._least(rows))
         if every > 1:
             rows = rows.sample(every, gate.step)
         if gate.counts_terms:
-            self._count(rows, task)
-        self._last_backward = task
-        if owned_by_autograd and gate.counts_terms and self._defer(rows):
+            counts = self.on_host
+            counts.rows += rows.input_count
+            counts.taken += rows.input_count * rows.share
+        one = Pass(rows, gate.counts_terms, weigh)
+        if self.deferred and not is_one(weigh.old):
+            multiply = gate.arithmetic.multiply
+            self.deferred = [p._replace(weight=p.weight._replace(new=multiply(p.weight.new, weigh.old))) for p in self.deferred]
+            one = one._replace(weight=weigh._replace(old=1.0))
+        if owned_by_autograd and gate.counts_terms and self._defer(one):
             return
-        passes = [Pass(rows, gate.counts_terms)]
+        passes = [one]
         if self.deferred:
             # Either all passes are deferred or none: a step that fails needs the old factor, which the buffers then hold.
-            passes = [*(Pass(deferred, True) for deferred in self.deferred), *passes]
+            passes = [*self.deferred, one]
             self._undefer()
         self.on_host.passes += 1
         self._queue.put(self, passes)
@@ -163,9 +197,11 @@ class Statistics:
     def clear(self) -> None:
         """Clears everything except what layers share."""
         self.on_host = Counts()
+        self.terms.clear()
         self._undefer()
+        self._set_aside = []
         if self.moments is not None:
-            self.moments.fresh = False
+            self.moments.clear()
 
     def targets(self, one: Pass) -> list[tuple[Kind, Item, int]]:
         """See `row_queue.Summed`."""
@@ -177,37 +213,66 @@ class Statistics:
             if with_inputs or not entry.part.is_input
         ]
 
-    def _defer(self, rows: Rows) -> bool:
+    def host_counts(self) -> tuple[float, float, float, float]:
+        """What the host knows of the counts, in the order of `Counts`."""
+        counts = self.on_host
+        counts.terms = self.terms.on_host
+        return counts.values()
+
+    def restore(self) -> None:
+        """Adds to the sums what was set aside. The queue has to be empty."""
+        for entry, total in self._set_aside:
+            entry.total.add_(total)
+        self._set_aside = []
+        if self.moments is not None:
+            self.moments.restore()
+
+    def _begin_group(self) -> None:
+        """Other calls begin whose sums may have to be multiplied: what there is of earlier ones is set aside."""
+        if not (self.on_host.passes or self.deferred) or self.gate.adds_calls != "accumulated":
+            return
+        if self.gate.whole is not None or len(self.gate.calls.alive) < 2:  # only one call can be in this backward pass
+            return
+        if self.deferred:
+            self._queue.put(self, self.deferred)
+            self._undefer()
+            self.on_host.passes += 1
+        self._queue.flush()
+        gradients = [entry for entry in (*self.dense, *self.diagonal) if not entry.part.is_input]
+        with torch.no_grad():
+            earlier = [total for _, total in self._set_aside] or [torch.zeros_like(entry.total) for entry in gradients]
+            self._set_aside = [(e, total.add_(e.total)) for e, total in zip(gradients, earlier, strict=True)]
+            for entry in gradients:
+                entry.total.zero_()
+        if self.moments is not None:
+            self.moments.set_aside()
+
+    def _defer(self, one: Pass) -> bool:
         """Keeps rows until the step, unless something is summed already, or they take too much memory."""
         if not self._may_wait or self.on_host.passes:
             return False
         size = self._deferred_bytes
-        for source in (*rows.inputs, *rows.gradients):
+        for source in (*one.rows.inputs, *one.rows.gradients):
             size += source.nbytes
         if size > self._most_deferred:
             return False
-        self.deferred.append(rows)
+        self.deferred.append(one)
         self._deferred_bytes = size
         return True
 
     def _undefer(self) -> None:
         self.deferred, self._deferred_bytes = [], 0
 
-    def _count(self, rows: Rows, task: int) -> None:
-        """Counts rows and loss terms of a pass of the backward pass with this number."""
-        counts = self.on_host
-        counts.rows += rows.input_count
-        counts.taken += rows.input_count * rows.share
-        if task == self._last_backward:  # a second call of the module in one backward pass has the same loss terms
-            return
-        terms = rows.terms if self.gate.terms is None else self.gate.terms
-        if isinstance(terms, Tensor):
-            self._count_on_device(0, terms, 0, 0)
-        else:
-            counts.terms += terms
+    def add_compiled(self, x: Tensor, gradient: Tensor, number: Tensor) -> None:
+        """Adds a pass inside a graph of torch.compile.
 
-    def _add_compiled(self, x: Tensor, gradient: Tensor) -> None:
-        """Adds a pass inside a graph of torch.compile, where a second call in one backward pass cannot be recognized."""
+        Such a pass cannot ask which gradients are made, nor which calls are in the same backward pass: all are accumulated.
+
+        Args:
+            x: input of the module.
+            gradient: with respect to its output.
+            number: of the call, see `CompiledCalls`.
+        """
         gate = self.gate
         rows = self.layer.rows(x, gradient)
         every = gate.stride_for(rows.input_count, self._least(rows))
@@ -219,9 +284,14 @@ class Statistics:
             items = [Item(self.layer, entry.part, rows, entry.total) for entry in entries]
             kind(items, alpha[places], beta[places], self._backend)
         beta.fill_(1.0)
-        terms = rows.terms if gate.empirical else gate.compiled_terms
+        number = number.to(self.device)
+        terms = gate.calls.compiled.terms_of(number, rows.terms) if gate.empirical else gate.compiled_terms
+        # The layer may have run several times in the call, whose terms count once in each backward pass.
+        this = number * MOST_PASSES + gate.compiled_pass + 1
+        is_other = (self._last_call != this) * (gate.weight > 0)
+        self._last_call.copy_(torch.where(gate.weight > 0, this, self._last_call))
         counted = rows.input_count * gate.weight
-        self._count_on_device(counted, terms, counted * rows.share, gate.weight)
+        self._count_on_device(counted, terms * is_other * gate.weight, counted * rows.share, gate.weight)
 
     def _count_on_device(self, *added: Tensor | float) -> None:
         for place, number in enumerate(added):

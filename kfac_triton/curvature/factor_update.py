@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ..capture.ekfac_moments import Moments
 from ..capture.gate import Gate
-from ..capture.row_queue import RowQueue
+from ..capture.loss_terms import ONE
+from ..capture.row_queue import Pass, RowQueue, divided, vector_of
 from ..capture.statistics import Counts, FactorSum, SharedCounts, Statistics
 from ..capture.tied import TiedStatistics, mirrored
 from ..fisher import scales
 from ..kernels import ops
 from ..kernels.device_tables import device_table, device_vector
 from ..kernels.strides import is_dense
-from ..layers import Rows
 from ..layers.partition import Part, Partition
 from ..layers.tied import TiedLayer
 from ..settings import Settings
@@ -53,12 +53,14 @@ class _Shared:
     Attributes:
         of: the part of each of them.
         counts: the counts on each device, (members, 4), and the numbers of the members.
+        last_calls: of compiled passes, (members,) on each device.
         betas: one vector for each device and dtype.
         queues: one for each of these vectors.
     """
 
     of: list[SharedCounts]
     counts: list[tuple[Tensor, list[int]]]
+    last_calls: list[Tensor]
     betas: list[Tensor]
     queues: list[RowQueue]
 
@@ -101,12 +103,14 @@ def _shared(sums: list[list[FactorSum]], gate: Gate, backend: str, can_wait: boo
     """Counters for the sums of each layer or second use."""
     kinds = [(entries[0].total.device, entries[0].total.dtype) for entries in sums]
     counts: list[tuple[Tensor, list[int]]] = []
-    count_of: dict[int, Tensor] = {}
+    last_calls: list[Tensor] = []
+    count_of: dict[int, tuple[Tensor, Tensor]] = {}
     for device in dict.fromkeys(device for device, _ in kinds):
         members = [i for i, kind in enumerate(kinds) if kind[0] == device]
         whole = torch.zeros(len(members), 4, device=device)
         counts.append((whole, members))
-        count_of.update({i: whole[k] for k, i in enumerate(members)})
+        last_calls.append(torch.zeros(len(members), dtype=torch.long, device=device))
+        count_of.update({i: (whole[k], last_calls[-1][k]) for k, i in enumerate(members)})
     betas, queues, found = [], [], {}
     for kind in dict.fromkeys(kinds):
         members = [i for i, other in enumerate(kinds) if other == kind]
@@ -114,10 +118,10 @@ def _shared(sums: list[list[FactorSum]], gate: Gate, backend: str, can_wait: boo
         vector = torch.zeros(starts[-1], dtype=kind[1], device=kind[0])
         queue = RowQueue(vector, gate, backend, can_wait)
         for i, (start, stop) in zip(members, itertools.pairwise(starts), strict=True):
-            found[i] = SharedCounts(count_of[i], vector[start:stop], start, queue)
+            found[i] = SharedCounts(*count_of[i], vector[start:stop], start, queue)
         betas.append(vector)
         queues.append(queue)
-    return _Shared([found[i] for i in range(len(sums))], counts, betas, queues)
+    return _Shared([found[i] for i in range(len(sums))], counts, last_calls, betas, queues)
 
 
 class FactorUpdate:
@@ -175,6 +179,8 @@ class FactorUpdate:
         home, layers = self.bank.home, len(self.statistics)
         for queue in self._shared.queues:  # not empty if a backward pass has failed
             queue.flush()
+        for statistics in self._everything:
+            statistics.restore()
         table = self._counts()
         for k, (i, use) in enumerate(self._second_uses.items(), layers):
             table[i] = use.join(table[i], table[k])
@@ -211,11 +217,18 @@ class FactorUpdate:
         for statistics in self._everything:
             statistics.clear()
         torch._foreach_zero_([*(counts for counts, _ in self._shared.counts), *self._shared.betas])
+        if self.gate.calls.compiled.is_used:
+            torch._foreach_zero_(self._shared.last_calls)
 
     def _counts(self) -> Tensor:
         """Counts of host and device for each layer and second use, (layers, 4), in the order of `Counts`."""
         home = self.bank.home
-        on_host = device_table(tuple([s.on_host.values() for s in self._everything]), home, torch.float64)
+        on_host = device_table(tuple([s.host_counts() for s in self._everything]), home, torch.float64)
+        terms = [(i, x) for i, s in enumerate(self._everything) for x in s.terms.on_device]
+        if terms:
+            places = device_vector([i for i, _ in terms], home)
+            added = torch.stack([x.to(home, torch.float64) for _, x in terms])
+            on_host = on_host.index_put((places, torch.ones_like(places)), added, accumulate=True)
         if len(self._shared.counts) == 1:
             return on_host + self._shared.counts[0][0]
         order = [i for _, members in self._shared.counts for i in members]
@@ -230,7 +243,7 @@ class FactorUpdate:
         precision do not overflow.
         """
         home, layers = self.bank.home, len(summed)
-        rows = [(i, x) for i, s in enumerate(self.statistics) for r in s.deferred for x in (*r.inputs, *r.gradients)]
+        rows = [(i, x) for i, s in enumerate(self.statistics) for p in s.deferred for x in (*p.rows.inputs, *p.rows.gradients)]
         values, places = [self.bank.sum_traces()], [self.layer_of_slot]
         for device, members in _by_device(rows):
             squares = torch.empty(len(members), device=device)
@@ -248,11 +261,11 @@ class FactorUpdate:
         for number in range(max([len(s.deferred) for s in self.statistics])):
             passes = [(i, s.deferred[number]) for i, s in enumerate(self.statistics) if len(s.deferred) > number]
             for device in dict.fromkeys(self.statistics[i].dense[0].total.device for i, _ in passes):
-                here = [(i, rows) for i, rows in passes if self.statistics[i].dense[0].total.device == device]
+                here = [(i, one) for i, one in passes if self.statistics[i].dense[0].total.device == device]
                 self._blend_rows(here, torch.ones_like(keep) if number else keep, gain, accept, device)
 
     def _blend_rows(
-        self, passes: list[tuple[int, Rows]], keep: Tensor, gain: Tensor, accept: Tensor, device: torch.device
+        self, passes: list[tuple[int, Pass]], keep: Tensor, gain: Tensor, accept: Tensor, device: torch.device
     ) -> None:
         """Adds a pass of each of these layers."""
         which = tuple([i for i, _ in passes])
@@ -261,13 +274,14 @@ class FactorUpdate:
                 self._arranged.clear()
             self._arranged[which] = _Arranged.of([self.statistics[i] for i in which], self.bank)
         chosen = self._arranged[which]
-        read = [part.sources(passes[k][1]) for k, part in chosen.parts]
+        read = [part.sources(passes[k][1].rows) for k, part in chosen.parts]
         sources, windows = [source for source, _ in read], [window for _, window in read]
         slots = chosen.slots
         has_neighbours = slots[-1] - slots[0] == len(slots) - 1
         places = slice(slots[0], slots[-1] + 1) if has_neighbours else device_vector(slots, self.bank.home)
         alpha, beta, flags = (vector[places].to(device) for vector in (gain, keep, accept))
-        if any(rows.share != 1 for _, rows in passes):
-            alpha = alpha * device_vector([1 / passes[k][1].share for k, _ in chosen.parts], device, alpha.dtype)
+        if any(one.rows.share != 1 or one.weight is not ONE for _, one in passes):
+            weights = [(1.0 if part.is_input else passes[k][1].weight.new, passes[k][1].rows.share) for k, part in chosen.parts]
+            alpha = alpha * vector_of([divided(*pair) for pair in weights], alpha)
         ones = chosen.has_bias_column
         ops.covariance_ema(chosen.factors, sources, alpha, beta, ones, windows, flags, backend=self._backend)

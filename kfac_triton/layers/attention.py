@@ -98,6 +98,11 @@ class AttentionLayer(LinearLayer):
         """The embedding dimension."""
         return self.module.embed_dim
 
+    @property
+    def unbatched_dim(self) -> int:
+        """Inside of the forward pass there is always a batch dimension; see `capture.attention`."""
+        return -1
+
     def part_of(self, parameter: nn.Parameter) -> slice | None:
         """The projection's third of a packed parameter."""
         if len(parameter) == self.output_size:

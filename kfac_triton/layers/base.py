@@ -227,6 +227,15 @@ class Layer(ABC):
         """Adjacent columns of W that stay in one part: the kernel elements of one channel of a convolution."""
         return 1
 
+    @property
+    def unbatched_dim(self) -> int:
+        """Number of dimensions of an input that is a single example without a batch dimension; -1 if there is no such input."""
+        return -1
+
+    def positions(self, shape: torch.Size) -> int:
+        """Number of examples and positions in an output of the module, of this shape."""
+        return shape[:-1].numel()
+
     @abstractmethod
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
         """Rows of A and G from the module's input and the gradient with respect to its output."""

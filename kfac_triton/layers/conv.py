@@ -53,6 +53,16 @@ class ConvLayer(Layer):
         """The kernel elements of one channel."""
         return math.prod(self.module.kernel_size)
 
+    @property
+    def unbatched_dim(self) -> int:
+        """Channels, and the spatial dimensions."""
+        return len(self.module.kernel_size) + 1
+
+    def positions(self, shape: torch.Size) -> int:
+        """Number of examples times spatial positions."""
+        spatial = len(self.module.kernel_size)
+        return shape[-spatial:].numel() * shape[: -spatial - 1].numel()
+
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
         """Expand: every position is a row. Reduce: an example's mean patch and summed gradient."""
         spatial = len(self.module.kernel_size)

@@ -15,6 +15,11 @@ class LinearLayer(Layer):
     can_be_tied = True
     samples_tokens = True
 
+    @property
+    def unbatched_dim(self) -> int:
+        """Features alone."""
+        return 1
+
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
         """Expand: every position is a row. Reduce: an example's mean input and summed gradient."""
         if x.dim() == 1:

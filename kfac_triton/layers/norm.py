@@ -110,6 +110,11 @@ class NormLayer(Layer):
         """Whether u is the gradient of a position rather than of an example."""
         return self.tokens and not self.reduce
 
+    def positions(self, shape: torch.Size) -> int:
+        """Number of examples times positions."""
+        examples, positions = self.norm.counts(shape)
+        return examples * positions
+
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
         """The gradients of each example, or of each position if that is a loss term; they are made when they are needed.
 

@@ -10,6 +10,7 @@ from torch import nn
 from ..kernels import runtime
 from ..settings import Settings
 from .base import Layer
+from .hf_labels import has_token_labels
 from .partition import factor_dtype
 from .registry import find_layers, weights_of
 
@@ -25,7 +26,7 @@ def select_layers(
     layers, skipped = find_layers(
         model,
         settings.weight_sharing,
-        settings.loss_terms,
+        "tokens" if are_tokens(model, settings) else "examples",
         skip=settings.skip,
         include=settings.include,
         norms=settings.norms,
@@ -46,6 +47,11 @@ def select_layers(
             + (f": {reasons}" if reasons else "; use another optimizer")
         )
     return layers, skipped
+
+
+def are_tokens(model: nn.Module, settings: Settings) -> bool:
+    """Whether each token has a loss term: if the user says so, or the model is a language model of Hugging Face."""
+    return settings.loss_terms == "tokens" or (settings.loss_terms == "auto" and has_token_labels(model))
 
 
 def refuse_sharded(layers: Iterable[Layer]) -> None:

@@ -1,0 +1,76 @@
+"""Hooks that tell where calls of the model begin and end: on each module that contains covered layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..layers import Layer
+from ..layers.hf_labels import is_hugging_face
+from .gate import Gate
+from .inert import InertCopies, remove_inert
+
+
+class _CallHook(InertCopies):
+    def __init__(self, gate: Gate | None = None, has_labels: bool = False) -> None:
+        self.gate, self.has_labels = gate, has_labels
+
+
+class BeginHook(_CallHook):
+    """Forward pre-hook. Without gradients, nothing is captured, and there is no call."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begins a call, unless one runs already."""
+        gate = self.gate
+        if gate is None or not gate.open or not torch.is_grad_enabled():
+            return
+        # Under torch.func the arguments are of another batch, and nothing is captured.
+        if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
+            return
+        gate.calls.begin(module, args, kwargs)
+        if self.has_labels:
+            gate.calls.read_labels(module, args, kwargs)
+
+
+class EndHook(_CallHook):
+    """Forward hook, which also runs after an exception."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Ends the call, if the module has begun it."""
+        if self.gate is not None:
+            self.gate.calls.end(module, args, kwargs, output)
+
+
+def attach_calls(model: nn.Module, layers: Sequence[Layer], gate: Gate) -> list[RemovableHandle]:
+    """Hooks on each module that contains covered layers; a layer that is called alone is its own call without any."""
+    covered = {id(module) for layer in layers for module in layer.modules}
+    functional = {id(layer.module) for layer in layers if layer.applies_weight_itself}
+    handles = []
+    for module in _containers(model, covered | functional, functional):
+        remove_inert(module, "_forward_pre_hooks", BeginHook())
+        remove_inert(module, "_forward_hooks", EndHook())
+        has_labels = is_hugging_face(module)
+        # The first of all hooks, so that the arguments are those of the user; the last, so that all layers have run.
+        handles.append(module.register_forward_pre_hook(BeginHook(gate, has_labels), prepend=True, with_kwargs=True))
+        handles.append(module.register_forward_hook(EndHook(gate, has_labels), with_kwargs=True, always_call=True))
+    return handles
+
+
+def _containers(model: nn.Module, covered: set[int], functional: set[int]) -> list[nn.Module]:
+    """The modules that contain covered layers, and those whose several weights are layers."""
+    found: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) not in covered:
+            continue
+        if id(module) in functional:
+            found[id(module)] = module
+        parts = name.split(".") if name else []
+        parent = model
+        for part in parts:
+            found[id(parent)] = parent
+            parent = parent._modules[part]  # type: ignore[assignment]
+    return list(found.values())

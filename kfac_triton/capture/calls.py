@@ -1,0 +1,263 @@
+"""Calls of the model: each has one number of loss terms N, which all layers in it share.
+
+A call is that of the outermost module that the optimizer was given: of the model, or of a submodule that is called without it.
+N is counted there, because only there it is known: the rows of a layer may be windows, pixels or routed tokens. What a backward
+pass runs again (checkpointing) is no call of its own: it belongs to the call that it recomputes.
+
+Hooks (`call_hooks.py`) tell where calls begin and end. The taps in a call carry it to the backward pass.
+"""
+
+from __future__ import annotations
+
+import collections
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import validation
+from ..layers import Layer, hf_labels
+from .compiled_calls import CompiledCalls
+
+Number = float | Tensor
+BatchDim = Callable[[nn.Module], int]
+
+_RECOMPUTABLE = 4096  # calls that reentrant checkpointing may still run again
+
+# How loss terms were counted, for the report.
+BY_LAYER = "guessed from the shape of each layer's input, because the model's call has no tensor argument"
+BY_EXAMPLES = "examples: the first dimension of the first tensor argument of the model's call"
+BY_TOKENS = "tokens: the rows of the layer that ran last in the model's call"
+BY_LABELS = "labels that the Hugging Face model's own loss counts"
+BY_LIKELIHOOD = "terms of the likelihood, from accumulate_fisher"
+BY_USER = "loss_terms, as a number or a function"
+
+
+class Call:
+    """One call of the outermost module.
+
+    Attributes:
+        terms: number of its loss terms; None where only the shape of each layer's input tells.
+        source: how it was counted.
+        left_out: a flag on the device: some of its rows have no loss term. None if nothing says so.
+        joined: the call that stands for this one and others, if a likelihood has counted the terms of all of them.
+        was_used: whether a backward pass has gone through it since the last step.
+        was_dropped: whether the statistics of such a pass were thrown away with the gradients.
+        shape: of the first tensor argument.
+        last: the layer that ran last, and the shape of its output.
+        start, stop: the numbers of the autograd nodes that it has made.
+    """
+
+    __slots__ = (
+        "__weakref__", "joined", "last", "left_out", "shape", "source", "start", "stop", "terms", "was_dropped", "was_used",
+    )  # fmt: skip
+
+    def __init__(self, terms: Number | None = None, source: str = BY_LAYER) -> None:
+        self.terms, self.source = terms, source
+        self.left_out: Tensor | None = None
+        self.joined: Call | None = None
+        self.was_used = self.was_dropped = False
+        self.shape: torch.Size | None = None
+        self.last: tuple[Layer, torch.Size] | None = None
+        self.start = self.stop = -1
+
+    def enter(self, layer: Layer, x: Tensor, output: Tensor) -> None:
+        """Notes that a layer has run in this call."""
+        if self.last is None and x.dim() == layer.unbatched_dim:
+            self.enter_unbatched(x)
+        self.last = layer, output.shape
+
+    def enter_unbatched(self, x: Tensor) -> None:
+        """A layer has taken x for a single example without a batch dimension. If x is the call's argument, it has one."""
+        if self.source is BY_EXAMPLES and x.shape == self.shape:
+            self.terms = 1
+
+
+class Calls:
+    """Finds the calls of one model and counts their loss terms.
+
+    Args:
+        loss_terms: see `KFAC`.
+        are_tokens: whether each token has a loss term, where nothing else says how many there are.
+        batch_dim: the dimension of the examples in the arguments of a module.
+        device: of the counts of compiled passes.
+
+    Attributes:
+        current: the call that runs, if any.
+        alive: the calls through which a backward pass may still go.
+        compiled: the calls in which compiled layers run.
+        sources: how loss terms were counted since the last step.
+        reported: the same for the last step that had any.
+    """
+
+    def __init__(
+        self,
+        loss_terms: Any = "auto",
+        are_tokens: bool = False,
+        batch_dim: BatchDim = lambda module: 0,
+        device: torch.device | None = None,
+    ) -> None:
+        self._asked, self._are_tokens, self._batch_dim = loss_terms, are_tokens, batch_dim
+        self.current: Call | None = None
+        self._outermost: nn.Module | None = None
+        self._depth = 0
+        self.alive: weakref.WeakSet[Call] = weakref.WeakSet()
+        self._recomputable: collections.deque[Call] = collections.deque(maxlen=_RECOMPUTABLE)
+        self._in_backward: tuple[int, Call] | None = None
+        self.compiled = CompiledCalls(device)
+        self.sources: set[str] = set()
+        self.reported: tuple[str, ...] = ()
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The forward of a module begins."""
+        if self._outermost is not None:
+            if self._outermost is module:  # a recursive model
+                self._depth += 1
+            return
+        self._outermost, self._depth = module, 0
+        if torch.compiler.is_compiling():
+            self.compiled.begin(self._from_arguments(module, args, kwargs)[0])
+            return
+        if (call := self._recomputed()) is not None:
+            self.current = call
+            return
+        self.current = call = Call(*self._from_arguments(module, args, kwargs))
+        x = first_tensor((*args, *kwargs.values()))
+        call.shape = None if x is None else x.shape
+        call.start = torch.autograd._get_sequence_nr()
+        self.alive.add(call)
+        if self.compiled.is_used:
+            self.compiled.begin()
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """The forward has ended. The output is None if it has raised an exception."""
+        if self._outermost is not module:
+            return
+        if self._depth:
+            self._depth -= 1
+            return
+        call, self.current, self._outermost = self.current, None, None
+        asks_user = callable(self._asked) and output is not None
+        if torch.compiler.is_compiling():
+            self.compiled.end(self._ask(args, kwargs, output) if asks_user else None)
+        elif call is not None and call.stop < 0:
+            call.stop = torch.autograd._get_sequence_nr()
+            if asks_user:
+                call.terms = self._ask(args, kwargs, output)
+            elif call.source is BY_TOKENS and call.last is not None:
+                layer, shape = call.last
+                call.terms = layer.positions(shape)
+            if self.compiled.is_used:
+                self.compiled.end(call.terms, call.left_out)
+
+    def read_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Counts the labels of a Hugging Face model, which is outermost or a part of it, unless the user says N."""
+        if self._asked != "auto" or self._outermost is None:
+            return
+        counted = hf_labels.count(model, args, kwargs)
+        if counted is None:
+            return
+        if torch.compiler.is_compiling():
+            self.compiled.known = counted
+        elif self.current is not None and self.current.source is not BY_LABELS:
+            self.current.terms, self.current.left_out = counted
+            self.current.source = BY_LABELS
+
+    def now(self) -> Call:
+        """The call that a layer runs in. Outside of any, it makes one of its own, of which only its input tells N."""
+        call = self.current if self.current is not None else self._recomputed()
+        if call is None:
+            call = Call()
+            self.alive.add(call)
+        return call
+
+    def note_ungraded(self) -> None:
+        """A layer runs without gradients in a call that has them: reentrant checkpointing may run it again in backward."""
+        if self.current is not None and (not self._recomputable or self._recomputable[-1] is not self.current):
+            self._recomputable.append(self.current)
+
+    def join(self, terms: Number, left_out: Tensor | None) -> None:
+        """Gives all calls that no backward pass has gone through yet the terms of a likelihood of all their outputs."""
+        whole = Call(terms, BY_LIKELIHOOD)
+        whole.left_out = left_out
+        for call in list(self.alive):
+            if call.joined is None and not call.was_used:
+                call.joined = whole
+
+    def drop(self) -> None:
+        """Statistics are thrown away with the gradients."""
+        for call in list(self.alive):
+            call.was_dropped |= call.was_used
+
+    def forget(self) -> None:
+        """Forgets what belongs to the last step, and a call that was interrupted (Ctrl-C)."""
+        for call in list(self.alive):
+            call.was_used = False
+        self.current = self._outermost = self._in_backward = None
+        if self.sources:
+            self.reported = tuple(sorted(self.sources))
+            self.sources.clear()
+
+    def _recomputed(self) -> Call | None:
+        """The call that a running backward pass recomputes; None outside of backward passes."""
+        task = torch._C._current_graph_task_id()
+        node = torch._C._current_autograd_node() if task >= 0 else None
+        if node is None:
+            return None
+        number = node._sequence_nr()
+        for call in (*reversed(self._recomputable), *self.alive):
+            if call.start <= number < call.stop:
+                return call
+        # Layers that are checkpointed outside of any call: one call for all, as nobody knows how many there will be.
+        if self._in_backward is None or self._in_backward[0] != task:
+            self._in_backward = task, Call()
+        return self._in_backward[1]
+
+    def _ask(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Number:
+        with torch.no_grad():
+            return checked_terms(self._asked(args, kwargs, output))
+
+    def _from_arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Number | None, str]:
+        """N, if it is known when the call begins, and how it is counted."""
+        if callable(self._asked):
+            return None, BY_USER
+        if not isinstance(self._asked, str):
+            return self._asked, BY_USER
+        if self._are_tokens:
+            return None, BY_TOKENS
+        x = first_tensor((*args, *kwargs.values()))
+        if x is None:
+            return None, BY_LAYER
+        # The last dimension of floating point numbers is that of the features, where there is more than one.
+        batch_dim = self._batch_dim(module)
+        free = x.dim() - (x.is_floating_point() and x.dim() > 1)
+        return x.shape[batch_dim if batch_dim < free else 0], BY_EXAMPLES
+
+
+def checked_terms(terms: Any) -> Number:
+    """A number of loss terms that the user's function has returned.
+
+    Raises:
+        TypeError: if it is neither a number nor a tensor of one number.
+        ValueError: if it is negative or not finite.
+    """
+    if not isinstance(terms, Tensor):
+        return validation.real("the result of loss_terms", terms)
+    if terms.numel() != 1:
+        raise TypeError(f"the result of loss_terms must be one number, but has shape {tuple(terms.shape)}; sum it")
+    return terms.detach().reshape(())
+
+
+def first_tensor(values: Iterable[Any]) -> Tensor | None:
+    """The first tensor with a dimension among the values, or inside of lists, tuples and dicts of them."""
+    for value in values:
+        found = value
+        if isinstance(value, (list, tuple)):
+            found = first_tensor(value)
+        elif isinstance(value, dict):
+            found = first_tensor(value.values())
+        if isinstance(found, Tensor) and found.dim():
+            return found
+    return None

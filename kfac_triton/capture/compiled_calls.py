@@ -1,0 +1,57 @@
+"""Calls of the model in which compiled layers run, whose backward passes read no Python objects."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Calls that may be between their forward and their backward pass at the same time.
+IN_FLIGHT = 1 << 16
+
+
+class CompiledCalls:
+    """Numbers of calls, modulo `IN_FLIGHT`, and the loss terms of each, on a device.
+
+    A compiled tap saves the number of its call in the forward pass, when the terms need not be known yet, and looks them up in
+    the backward pass.
+
+    Attributes:
+        number: of the call that runs, ().
+        terms: (2, IN_FLIGHT): loss terms of each call, -1 where only the shape of a layer's input tells; and 1 where some rows
+            have no loss term.
+        is_used: whether a compiled layer has run. Before that, nothing is counted.
+        known: terms of the call that runs, and whether some rows have none.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.number = torch.zeros((), dtype=torch.long, device=device)
+        self.terms = torch.zeros(2, IN_FLIGHT, device=device)
+        self.terms[0] = -1.0
+        self.is_used = False
+        self.known: tuple[float | Tensor | None, Tensor | None] = None, None
+
+    def begin(self, terms: float | Tensor | None = None) -> None:
+        """A call begins, with these terms, if they are known already."""
+        self.number.add_(1).remainder_(IN_FLIGHT)
+        self.known = terms, None
+
+    def end(self, terms: float | Tensor | None = None, left_out: Tensor | None = None) -> None:
+        """The call has ended; its terms are known now, if they are known at all."""
+        if terms is None:
+            terms, left_out = self.known
+        self.known = None, None
+        place = self.number.reshape(1)  # as an index of an item, a tensor would make the host wait
+        for row, value in zip(self.terms, (-1.0 if terms is None else terms, left_out), strict=True):
+            if isinstance(value, Tensor):
+                row.index_copy_(0, place, value.to(row).reshape(1))
+            else:
+                row.index_fill_(0, place, value or 0.0)
+
+    def terms_of(self, number: Tensor, own: float | Tensor) -> Tensor:
+        """Loss terms of the call with this number; a layer's own count where they are not known."""
+        known = self.terms[0].index_select(0, number.reshape(1))[0]
+        return torch.where(known >= 0, known, own)
+
+    def left_out(self, number: Tensor) -> Tensor:
+        """Whether some rows of this call have no loss term."""
+        return self.terms[1].index_select(0, number.reshape(1))[0] > 0

@@ -1,0 +1,129 @@
+"""The loss terms of the passes through one layer, and the weights of passes whose calls have means of their own.
+
+With N_bk the loss terms of call k in backward pass b, and T_b = sum_k N_bk, a layer's factor is
+
+    G = (sum_b T_b) sum_b sum_k (N_bk / T_b) sum g g^T.
+
+So in one backward pass the losses of several calls are means of their own, which are added: G = sum_k N_k sum g g^T, the sum of
+the G of each. Several backward passes accumulate the parts of one mean: with one call in each, G = N sum g g^T, N = sum_b N_b.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .calls import Call, Number
+
+CALLS = ("accumulated", "joint", "separate")
+
+
+class Weight(NamedTuple):
+    """What the squares of a pass are multiplied by, and before they are added the sum of its group of calls so far."""
+
+    new: Number = 1.0
+    old: Number = 1.0
+
+
+ONE = Weight()
+
+
+def is_one(number: Number) -> bool:
+    """Whether the host knows that it is 1."""
+    return not isinstance(number, Tensor) and number == 1
+
+
+class Arithmetic:
+    """Sums and quotients of loss terms that are on the device, each computed once for all layers."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int, int], tuple[Number, Number, Number]] = {}
+
+    def add(self, a: Number, b: Number) -> Number:
+        """A + b."""
+        if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+            return a + b
+        return self._once("add", a, b)
+
+    def share(self, part: Number, whole: Number) -> Number:
+        """Part / whole; 1 if the whole is 0, where both belong to calls without loss terms."""
+        if not isinstance(part, Tensor) and not isinstance(whole, Tensor):
+            return part / whole if whole else 1.0
+        return self._once("share", part, whole)
+
+    def multiply(self, a: Number, b: Number) -> Number:
+        """A b."""
+        if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+            return a * b
+        return self._once("multiply", a, b)
+
+    def clear(self) -> None:
+        """Forgets all results."""
+        self._known.clear()
+
+    def _once(self, name: str, a: Number, b: Number) -> Number:
+        key = name, id(a), id(b)
+        if key not in self._known:
+            # The operands are kept, so that their numbers are not given to others.
+            self._known[key] = a, b, _computed(name, a, b)
+        return self._known[key][2]
+
+
+def _computed(name: str, a: Number, b: Number) -> Number:
+    if name == "add":
+        return a + b
+    if name == "multiply":
+        return a * b
+    return torch.where(torch.as_tensor(b) > 0, a / b, 1.0)
+
+
+class LossTerms:
+    """Loss terms of the passes through one layer since the last step.
+
+    Attributes:
+        on_host: their sum, of numbers that the host knows.
+        on_device: the others.
+    """
+
+    def __init__(self, arithmetic: Arithmetic) -> None:
+        self._arithmetic = arithmetic
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all passes."""
+        self.on_host: float = 0
+        self.on_device: list[Tensor] = []
+        self._group = -1
+        self._calls: dict[Call, Number] = {}
+        self._total: Number = 0
+
+    def begins(self, group: int) -> bool:
+        """Whether this is another group of calls than that of the pass before. It begins then."""
+        if group == self._group:
+            return False
+        self._group, self._calls, self._total = group, {}, 0
+        return True
+
+    def add(self, call: Call, own: int) -> Weight:
+        """Counts a pass through a call, which is counted once in its group.
+
+        Args:
+            call: the call.
+            own: the terms that the layer itself counts, for a call that does not know.
+        """
+        known = self._calls.get(call)
+        if known is not None:
+            return ONE if len(self._calls) == 1 else Weight(self._arithmetic.share(known, self._total))
+        terms = own if call.terms is None else call.terms
+        if isinstance(terms, Tensor):
+            self.on_device.append(terms)
+        else:
+            self.on_host += terms
+        self._calls[call] = terms
+        if len(self._calls) == 1:
+            self._total = terms
+            return ONE
+        before, self._total = self._total, self._arithmetic.add(self._total, terms)
+        return Weight(self._arithmetic.share(terms, self._total), self._arithmetic.share(before, self._total))
