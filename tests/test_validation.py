@@ -55,7 +55,8 @@ TYPE_ERRORS: list[tuple[str, Any]] = [
         if not (name == "kl_clip" and value is None) and not (name == "lr" and isinstance(value, torch.Tensor))
     ),
     *((name, value) for name in ("statistics_every", "inverse_every") for value in NOT_INTEGERS),
-    *((name, value) for name in ("tail", "weight_sharing", "inverse", "loss_reduction", "loss_terms") for value in NOT_STRINGS),
+    *((name, value) for name in ("tail", "weight_sharing", "inverse", "loss_reduction", "calls") for value in NOT_STRINGS),
+    *(("loss_terms", value) for value in (None, True, ["tokens"], 1j)),
     *(("nesterov", value) for value in (0, 1, None, "yes", 0.5)),
     *(("betas", value) for value in (0.9, None, (0.9,), (0.9, 0.9, 0.9), "ab", (0.9, None), (True, 0.9), ("a", 0.9))),
 ]
@@ -69,9 +70,10 @@ VALUE_ERRORS: list[tuple[str, Any]] = [
     *((name, value) for name in ("statistics_every", "inverse_every") for value in (0, -1)),
     *(
         (name, value)
-        for name in ("tail", "weight_sharing", "inverse", "loss_reduction", "loss_terms")
+        for name in ("tail", "weight_sharing", "inverse", "loss_reduction", "loss_terms", "calls")
         for value in ("", "nonsense", "SGD", "Expand")
     ),
+    *(("loss_terms", value) for value in (0, -1, 0.0, math.nan, math.inf)),
     *(("betas", value) for value in ((1.0, 0.9), (0.9, 1.0), (-0.1, 0.9), (0.9, math.nan), [0.9, math.inf])),
     ("lr", torch.tensor([0.1, 0.2])),
     ("lr", torch.tensor(-0.1)),

@@ -10,6 +10,7 @@ Hooks (`call_hooks.py`) tell where calls begin and end. The taps in a call carry
 from __future__ import annotations
 
 import collections
+import itertools
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -24,6 +25,7 @@ from .compiled_calls import CompiledCalls
 Number = float | Tensor
 BatchDim = Callable[[nn.Module], int]
 
+_NUMBERS = itertools.count()
 _RECOMPUTABLE = 4096  # calls that reentrant checkpointing may still run again
 
 # How loss terms were counted, for the report.
@@ -47,14 +49,17 @@ class Call:
         was_dropped: whether the statistics of such a pass were thrown away with the gradients.
         shape: of the first tensor argument.
         last: the layer that ran last, and the shape of its output.
+        number: its own.
         start, stop: the numbers of the autograd nodes that it has made.
     """
 
     __slots__ = (
-        "__weakref__", "joined", "last", "left_out", "shape", "source", "start", "stop", "terms", "was_dropped", "was_used",
+        "__weakref__", "joined", "last", "left_out", "number", "shape", "source", "start", "stop", "terms", "was_dropped",
+        "was_used",
     )  # fmt: skip
 
     def __init__(self, terms: Number | None = None, source: str = BY_LAYER) -> None:
+        self.number = next(_NUMBERS)
         self.terms, self.source = terms, source
         self.left_out: Tensor | None = None
         self.joined: Call | None = None

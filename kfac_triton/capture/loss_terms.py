@@ -96,14 +96,15 @@ class LossTerms:
         self.on_host: float = 0
         self.on_device: list[Tensor] = []
         self._group = -1
-        self._calls: dict[Call, Number] = {}
+        self._calls: dict[int, Number] = {}  # by number: a call that is referred to would seem to be in use
         self._total: Number = 0
 
     def begins(self, group: int) -> bool:
         """Whether this is another group of calls than that of the pass before. It begins then."""
         if group == self._group:
             return False
-        self._group, self._calls, self._total = group, {}, 0
+        self._group, self._total = group, 0
+        self._calls = {}
         return True
 
     def add(self, call: Call, own: int) -> Weight:
@@ -113,7 +114,7 @@ class LossTerms:
             call: the call.
             own: the terms that the layer itself counts, for a call that does not know.
         """
-        known = self._calls.get(call)
+        known = self._calls.get(call.number)
         if known is not None:
             return ONE if len(self._calls) == 1 else Weight(self._arithmetic.share(known, self._total))
         terms = own if call.terms is None else call.terms
@@ -121,7 +122,7 @@ class LossTerms:
             self.on_device.append(terms)
         else:
             self.on_host += terms
-        self._calls[call] = terms
+        self._calls[call.number] = terms
         if len(self._calls) == 1:
             self._total = terms
             return ONE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def count(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     None if there are no labels, or they are no integers (regression, several labels for an example).
     """
     given = kwargs.get("shift_labels")
-    place = _place_of_labels(type(model))
+    place = _place_of_labels(cast(Any, type(model)))
     if given is None:
         given = kwargs["labels"] if "labels" in kwargs else None if place is None else dict(enumerate(args)).get(place)
         if isinstance(given, Tensor) and given.dim() > 1 and shifts_labels(model):

@@ -121,12 +121,30 @@ def test_early_stop_of_checkpointing(x: Tensor) -> None:
         assert counts(preconditioner) == ONCE
 
 
-def test_a_module_that_runs_twice_in_one_pass_counts_rows_twice_and_terms_once(x: Tensor) -> None:
+class Twice(nn.Module):
+    """Attention to what attention has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(self.attention(x, x, x)[0], x, x)[0]
+
+
+def test_a_module_that_runs_twice_in_one_call_counts_rows_twice_and_terms_once(x: Tensor) -> None:
+    model = Twice()
+    with KFACPreconditioner(model) as preconditioner:
+        model(x).sum().backward()
+        assert counts(preconditioner) == [[24.0, 3.0]] * 4
+
+
+def test_two_calls_have_terms_of_their_own(x: Tensor) -> None:
     module = attention()
     with KFACPreconditioner(module) as preconditioner:
         once = module(x, x, x)[0]
         module(once, x, x)[0].sum().backward()
-        assert counts(preconditioner) == [[24.0, 3.0]] * 4
+        assert counts(preconditioner) == [[24.0, 6.0]] * 4
 
 
 def test_attention_inside_attention(x: Tensor) -> None:
@@ -172,7 +190,8 @@ def test_copies_and_pickles_of_a_hooked_model_are_inert(x: Tensor) -> None:
     with KFACPreconditioner(module) as preconditioner:
         for clone in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
             clone(x, x, x)[0].sum().backward()
-            assert all(isinstance(h, AttentionHook) and not h.statistics for h in clone._forward_pre_hooks.values())
+            hooks = clone._forward_pre_hooks.values()
+            assert all(not h.statistics if isinstance(h, AttentionHook) else h.gate is None for h in hooks)
         assert counts(preconditioner) == NOTHING
 
 

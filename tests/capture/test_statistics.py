@@ -9,21 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from kfac_triton import KFAC
+from kfac_triton.capture.calls import Call
 from kfac_triton.capture.gate import Gate
 from kfac_triton.kernels import runtime
 
 
 def test_a_pass_outside_of_a_graph_is_noted_until_the_step_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate()
+    gate, call, weight = Gate(), Call(), torch.zeros(1, requires_grad=True)
     for task, recording in enumerate((True, False, True)):
         monkeypatch.setattr(runtime, "is_recording", lambda recording=recording: recording)
-        gate.notice(task)
+        assert gate.counts(task, weight, call)
         if recording and not gate.is_unrecorded:
             continue
         assert gate.is_unrecorded
     gate.forget()
     assert not gate.is_unrecorded
-    gate.notice(2)
+    assert gate.counts(2, weight, call)
     assert not gate.is_unrecorded
 
 
