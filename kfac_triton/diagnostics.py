@@ -18,6 +18,7 @@ def diagnostics(engine: Engine) -> dict[str, Any]:
 
         - "steps": steps taken; "damping": the current damping; "refreshes": how often inverses were computed; "kl_clip_scale":
           nu of the last step, 1 if it was not clipped; "memory": bytes by kind (`Curvature.memory`);
+        - "loss_terms": how the loss terms of the last statistics were counted, in words;
         - "skipped": module name -> why a layer of a supported type is not covered;
         - "without_statistics": names of covered layers without statistics so far, whose gradients are not preconditioned;
         - "layers": module name -> a dict with, for A and for G, "size", "trace", "norm" (Frobenius), "damping", "condition" (an
@@ -70,6 +71,7 @@ def diagnostics(engine: Engine) -> dict[str, Any]:
         "refreshes": engine.progress.refreshes,
         "kl_clip_scale": float(engine.kl_clip_scale),
         "memory": curvature.memory(),
+        "loss_terms": list(engine.gate.calls.reported),
         "skipped": dict(engine.skipped),
         "without_statistics": [engine.layers[i].name for i in sorted(engine.progress.without_statistics)],
         "layers": layers,

@@ -92,6 +92,7 @@ class Calls:
     Attributes:
         current: the call that runs, if any.
         alive: the calls through which a backward pass may still go.
+        root: the number of a backward pass that recomputes layers, which reentrant checkpointing does in passes inside of it.
         compiled: the calls in which compiled layers run.
         sources: how loss terms were counted since the last step.
         reported: the same for the last step that had any.
@@ -110,6 +111,7 @@ class Calls:
         self._depth = 0
         self.alive: weakref.WeakSet[Call] = weakref.WeakSet()
         self._recomputable: collections.deque[Call] = collections.deque(maxlen=_RECOMPUTABLE)
+        self.root: int | None = None
         self._in_backward: tuple[int, Call] | None = None
         self.compiled = CompiledCalls(device)
         self.sources: set[str] = set()
@@ -200,7 +202,7 @@ class Calls:
         """Forgets what belongs to the last step, and a call that was interrupted (Ctrl-C)."""
         for call in list(self.alive):
             call.was_used = False
-        self.current = self._outermost = self._in_backward = None
+        self.current = self._outermost = self._in_backward = self.root = None
         if self.sources:
             self.reported = tuple(sorted(self.sources))
             self.sources.clear()
@@ -211,14 +213,20 @@ class Calls:
         node = torch._C._current_autograd_node() if task >= 0 else None
         if node is None:
             return None
+        if self.root is None:
+            self.root = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_root)
         number = node._sequence_nr()
         for call in (*reversed(self._recomputable), *self.alive):
             if call.start <= number < call.stop:
                 return call
         # Layers that are checkpointed outside of any call: one call for all, as nobody knows how many there will be.
-        if self._in_backward is None or self._in_backward[0] != task:
-            self._in_backward = task, Call()
+        if self._in_backward is None or self._in_backward[0] != self.root:
+            self._in_backward = self.root, Call()
         return self._in_backward[1]
+
+    def _end_root(self) -> None:
+        self.root = None
 
     def _ask(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Number:
         with torch.no_grad():

@@ -160,7 +160,8 @@ class Statistics:
         weigh = ONE
         if gate.counts_terms:
             gate.calls.sources.add(call.source)
-            if self.terms.begins(0 if gate.adds_calls == "separate" else task):
+            root = task if gate.calls.root is None else gate.calls.root
+            if self.terms.begins(0 if gate.adds_calls == "separate" else root):
                 self._begin_group()
             weigh = self.terms.add(call, rows.terms)
             if gate.adds_calls == "joint":
