@@ -68,6 +68,7 @@ class Engine:
         self.curvature = Curvature(self.partition, settings, self.host_looks)
         self.bank = self.curvature.bank
         calls = Calls(settings.loss_terms, are_tokens(model, settings), device=home)
+        calls.last_layer = self.layers[-1]
         self.gate = Gate(home, empirical=settings.fisher == "empirical", calls=calls)
         are_single = all(stack.sums.dtype == torch.float32 for stack in self.bank.stacks)
         self.uses_kernels = are_single and settings.backend != "torch" and not self.host_looks

@@ -31,6 +31,8 @@ class BeginHook(_CallHook):
         # Under torch.func the arguments are of another batch, and nothing is captured.
         if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
             return
+        if torch.compiler.is_compiling():
+            gate.calls.compiled.is_used = True  # not in the layers, where a checkpoint's graph must not change anything
         gate.calls.begin(module, args, kwargs)
         if self.has_labels:
             gate.calls.read_labels(module, args, kwargs)

@@ -90,6 +90,7 @@ class Calls:
         device: of the counts of compiled passes.
 
     Attributes:
+        last_layer: the last covered layer of the model.
         current: the call that runs, if any.
         alive: the calls through which a backward pass may still go.
         root: the number of a backward pass that recomputes layers, which reentrant checkpointing does in passes inside of it.
@@ -106,6 +107,7 @@ class Calls:
         device: torch.device | None = None,
     ) -> None:
         self._asked, self._are_tokens, self._batch_dim = loss_terms, are_tokens, batch_dim
+        self.last_layer: Layer
         self.current: Call | None = None
         self._outermost: nn.Module | None = None
         self._depth = 0
@@ -125,6 +127,7 @@ class Calls:
             return
         self._outermost, self._depth = module, 0
         if torch.compiler.is_compiling():
+            self.compiled.is_used = True
             self.compiled.begin(self._from_arguments(module, args, kwargs)[0])
             return
         if (call := self._recomputed()) is not None:
@@ -146,16 +149,13 @@ class Calls:
             self._depth -= 1
             return
         call, self.current, self._outermost = self.current, None, None
-        asks_user = callable(self._asked) and output is not None
         if torch.compiler.is_compiling():
-            self.compiled.end(self._ask(args, kwargs, output) if asks_user else None)
+            self.compiled.end(self._from_result(args, kwargs, output, None))
         elif call is not None and call.stop < 0:
             call.stop = torch.autograd._get_sequence_nr()
-            if asks_user:
-                call.terms = self._ask(args, kwargs, output)
-            elif call.source is BY_TOKENS and call.last is not None:
-                layer, shape = call.last
-                call.terms = layer.positions(shape)
+            if call.source is BY_USER or call.source is BY_TOKENS:
+                terms = self._from_result(args, kwargs, output, call)
+                call.terms = call.terms if terms is None else terms
             if self.compiled.is_used:
                 self.compiled.end(call.terms, call.left_out)
 
@@ -228,9 +228,21 @@ class Calls:
     def _end_root(self) -> None:
         self.root = None
 
-    def _ask(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Number:
-        with torch.no_grad():
-            return checked_terms(self._asked(args, kwargs, output))
+    def _from_result(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, call: Call | None) -> Number | None:
+        """N, if it is known when the call has ended, but not before."""
+        if output is None:
+            return None
+        if callable(self._asked):
+            with torch.no_grad():
+                return checked_terms(self._asked(args, kwargs, output))
+        if not self._are_tokens:
+            return None
+        if call is not None and call.last is not None and not self.compiled.is_used:
+            layer, shape = call.last
+            return layer.positions(shape)
+        # Of compiled layers it is not known which ran last: the model's last one, whose output is that of the model.
+        x = first_tensor([output])
+        return None if x is None else self.last_layer.positions(x.shape)
 
     def _from_arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Number | None, str]:
         """N, if it is known when the call begins, and how it is counted."""
@@ -244,9 +256,18 @@ class Calls:
         if x is None:
             return None, BY_LAYER
         # The last dimension of floating point numbers is that of the features, where there is more than one.
-        batch_dim = self._batch_dim(module)
+        batch_dim = max(self._batch_dim(module), own_batch_dim(module))
         free = x.dim() - (x.is_floating_point() and x.dim() > 1)
         return x.shape[batch_dim if batch_dim < free else 0], BY_EXAMPLES
+
+
+def own_batch_dim(module: nn.Module) -> int:
+    """The dimension of the examples in the arguments of PyTorch's own sequence modules, where these are outermost."""
+    while isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
+        module = module.layers[0]
+    module = getattr(module, "self_attn", module)
+    kinds = (nn.MultiheadAttention, nn.Transformer, nn.RNNBase)
+    return int(isinstance(module, kinds) and not module.batch_first)
 
 
 def checked_terms(terms: Any) -> Number:

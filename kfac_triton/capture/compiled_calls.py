@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # Calls that may be between their forward and their backward pass at the same time.
-IN_FLIGHT = 1 << 16
+IN_FLIGHT = 1 << 10
 
 
 class CompiledCalls:

@@ -186,7 +186,8 @@ class FactorUpdate:
             table[i] = use.join(table[i], table[k])
         table = table[:layers]
         present = table > 0
-        _, fresh, _, summed = present.unbind(1)
+        has_rows, has_terms, _, summed = present.unbind(1)
+        fresh = has_rows & has_terms
         accepted = fresh & self._finite(summed)
         if self.gate.scale is not None:
             # A skipped step can leave statistics of another loss scale. Compared on the device, so that the host does not wait.
