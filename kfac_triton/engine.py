@@ -112,14 +112,13 @@ class Engine:
         gate = self.gate
         was_open, was_paused = gate.open, gate.is_paused
         gate.open, gate.is_paused = False, True
-        compiled = gate.empirical and gate.calls.compiled.is_used
-        if compiled:  # compiled passes read this, and not the flags
+        if gate.empirical:  # compiled passes read this, and not the flags
             gate.weight.zero_()
         try:
             yield
         finally:
             gate.open, gate.is_paused = was_open and not self.closed, was_paused
-            if compiled and not was_paused:
+            if gate.empirical and not was_paused:
                 gate.weight.fill_(1.0)
 
     def change(self, **settings: Any) -> None:

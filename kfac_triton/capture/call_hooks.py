@@ -31,8 +31,6 @@ class BeginHook(_CallHook):
         # Under torch.func the arguments are of another batch, and nothing is captured.
         if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
             return
-        if torch.compiler.is_compiling():
-            gate.calls.compiled.is_used = True  # not in the layers, where a checkpoint's graph must not change anything
         gate.calls.begin(module, args, kwargs)
         if self.has_labels:
             gate.calls.read_labels(module, args, kwargs)
@@ -47,11 +45,27 @@ class EndHook(_CallHook):
             self.gate.calls.end(module, args, kwargs, output)
 
 
+def _run_eagerly() -> None:
+    """Keeps torch.compile from making graphs of these hooks where it does not trace the module that they belong to.
+
+    torch.compile(module) runs the module's own hooks before it looks for frames to compile. As parts of a larger graph the hooks
+    are traced as before.
+    """
+    try:
+        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+    except ImportError:  # then there are two small graphs more
+        return
+    skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+    for hook in (BeginHook, EndHook):
+        set_code_exec_strategy(hook.__call__.__code__, skip)
+
+
 def attach_calls(model: nn.Module, layers: Sequence[Layer], gate: Gate) -> list[RemovableHandle]:
     """Hooks on each module that contains covered layers; a layer that is called alone is its own call without any."""
     covered = {id(module) for layer in layers for module in layer.modules}
     functional = {id(layer.module) for layer in layers if layer.applies_weight_itself}
     handles = []
+    _run_eagerly()
     for module in _containers(model, covered | functional, functional):
         remove_inert(module, "_forward_pre_hooks", BeginHook())
         remove_inert(module, "_forward_hooks", EndHook())

@@ -127,7 +127,6 @@ class Calls:
             return
         self._outermost, self._depth = module, 0
         if torch.compiler.is_compiling():
-            self.compiled.is_used = True
             self.compiled.begin(self._from_arguments(module, args, kwargs)[0])
             return
         if (call := self._recomputed()) is not None:
@@ -138,8 +137,7 @@ class Calls:
         call.shape = None if x is None else x.shape
         call.start = torch.autograd._get_sequence_nr()
         self.alive.add(call)
-        if self.compiled.is_used:
-            self.compiled.begin()
+        self.compiled.begin()
 
     def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The forward has ended. The output is None if it has raised an exception."""
@@ -156,8 +154,7 @@ class Calls:
             if call.source is BY_USER or call.source is BY_TOKENS:
                 terms = self._from_result(args, kwargs, output, call)
                 call.terms = call.terms if terms is None else terms
-            if self.compiled.is_used:
-                self.compiled.end(call.terms, call.left_out)
+            self.compiled.end(call.terms, call.left_out)
 
     def read_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Counts the labels of a Hugging Face model, which is outermost or a part of it, unless the user says N."""
@@ -237,10 +234,10 @@ class Calls:
                 return checked_terms(self._asked(args, kwargs, output))
         if not self._are_tokens:
             return None
-        if call is not None and call.last is not None and not self.compiled.is_used:
+        if call is not None and call.last is not None:
             layer, shape = call.last
             return layer.positions(shape)
-        # Of compiled layers it is not known which ran last: the model's last one, whose output is that of the model.
+        # Compiled layers do not say which ran last: the model's last one, whose output is that of the model.
         x = first_tensor([output])
         return None if x is None else self.last_layer.positions(x.shape)
 

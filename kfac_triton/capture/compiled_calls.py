@@ -10,16 +10,16 @@ IN_FLIGHT = 1 << 10
 
 
 class CompiledCalls:
-    """Numbers of calls, modulo `IN_FLIGHT`, and the loss terms of each, on a device.
+    """Numbers of calls, and the loss terms of each, on a device.
 
     A compiled tap saves the number of its call in the forward pass, when the terms need not be known yet, and looks them up in
-    the backward pass.
+    the backward pass. All calls are counted, because compiled layers cannot say that they run: a graph of torch.compile must
+    not change a Python object where it is a part of checkpointing.
 
     Attributes:
         number: of the call that runs, ().
-        terms: (2, IN_FLIGHT): loss terms of each call, -1 where only the shape of a layer's input tells; and 1 where some rows
-            have no loss term.
-        is_used: whether a compiled layer has run. Before that, nothing is counted.
+        terms: (2, IN_FLIGHT), by number modulo IN_FLIGHT: loss terms of the call, -1 where only the shape of a layer's input
+            tells; and 1 where some rows have no loss term.
         known: terms of the call that runs, and whether some rows have none.
     """
 
@@ -27,12 +27,12 @@ class CompiledCalls:
         self.number = torch.zeros((), dtype=torch.long, device=device)
         self.terms = torch.zeros(2, IN_FLIGHT, device=device)
         self.terms[0] = -1.0
-        self.is_used = False
+        self._marks_rows = False
         self.known: tuple[float | Tensor | None, Tensor | None] = None, None
 
     def begin(self, terms: float | Tensor | None = None) -> None:
         """A call begins, with these terms, if they are known already."""
-        self.number.add_(1).remainder_(IN_FLIGHT)
+        self.number.add_(1)
         self.known = terms, None
 
     def end(self, terms: float | Tensor | None = None, left_out: Tensor | None = None) -> None:
@@ -40,18 +40,23 @@ class CompiledCalls:
         if terms is None:
             terms, left_out = self.known
         self.known = None, None
-        place = self.number.reshape(1)  # as an index of an item, a tensor would make the host wait
-        for row, value in zip(self.terms, (-1.0 if terms is None else terms, left_out), strict=True):
+        place = self._place(self.number)
+        self._marks_rows |= left_out is not None
+        values = (-1.0 if terms is None else terms, 0.0 if left_out is None else left_out)
+        for row, value in zip(self.terms, values if self._marks_rows else values[:1], strict=False):
             if isinstance(value, Tensor):
                 row.index_copy_(0, place, value.to(row).reshape(1))
             else:
-                row.index_fill_(0, place, value or 0.0)
+                row.index_fill_(0, place, value)
+
+    def _place(self, number: Tensor) -> Tensor:
+        return (number % IN_FLIGHT).reshape(1)  # one entry: a tensor () as an index would make the host wait
 
     def terms_of(self, number: Tensor, own: float | Tensor) -> Tensor:
         """Loss terms of the call with this number; a layer's own count where they are not known."""
-        known = self.terms[0].index_select(0, number.reshape(1))[0]
+        known = self.terms[0].index_select(0, self._place(number))[0]
         return torch.where(known >= 0, known, own)
 
     def left_out(self, number: Tensor) -> Tensor:
         """Whether some rows of this call have no loss term."""
-        return self.terms[1].index_select(0, number.reshape(1))[0] > 0
+        return self.terms[1].index_select(0, self._place(number))[0] > 0

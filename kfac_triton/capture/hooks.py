@@ -80,7 +80,6 @@ def tapped(output: Tensor, x: Tensor, statistics: Statistics) -> Tensor:
     """The output of a layer with the input x, with a tap behind it."""
     calls = statistics.gate.calls
     if torch.compiler.is_compiling():
-        calls.compiled.is_used = True
         return CompiledTap.apply(output, x, statistics.gate.probe, calls.compiled.number.clone(), statistics)
     call = calls.now()
     call.enter(statistics.layer, x, output)

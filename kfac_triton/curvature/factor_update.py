@@ -53,14 +53,12 @@ class _Shared:
     Attributes:
         of: the part of each of them.
         counts: the counts on each device, (members, 4), and the numbers of the members.
-        last_calls: of compiled passes, (members,) on each device.
         betas: one vector for each device and dtype.
         queues: one for each of these vectors.
     """
 
     of: list[SharedCounts]
     counts: list[tuple[Tensor, list[int]]]
-    last_calls: list[Tensor]
     betas: list[Tensor]
     queues: list[RowQueue]
 
@@ -103,14 +101,13 @@ def _shared(sums: list[list[FactorSum]], gate: Gate, backend: str, can_wait: boo
     """Counters for the sums of each layer or second use."""
     kinds = [(entries[0].total.device, entries[0].total.dtype) for entries in sums]
     counts: list[tuple[Tensor, list[int]]] = []
-    last_calls: list[Tensor] = []
     count_of: dict[int, tuple[Tensor, Tensor]] = {}
     for device in dict.fromkeys(device for device, _ in kinds):
         members = [i for i, kind in enumerate(kinds) if kind[0] == device]
         whole = torch.zeros(len(members), 4, device=device)
         counts.append((whole, members))
-        last_calls.append(torch.zeros(len(members), dtype=torch.long, device=device))
-        count_of.update({i: (whole[k], last_calls[-1][k]) for k, i in enumerate(members)})
+        last_calls = torch.zeros(len(members), dtype=torch.long, device=device)
+        count_of.update({i: (whole[k], last_calls[k]) for k, i in enumerate(members)})
     betas, queues, found = [], [], {}
     for kind in dict.fromkeys(kinds):
         members = [i for i, other in enumerate(kinds) if other == kind]
@@ -121,7 +118,7 @@ def _shared(sums: list[list[FactorSum]], gate: Gate, backend: str, can_wait: boo
             found[i] = SharedCounts(*count_of[i], vector[start:stop], start, queue)
         betas.append(vector)
         queues.append(queue)
-    return _Shared([found[i] for i in range(len(sums))], counts, last_calls, betas, queues)
+    return _Shared([found[i] for i in range(len(sums))], counts, betas, queues)
 
 
 class FactorUpdate:
@@ -218,8 +215,6 @@ class FactorUpdate:
         for statistics in self._everything:
             statistics.clear()
         torch._foreach_zero_([*(counts for counts, _ in self._shared.counts), *self._shared.betas])
-        if self.gate.calls.compiled.is_used:
-            torch._foreach_zero_(self._shared.last_calls)
 
     def _counts(self) -> Tensor:
         """Counts of host and device for each layer and second use, (layers, 4), in the order of `Counts`."""
