@@ -14,7 +14,7 @@ from . import cuda_graphs
 from .base import KFACBase, Run
 from .engine import EAGER, Engine
 from .fisher.likelihood import Likelihood
-from .layers import Choice
+from .layers import BatchDim, Choice
 from .settings import Schedule, Settings
 from .state import state_dict as checkpoint
 from .state.layer_state import check_layers, export_layers, rebuild_engine, restore_layers
@@ -73,6 +73,9 @@ class KFAC(KFACBase, Optimizer):
         calls: how the losses of several calls of the model make one loss: those of one backward pass are means that are added,
             and further backward passes accumulate one mean ("accumulated"); all between two steps are parts of one mean
             ("joint"); or all are means that are added ("separate").
+        batch_dim: dimension of layers' inputs that counts examples: 0, or 1 for sequence-first models (T, B, n); or a function
+            of name and module, for models that mix both. An input with too few dimensions for it, (B, n), has its examples in
+            dimension 0; convolutions, channel norms and attention have a layout of their own (docs/layers.md).
         loss_scale: factor on the loss in the backward pass: a number, a `torch.amp.GradScaler`, or a function that returns it.
         stats_fraction: largest part of the rows (tokens, images) to take statistics of, in (0, 1]: every 2nd, 3rd, ... row.
             "auto" takes an eighth of the tokens of linear layers, but at least about 1,024 and as many as the layer's largest
@@ -139,6 +142,7 @@ class KFAC(KFACBase, Optimizer):
         loss_reduction: str = Settings.loss_reduction,
         loss_terms: str | float | Callable[..., Any] = Settings.loss_terms,
         calls: str = Settings.calls,
+        batch_dim: BatchDim = Settings.batch_dim,
         loss_scale: float | Callable[[], float] | GradScaler = Settings.loss_scale,
         stats_fraction: float | str = Settings.stats_fraction,
         max_stats_tokens: int | None = Settings.max_stats_tokens,
@@ -161,10 +165,10 @@ class KFAC(KFACBase, Optimizer):
             damping=damping, kl_clip=kl_clip, ema_decay=ema_decay, statistics_every=statistics_every,
             inverse_every=inverse_every, warmup=warmup, fisher=fisher, fisher_samples=fisher_samples, loss=loss,
             curvature=curvature, exact_damping=exact_damping, weight_sharing=weight_sharing, inverse=inverse, calls=calls,
-            inverse_tolerance=inverse_tolerance, loss_reduction=loss_reduction, loss_terms=loss_terms, loss_scale=loss_scale,
-            stats_fraction=stats_fraction, max_stats_tokens=max_stats_tokens, max_kept_bytes=max_kept_bytes,
-            max_factor_size=max_factor_size, oversize=oversize, factor_dtype=factor_dtype, norms=norms, skip=skip,
-            include=include, split=split, capturable=capturable, backend=backend,
+            inverse_tolerance=inverse_tolerance, loss_reduction=loss_reduction, loss_terms=loss_terms, batch_dim=batch_dim,
+            loss_scale=loss_scale, stats_fraction=stats_fraction, max_stats_tokens=max_stats_tokens,
+            max_kept_bytes=max_kept_bytes, max_factor_size=max_factor_size, oversize=oversize, factor_dtype=factor_dtype,
+            norms=norms, skip=skip, include=include, split=split, capturable=capturable, backend=backend,
         )  # fmt: skip
         is_auto = isinstance(lr, str)
         if is_auto:

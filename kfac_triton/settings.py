@@ -74,6 +74,16 @@ def _require_fraction(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at most 1, but is {value}")
 
 
+def _require_batch_dim(name: str, value: Any) -> None:
+    if callable(value):
+        return
+    wanted = f"{name} must be 0, 1 for sequence-first inputs (T, B, n), or a function of name and module"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{wanted}, but is {value!r} ({type(value).__name__})")
+    if value < 0:
+        raise ValueError(f"{wanted}, but is {value}; count dimensions from the front")
+
+
 def _require_split(name: str, value: Any) -> None:
     if not isinstance(value, dict) or not all(isinstance(pattern, str) for pattern in value):
         raise TypeError(f"{name} must be a dict of patterns and numbers of blocks, but is {value!r}")
@@ -107,6 +117,7 @@ class Settings:
     loss_reduction: str = _choice(*LOSS_REDUCTIONS)
     loss_terms: Any = field(default="auto", metadata=_checked_by(_require_terms))
     calls: str = _choice("accumulated", "joint", "separate")
+    batch_dim: Any = field(default=0, metadata=_checked_by(_require_batch_dim))
     loss_scale: Any = 1.0
     stats_fraction: float | str = field(default="auto", metadata=_checked_by(_require_fraction))
     max_stats_tokens: int | None = field(default=None, metadata=_checked_by(validation.whole, or_none=True))

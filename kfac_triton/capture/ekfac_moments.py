@@ -60,7 +60,7 @@ class Moments:
                 place.total.mul_(weight.old)
             if weight is not ONE:
                 g = g * weight.new**0.5
-            _add_squares(place.total, a, g, rows.examples or len(a))
+            _add_squares(place.total, a, g, rows.examples or len(a), rows.outer)
         self.fresh = True
 
     def set_aside(self) -> None:
@@ -85,19 +85,19 @@ class Moments:
 
 
 def _matrix(source: Tensor, window: Window, dtype: torch.dtype) -> Tensor:
-    """Rows as a matrix, those of one example after those of another."""
+    """Rows as a matrix, in the order that `Rows` describes."""
     source = source.to(dtype)
     return source if source.dim() == 2 else patch_matrix(source, window).T
 
 
-def _add_squares(total: Tensor, a: Tensor, g: Tensor, examples: int) -> None:
+def _add_squares(total: Tensor, a: Tensor, g: Tensor, examples: int, outer: int) -> None:
     """Total (m, n) += sum over examples of (sum over their rows of g a^T)^2."""
     if not examples:
         return
     if len(a) == examples:
         total.addmm_(g.square().T, a.square())
         return
-    a, g = a.unflatten(0, (examples, -1)), g.unflatten(0, (examples, -1))
+    a, g = (x.unflatten(0, (outer, examples, -1)).transpose(0, 1).flatten(1, 2) for x in (a, g))
     chunk = max(1, _CHUNK // total.numel())
     for a_some, g_some in zip(a.split(chunk), g.split(chunk), strict=True):
         total.add_((g_some.mT @ a_some).square().sum(0))

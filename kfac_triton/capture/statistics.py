@@ -155,7 +155,7 @@ class Statistics:
         # Another leaf in the place of the weight (torch.func.functional_call) gets a gradient of its own.
         if (use.weight is not weight and use.weight.is_leaf) or not gate.counts(task, use.weight, use.call):
             return
-        rows = self.layer.rows(x, gradient)
+        rows = self.layer.rows_of_pass(x, gradient)
         call = gate.whole or use.call.joined or use.call
         weigh = ONE
         if gate.counts_terms:
@@ -275,7 +275,7 @@ class Statistics:
             number: of the call, see `CompiledCalls`.
         """
         gate = self.gate
-        rows = self.layer.rows(x, gradient)
+        rows = self.layer.rows_of_pass(x, gradient)
         every = gate.stride_for(rows.input_count, self._least(rows))
         if every > 1:
             rows = rows.sample_compiled(every)

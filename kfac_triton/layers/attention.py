@@ -94,6 +94,11 @@ class AttentionLayer(LinearLayer):
         return getattr(self._place.owner(self.module), self._place.bias) if self.has_bias else None
 
     @property
+    def feature_dims(self) -> int | None:
+        """None: the forward pass brings queries, keys and values into one layout."""
+        return None
+
+    @property
     def output_size(self) -> int:
         """The embedding dimension."""
         return self.module.embed_dim

@@ -25,7 +25,9 @@ class Rows(NamedTuple):
         gradient_window: the same for gradients.
         input_count: rows of A in this pass: examples times positions (expand) or examples (reduce).
         terms: loss terms in this pass, the number that a mean loss divides by.
-        examples: number of examples; each has the same number of rows, which are adjacent.
+        examples: number of examples; each has the same number of rows, which are adjacent if outer is 1.
+        outer: number of parts, one after another, that each have the same number of adjacent rows of every example: those of a
+            sequence-first input (T, B, n) have T parts of one row of each of B examples.
         share: the fraction of the rows that is kept, if the rows are sampled; their squares are weighted by its inverse.
         make: makes the rows, if inputs and gradients are still those of the module, because a kernel reads them as they are.
     """
@@ -38,6 +40,7 @@ class Rows(NamedTuple):
     terms: int
     examples: int = 0
     share: float = 1  # an integer, because torch.compile with dynamic shapes would make 1.0 an input of its graph
+    outer: int = 1
     make: Callable[[], Rows] | None = None
 
     def made(self) -> Rows:
@@ -52,12 +55,12 @@ class Rows(NamedTuple):
     def sample(self, every: int, step: int) -> Rows:
         """Every n-th row (of a matrix) or example (of a convolution), starting with number step modulo n, as views.
 
-        n is `meeting_all(every, rows of an example)`.
+        n is `meeting_all(every, adjacent rows of an example)`, or that of adjacent rows of all examples, if there are several.
         """
         if self.make is not None:
             return self.make().sample(every, step)
         rows = len(self.gradients[0])
-        every = meeting_all(every, rows // self.examples if self.examples else 1)
+        every = meeting_all(every, rows // (self.outer if self.outer > 1 else self.examples or rows or 1))
         first = min(step % every, max(0, rows - 1))
         return self._part(lambda x: x[first::every])
 
@@ -77,7 +80,7 @@ class Rows(NamedTuple):
     def _part(self, take: Callable[[Tensor], Tensor]) -> Rows:
         inputs, gradients = [take(x) for x in self.inputs], [take(x) for x in self.gradients]
         share = max(1, len(gradients[0])) / max(1, len(self.gradients[0]))
-        return self._replace(inputs=inputs, gradients=gradients, share=share, examples=len(gradients[0]))
+        return self._replace(inputs=inputs, gradients=gradients, share=share, examples=len(gradients[0]), outer=1)
 
 
 def meeting_all(every: int, positions: int) -> int:
@@ -116,6 +119,7 @@ class Layer(ABC):
         groups: number of channel groups; each is a block with its own factor pair.
         samples_tokens: whether stats_fraction="auto" takes a part of the tokens. (An embedding would miss rare words.)
         output_parts: the number of parts of equal size that G is divided into along its diagonal.
+        batch_dim: the dimension of the module's input that counts examples.
     """
 
     module_type: type[nn.Module] | tuple[type[nn.Module], ...]
@@ -128,6 +132,7 @@ class Layer(ABC):
     applies_weight_itself: ClassVar[bool] = False
     samples_tokens: ClassVar[bool] = False
     output_parts: int = 1
+    batch_dim: int = 0
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -236,9 +241,25 @@ class Layer(ABC):
         """Number of examples and positions in an output of the module, of this shape."""
         return shape[:-1].numel()
 
+    @property
+    def feature_dims(self) -> int | None:
+        """The number of last dimensions of the input that are not shared over; None if examples are always dimension 0."""
+        return 1
+
+    def dim_of_examples(self, x: Tensor) -> int:
+        """The dimension of an input that counts examples: `batch_dim`, or 0 if the input has too few dimensions for that."""
+        features = self.feature_dims
+        return self.batch_dim if features is not None and self.batch_dim < x.dim() - features else 0
+
+    def rows_of_pass(self, x: Tensor, gradient: Tensor) -> Rows:
+        """The rows of the module's input and the gradient with respect to its output, wherever their examples are."""
+        if dim := self.dim_of_examples(x):
+            x, gradient = x.movedim(dim, 0), gradient.movedim(dim, 0)
+        return self.rows(x, gradient)
+
     @abstractmethod
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
-        """Rows of A and G from the module's input and the gradient with respect to its output."""
+        """Rows of A and G from the module's input and the gradient with respect to its output, with examples in dimension 0."""
 
     def make_rows(
         self,

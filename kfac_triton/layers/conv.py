@@ -49,6 +49,11 @@ class ConvLayer(Layer):
     autocasts = True
 
     @property
+    def feature_dims(self) -> int | None:
+        """None: channels follow the examples."""
+        return None
+
+    @property
     def input_unit(self) -> int:
         """The kernel elements of one channel."""
         return math.prod(self.module.kernel_size)

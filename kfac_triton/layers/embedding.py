@@ -33,6 +33,11 @@ class EmbeddingLayer(Layer):
             return "its forward renormalizes the weight (max_norm)"
         return super().why_not(module)
 
+    @property
+    def feature_dims(self) -> int | None:
+        """None of the dimensions of indices."""
+        return 0
+
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
         """Expand: every index is a row. Reduce: the indices of an example are one row, and their gradients are summed."""
         indices = x.reshape(len(x) if x.dim() else 1, x.shape[1:].numel()).long()

@@ -31,7 +31,11 @@ class LinearLayer(Layer):
             inputs = x.reshape(examples, positions, x.shape[-1])
             gradients = gradient.reshape(examples, positions, gradient.shape[-1])
             return self.make_rows([inputs.mean(1)], [gradients.sum(1)], examples, positions)
-        count = examples * positions
-        return self.make_rows(
+        count, outer = examples * positions, 1
+        if dim := self.dim_of_examples(x):  # back to the order of the rows in memory, which every other one would copy
+            outer = max(1, x.shape[1 : dim + 1].numel())
+            x, gradient = x.movedim(0, dim), gradient.movedim(0, dim)
+        rows = self.make_rows(
             [x.reshape(count, x.shape[-1])], [gradient.reshape(count, gradient.shape[-1])], examples, positions
         )
+        return rows._replace(outer=outer)

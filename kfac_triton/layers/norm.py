@@ -115,6 +115,11 @@ class NormLayer(Layer):
         examples, positions = self.norm.counts(shape)
         return examples * positions
 
+    @property
+    def feature_dims(self) -> int | None:
+        """Those that are normalized; None if channels follow the examples."""
+        return None if self.norm.has_channels else self.norm.dims
+
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:
         """The gradients of each example, or of each position if that is a loss term; they are made when they are needed.
 

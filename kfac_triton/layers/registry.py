@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .. import validation
 from .attention import AttentionLayer
 from .base import Layer
 from .conv import ConvLayer
@@ -34,6 +35,8 @@ LAYER_TYPES: list[type[Layer]] = [
 
 # Which modules: patterns for their names and classes, or a predicate of both.
 Choice = str | Sequence[str] | Callable[[str, nn.Module], bool]
+# The dimension of inputs that counts examples, or a function of a module's name and the module that returns it.
+BatchDim = int | Callable[[str, nn.Module], int]
 
 
 def register(layer_type: type[Layer]) -> type[Layer]:
@@ -74,6 +77,7 @@ def find_layers(
     skip: Choice = (),
     include: Choice = "*",
     split: Mapping[str, int] | None = None,
+    batch_dim: BatchDim = 0,
     **options: Any,
 ) -> tuple[list[Layer], dict[str, str]]:
     """Layers of the model that K-FAC covers, in module order, and for each other module of a supported type the reason.
@@ -85,10 +89,13 @@ def find_layers(
         skip: modules to leave out.
         include: modules to consider.
         split: pattern of names or classes -> number of equal parts that G is divided into along the output.
+        batch_dim: the dimension of inputs that counts examples, or a function of a module's name and the module.
         options: for the adapters (see `Layer.cover`).
 
     Raises:
-        ValueError: if a lazy module has no weights yet, or split does not fit a layer, or fits none.
+        ValueError: if a lazy module has no weights yet, or split does not fit a layer, or fits none, or batch_dim is negative,
+            or differs between modules that share a weight.
+        TypeError: if batch_dim returns something that is not an integer.
     """
     users: dict[nn.Parameter | None, list[nn.Module]] = defaultdict(list)
     for module in model.modules():
@@ -125,6 +132,7 @@ def find_layers(
                 else:
                     layers.append(layer)
     _split_outputs(layers, split or {})
+    _set_batch_dims(layers, batch_dim, {module: name for name, module in model.named_modules()})
     return layers, skipped
 
 
@@ -146,3 +154,23 @@ def _split_outputs(layers: list[Layer], split: Mapping[str, int]) -> None:
         layer.output_parts = count
     if unused:
         raise ValueError(f"split must name layers that K-FAC covers, but {', '.join(map(repr, sorted(unused)))} matches none")
+
+
+def _set_batch_dims(layers: list[Layer], batch_dim: BatchDim, names: Mapping[nn.Module, str]) -> None:
+    """Sets `batch_dim` of the layers whose examples need not be in dimension 0."""
+    for layer in layers:
+        if layer.feature_dims is None:
+            continue
+        uses: dict[bool, dict[str, int]] = {False: {}, True: {}}  # an embedding that is tied to a decoder has one of its own
+        for use, module in enumerate(layer.modules):
+            name = names[module]
+            found = batch_dim(name, module) if callable(batch_dim) else batch_dim
+            uses[layer.uses_weight_transposed(use)][name] = validation.whole(f"batch_dim of module {name!r}", found, low=0)
+        for dims in uses.values():
+            if len(set(dims.values())) > 1:
+                raise ValueError(
+                    f"batch_dim must be the same for modules that share a weight, but is {dims}; pass skip for them"
+                )
+        layer.batch_dim = next(iter(uses[False].values()))
+        if isinstance(layer, TiedLayer):
+            layer.embedding_batch_dim = next(iter(uses[True].values()))

@@ -31,6 +31,7 @@ def select_layers(
         include=settings.include,
         norms=settings.norms,
         split=settings.split,
+        batch_dim=settings.batch_dim,
     )
     if parameters is not None:
         chosen = {id(p) for p in parameters}

@@ -30,6 +30,7 @@ class TiedLayer(LinearLayer):
 
     diagonal_gradients = True
     samples_tokens = False
+    embedding_batch_dim: int = 0  # `batch_dim` is the decoder's
 
     @classmethod
     def tie(cls, modules: list[nn.Module]) -> type[Layer] | None:
@@ -53,7 +54,9 @@ class TiedLayer(LinearLayer):
         """A layer for the embedding alone, whose statistics are summed separately."""
         embedding = next(module for module in self.modules if isinstance(module, nn.Embedding))
         sharing, terms = "reduce" if self.reduce else "expand", "tokens" if self.tokens else "examples"
-        return EmbeddingLayer(self.name, embedding, sharing, terms)
+        layer = EmbeddingLayer(self.name, embedding, sharing, terms)
+        layer.batch_dim = self.embedding_batch_dim
+        return layer
 
     def uses_weight_transposed(self, use: int) -> bool:
         """Whether that module is an embedding."""
