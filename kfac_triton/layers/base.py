@@ -55,7 +55,7 @@ class Rows(NamedTuple):
     def sample(self, every: int, step: int) -> Rows:
         """Every n-th row (of a matrix) or example (of a convolution), starting with number step modulo n, as views.
 
-        n is `meeting_all(every, adjacent rows of an example)`, or that of adjacent rows of all examples, if there are several.
+        n is `meeting_all(every, m)` with m adjacent rows of an example or, if there are several parts, m rows of a part.
         """
         if self.make is not None:
             return self.make().sample(every, step)
