@@ -243,12 +243,12 @@ class Layer(ABC):
 
     @property
     def feature_dims(self) -> int | None:
-        """The number of last dimensions of the input that are not shared over; None if examples are always dimension 0."""
+        """The number of last dimensions of the input that one position has; None if dimension 0 always counts examples."""
         return 1
 
     def dim_of_examples(self, x: Tensor) -> int:
         """The dimension of an input that counts examples: `batch_dim`, or 0 if the input has too few dimensions for that."""
-        features = self.feature_dims
+        features = self.feature_dims if self.batch_dim else None
         return self.batch_dim if features is not None and self.batch_dim < x.dim() - features else 0
 
     def rows_of_pass(self, x: Tensor, gradient: Tensor) -> Rows:
@@ -269,11 +269,12 @@ class Layer(ABC):
         positions: int,
         input_window: ops.Window = ops.ROWS,
         gradient_window: ops.Window = ops.ROWS,
+        outer: int = 1,
     ) -> Rows:
         """Rows and their counts, for a weight that each example applies at several positions (Eschenhagen et al. 2023)."""
         count = examples if self.reduce else examples * positions
         terms = examples * positions if self.tokens else examples
-        return Rows(inputs, gradients, input_window, gradient_window, count, terms, examples)
+        return Rows(inputs, gradients, input_window, gradient_window, count, terms, examples, outer=outer)
 
     def uses_weight_transposed(self, use: int) -> bool:
         """Whether the module with this number applies the transposed weight. Its statistics are summed separately."""

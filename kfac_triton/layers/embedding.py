@@ -35,7 +35,7 @@ class EmbeddingLayer(Layer):
 
     @property
     def feature_dims(self) -> int | None:
-        """None of the dimensions of indices."""
+        """Zero: a position has one index."""
         return 0
 
     def rows(self, x: Tensor, gradient: Tensor) -> Rows:

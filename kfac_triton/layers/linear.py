@@ -32,10 +32,8 @@ class LinearLayer(Layer):
             gradients = gradient.reshape(examples, positions, gradient.shape[-1])
             return self.make_rows([inputs.mean(1)], [gradients.sum(1)], examples, positions)
         count, outer = examples * positions, 1
-        if dim := self.dim_of_examples(x):  # back to the order of the rows in memory, which every other one would copy
+        if dim := self.dim_of_examples(x):  # back to where rows lie in memory: another order would be a copy
             outer = max(1, x.shape[1 : dim + 1].numel())
             x, gradient = x.movedim(0, dim), gradient.movedim(0, dim)
-        rows = self.make_rows(
-            [x.reshape(count, x.shape[-1])], [gradient.reshape(count, gradient.shape[-1])], examples, positions
-        )
-        return rows._replace(outer=outer)
+        inputs, gradients = x.reshape(count, x.shape[-1]), gradient.reshape(count, gradient.shape[-1])
+        return self.make_rows([inputs], [gradients], examples, positions, outer=outer)
