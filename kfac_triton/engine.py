@@ -28,7 +28,7 @@ from .curvature.preconditioning import kl_clip_scale, rate_vector, unmoved, upda
 from .fisher.losses import likelihood_of
 from .kernels import runtime
 from .layers.partition import Partition
-from .layers.select import are_tokens, frozen_weights, refuse_sharded, require_backend, select_layers
+from .layers.select import are_tokens, batch_dim_of, frozen_weights, refuse_sharded, require_backend, select_layers
 from .progress import Progress
 from .settings import Settings
 from .validation import require_module
@@ -67,8 +67,7 @@ class Engine:
         self.host_looks = home.type == "cpu" and settings.backend != "triton"
         self.curvature = Curvature(self.partition, settings, self.host_looks)
         self.bank = self.curvature.bank
-        calls = Calls(settings.loss_terms, are_tokens(model, settings), device=home)
-        calls.last_layer = self.layers[-1]
+        calls = Calls(settings.loss_terms, are_tokens(model, settings), batch_dim_of(model, settings), home)
         self.gate = Gate(home, empirical=settings.fisher == "empirical", calls=calls)
         are_single = all(stack.sums.dtype == torch.float32 for stack in self.bank.stacks)
         self.uses_kernels = are_single and settings.backend != "torch" and not self.host_looks

@@ -46,10 +46,10 @@ class EndHook(_CallHook):
 
 
 def _run_eagerly() -> None:
-    """Keeps torch.compile from making graphs of these hooks where it does not trace the module that they belong to.
+    """Keeps torch.compile from making graphs of these hooks alone.
 
-    torch.compile(module) runs the module's own hooks before it looks for frames to compile. As parts of a larger graph the hooks
-    are traced as before.
+    It would where torch.compile(module) runs the module's own hooks, before it begins to trace. As parts of a larger graph they
+    are traced all the same.
     """
     try:
         from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy

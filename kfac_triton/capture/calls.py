@@ -23,7 +23,6 @@ from ..layers import Layer, hf_labels
 from .compiled_calls import CompiledCalls
 
 Number = float | Tensor
-BatchDim = Callable[[nn.Module], int]
 
 _NUMBERS = itertools.count()
 _RECOMPUTABLE = 4096  # calls that reentrant checkpointing may still run again
@@ -90,7 +89,6 @@ class Calls:
         device: of the counts of compiled passes.
 
     Attributes:
-        last_layer: the last covered layer of the model.
         current: the call that runs, if any.
         alive: the calls through which a backward pass may still go.
         root: the number of a backward pass that recomputes layers, which reentrant checkpointing does in passes inside of it.
@@ -103,11 +101,10 @@ class Calls:
         self,
         loss_terms: Any = "auto",
         are_tokens: bool = False,
-        batch_dim: BatchDim = lambda module: 0,
+        batch_dim: Callable[[nn.Module], int] = lambda module: 0,
         device: torch.device | None = None,
     ) -> None:
-        self._asked, self._are_tokens, self._batch_dim = loss_terms, are_tokens, batch_dim
-        self.last_layer: Layer
+        self._asked, self.are_tokens, self._batch_dim = loss_terms, are_tokens, batch_dim
         self.current: Call | None = None
         self._outermost: nn.Module | None = None
         self._depth = 0
@@ -152,8 +149,7 @@ class Calls:
         elif call is not None and call.stop < 0:
             call.stop = torch.autograd._get_sequence_nr()
             if call.source is BY_USER or call.source is BY_TOKENS:
-                terms = self._from_result(args, kwargs, output, call)
-                call.terms = call.terms if terms is None else terms
+                call.terms = self._from_result(args, kwargs, output, call)
             self.compiled.end(call.terms, call.left_out)
 
     def read_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -232,14 +228,10 @@ class Calls:
         if callable(self._asked):
             with torch.no_grad():
                 return checked_terms(self._asked(args, kwargs, output))
-        if not self._are_tokens:
-            return None
-        if call is not None and call.last is not None:
+        if self.are_tokens and call is not None and call.last is not None:
             layer, shape = call.last
             return layer.positions(shape)
-        # Compiled layers do not say which ran last: the model's last one, whose output is that of the model.
-        x = first_tensor([output])
-        return None if x is None else self.last_layer.positions(x.shape)
+        return None
 
     def _from_arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Number | None, str]:
         """N, if it is known when the call begins, and how it is counted."""
@@ -247,7 +239,7 @@ class Calls:
             return None, BY_USER
         if not isinstance(self._asked, str):
             return self._asked, BY_USER
-        if self._are_tokens:
+        if self.are_tokens:
             return None, BY_TOKENS
         x = first_tensor((*args, *kwargs.values()))
         if x is None:

@@ -52,10 +52,20 @@ class CompiledCalls:
     def _place(self, number: Tensor) -> Tensor:
         return (number % IN_FLIGHT).reshape(1)  # one entry: a tensor () as an index would make the host wait
 
-    def terms_of(self, number: Tensor, own: float | Tensor) -> Tensor:
-        """Loss terms of the call with this number; a layer's own count where they are not known."""
-        known = self.terms[0].index_select(0, self._place(number))[0]
-        return torch.where(known >= 0, known, own)
+    def terms_of(self, number: Tensor, own: float | Tensor, are_of_last: bool) -> Tensor:
+        """Loss terms of the call with this number, in its backward pass.
+
+        Args:
+            number: of the call.
+            own: a layer's own count, where they are not known.
+            are_of_last: whether this is that of the layer that ran last in the forward pass, the first one to ask.
+        """
+        place = self._place(number)
+        known = self.terms[0].index_select(0, place)
+        terms = torch.where(known >= 0, known, own)
+        if are_of_last:
+            self.terms[0].index_copy_(0, place, terms)
+        return terms[0]
 
     def left_out(self, number: Tensor) -> Tensor:
         """Whether some rows of this call have no loss term."""

@@ -286,7 +286,9 @@ class Statistics:
             kind(items, alpha[places], beta[places], self._backend)
         beta.fill_(1.0)
         number = number.to(self.device)
-        terms = gate.calls.compiled.terms_of(number, rows.terms) if gate.empirical else gate.compiled_terms
+        terms = gate.compiled_terms
+        if gate.empirical:
+            terms = gate.calls.compiled.terms_of(number.to(gate.weight.device), rows.terms, gate.calls.are_tokens)
         # The layer may have run several times in the call, whose terms count once in each backward pass.
         this = number * MOST_PASSES + gate.compiled_pass + 1
         is_other = (self._last_call != this) * (gate.weight > 0)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
+from .. import validation
 from ..kernels import runtime
 from ..settings import Settings
 from .base import Layer
@@ -53,6 +54,17 @@ def select_layers(
 def are_tokens(model: nn.Module, settings: Settings) -> bool:
     """Whether each token has a loss term: if the user says so, or the model is a language model of Hugging Face."""
     return settings.loss_terms == "tokens" or (settings.loss_terms == "auto" and has_token_labels(model))
+
+
+def batch_dim_of(model: nn.Module, settings: Settings) -> Callable[[nn.Module], int]:
+    """The dimension that counts examples in the first tensor argument of a module of the model."""
+    chosen = settings.batch_dim
+    if not callable(chosen):
+        return lambda module: chosen
+    names = {module: name for name, module in model.named_modules()}
+    return lambda module: validation.whole(
+        f"batch_dim of module {names.get(module, '')!r}", chosen(names.get(module, ""), module), low=0
+    )
 
 
 def refuse_sharded(layers: Iterable[Layer]) -> None:
