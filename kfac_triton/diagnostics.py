@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .engine import Engine
 
 
+@without_autocast
 def diagnostics(engine: Engine) -> dict[str, Any]:
     """Diagnostics of the last step. Waits for the device.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .autocast import without_autocast
 from .capture.attention import attach_functional
 from .capture.call_hooks import attach_calls
 from .capture.calls import Calls
@@ -126,6 +127,7 @@ class Engine:
         self.resume(self.progress)
 
     @torch.compiler.disable(reason=EAGER)
+    @without_autocast
     def accumulate_fisher(self, outputs: Tensor, targets: Tensor | None) -> None:
         """Takes the statistics for fisher="mc" or "ggn"; see `KFACBase.accumulate_fisher`."""
         self.require_open()
@@ -149,6 +151,7 @@ class Engine:
             self.gate.calls.join(likelihood.terms(outputs, targets), None)
 
     @torch.no_grad()
+    @without_autocast
     def precondition(self, learning_rate: LearningRate) -> dict[nn.Parameter, Tensor | None]:
         """Updates the factors, recomputes inverses that are due, and gives the preconditioned gradients, clipped.
 

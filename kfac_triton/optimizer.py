@@ -11,6 +11,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from . import cuda_graphs
+from .autocast import without_autocast
 from .base import KFACBase, Run
 from .engine import EAGER, Engine
 from .fisher.likelihood import Likelihood
@@ -270,16 +271,19 @@ class KFAC(KFACBase, Optimizer):
             with transaction(self.engine):
                 loss = self._run.auto.step(closure, decays)
         else:
-            loss = self._plain_step(closure)
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._plain_step()
+        if torch._C._is_any_autocast_enabled():
+            torch.clear_autocast_cache()  # of weights as they were before the step
         if self.engine.has_unfrozen():
             self._cover_anew()
         return loss
 
-    def _plain_step(self, closure: Callable[[], Any] | None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    @without_autocast
+    def _plain_step(self) -> None:
         first_order.refuse_gradients(self._parameters())
         cuda_graphs.require_recordable_groups(self.param_groups, self.state)
         # By identity, because a tensor computes its hash in Python.
@@ -296,7 +300,6 @@ class KFAC(KFACBase, Optimizer):
                 steps.apply()
             for group, (params, gradients, states) in zip(self.param_groups, work, strict=True):
                 first_order.apply(group, params, gradients, states, held)
-        return loss
 
     def diagnostics(self) -> dict[str, Any]:
         """Numbers of the last step as a plain dict; see `kfac_triton.diagnostics.diagnostics` and `AutoStep.diagnostics`.

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up. A room is a file or a folder of kfac_triton/; it may import rooms of lower floors alone.
 FLOORS = (
     ("kernels",),
-    ("progress", "scalars", "validation", "warning"),
+    ("autocast", "progress", "scalars", "validation", "warning"),
     ("presets", "settings"),
     ("fisher", "layers"),
     ("capture",),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..kernels.device_tables import device_vector
 from ..layers import Layer, Rows
 from .gate import Gate
@@ -120,6 +121,7 @@ class RowQueue:
         self._storages.clear()
         self._versions.clear()
 
+    @without_autocast
     def _sum(self, passes: dict[Summed, Pass]) -> None:
         found: dict[Kind, list[tuple[int, Item, Weight]]] = defaultdict(list)
         for statistics, one in passes.items():

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..layers import Layer, Rows
 from ..layers.partition import Part
 from .calls import Call
@@ -138,6 +139,7 @@ class Statistics:
         """Rows of A that the sums have: fewer, if they are sampled."""
         return float(self.on_host.taken + self.on_device[2])
 
+    @without_autocast
     def add(self, x: Tensor, gradient: Tensor, owned_by_autograd: bool = False, use: Use | None = None) -> None:
         """Adds one backward pass through the layer.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..autocast import NoAutocast
 from ..fisher.losses import likelihood_of
 from .controller import Controller
 from .forward_mode import Evaluate, Snapshot, jacobian_products, outputs_and_targets, require_agreement
@@ -185,7 +186,8 @@ class AutoStep:
         self._engine.require_open()
         self.weight_decay = list(weight_decay)
         try:
-            self.report = self._step(closure)
+            with NoAutocast() as context:
+                self.report = self._step(lambda: context.call_outside(closure))
         finally:
             # A step that was skipped, or ended by an error in the closure, must leave no statistics.
             self._engine.forget_statistics()
