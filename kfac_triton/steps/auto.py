@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..autocast import NoAutocast
 from ..fisher.losses import likelihood_of
 from .controller import Controller
-from .forward_mode import Evaluate, Snapshot, jacobian_products, outputs_and_targets, require_agreement
+from .forward_mode import Evaluate, Snapshot, backward_number, jacobian_products, outputs_and_targets, require_agreement
 from .quadratic import ROUNDING, Direction, QuadraticModel, all_finite, combined
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class _Batch(NamedTuple):
     """A batch and the results of its forward and backward passes.
 
     Attributes:
-        evaluate: runs the model on it and returns (outputs, targets).
+        evaluate: runs the model on it, for derivatives by the input with gradients enabled, and returns (outputs, targets).
         outputs: of the model before the step.
         targets: of the loss.
         loss: before the step.
@@ -226,7 +226,9 @@ class AutoStep:
     def _differentiated(self, evaluate: Evaluate) -> _Batch:
         """Forward pass, the backward passes for curvature, and that of the loss."""
         with torch.enable_grad():
+            number = backward_number()
             outputs, targets = outputs_and_targets(evaluate())
+            takes_derivatives = backward_number() > number + 1
             if not outputs.requires_grad:
                 raise ValueError(
                     "closure returned outputs without a graph; run the model in it, without torch.no_grad() and detach()"
@@ -240,6 +242,8 @@ class AutoStep:
                 self._engine.accumulate_fisher(outputs, targets)
                 loss.backward()
                 gradient = [p.grad for p in self._parameters]
+        if takes_derivatives:  # nobody else needs the graphs of later evaluations, nor should DDP wait for their gradients
+            evaluate = torch.enable_grad()(evaluate)
         return _Batch(evaluate, outputs.detach(), targets, loss.detach(), terms, gradient)
 
     def _with_penalty(self, gradient: Direction) -> list[Tensor | None]:

@@ -59,6 +59,17 @@ class Snapshot:
                 buffer.copy_(contents)
 
 
+def backward_number() -> int:
+    """The number of a backward pass that does nothing. The next one has the next number, whoever runs it."""
+    numbers = []
+    with torch.enable_grad():
+        leaf = torch.zeros((), device="cpu", requires_grad=True)
+        copy = leaf.view_as(leaf)
+    copy.register_hook(lambda gradient: numbers.append(torch._C._current_graph_task_id()))
+    torch.autograd.grad(copy, leaf)
+    return numbers[0]
+
+
 def outputs_and_targets(result: Any) -> tuple[Tensor, Any]:
     """What a closure returned, checked.
 
@@ -89,8 +100,9 @@ def jacobian_products(
     """J d for each direction d, with J the Jacobian of the outputs with respect to the parameters, by forward-mode AD.
 
     For a direction the closure runs once, with dual numbers p + d e in place of the parameters (a tied weight in each of its
-    places), in eager mode, and with attention, the Transformer's fast path and recurrent layers as operations that have a
-    forward derivative. Each run starts with the random generators and buffers as they are now; afterwards they are restored.
+    places), also where it takes derivatives by backward passes of its own. It runs in eager mode, and with attention, the
+    Transformer's fast path and recurrent layers as operations that have a forward derivative. Each run starts with the random
+    generators and buffers as they are now; afterwards they are restored.
 
     Args:
         model: holds the parameters.
@@ -111,7 +123,8 @@ def jacobian_products(
         try:
             with forward_ad.dual_level(), _differentiable(model):
                 duals = {
-                    id(p): forward_ad.make_dual(p.detach(), d.detach().to(p))
+                    # A graph is made only where evaluate enables gradients.
+                    id(p): forward_ad.make_dual(p.detach().requires_grad_(p.requires_grad), d.detach().to(p))
                     for p, d in zip(parameters, direction, strict=True)
                     if d is not None
                 }
@@ -122,7 +135,8 @@ def jacobian_products(
                 products.append(torch.zeros_like(value) if tangent is None else tangent.detach().clone())
         except NotImplementedError as error:
             raise RuntimeError(
-                "lr='auto' needs forward-mode derivatives of the model, and one of its operations has none: "
+                "lr='auto' needs forward-mode derivatives of the model (and of backward passes in the closure), and one of the "
+                "operations has none: "
                 f"{str(error).splitlines()[0]} Write it with other operations (checkpoint with use_reentrant=False, give a "
                 "custom autograd.Function a jvp), or pass a number as lr"
             ) from error
