@@ -71,7 +71,7 @@ def add_counts(items: Sequence[Item], alpha: Tensor, beta: Tensor, backend: str)
         add_squares(items, alpha, beta, backend)
         return
     totals = [item.total for item in items]
-    added = alpha * device_vector([item.rows.input_count for item in items], alpha.device, alpha.dtype)
+    added = alpha * device_vector([item.rows.input_count * item.rows.share for item in items], alpha.device, alpha.dtype)
     torch._foreach_copy_(totals, torch.where(beta > 0, torch.cat(totals) + added, added).split(1))
 
 
@@ -96,10 +96,11 @@ def add_norms(items: Sequence[Item], alpha: Tensor, beta: Tensor, backend: str) 
 
 def _squares(item: Item) -> Tensor:
     part, rows, total = item.part, item.rows, item.total
+    taken = rows.input_count * rows.share
     if part.is_input and item.layer.constant_input:
-        return torch.full_like(total, rows.input_count)
+        return torch.ones_like(total) * taken
     source, window = part.sources(rows)
     squares = squared_rows(source, window, part.size - part.has_bias_column, total.dtype)
     if not part.has_bias_column:
         return squares
-    return torch.cat([squares, squares.new_full((1,), rows.input_count)])
+    return torch.cat([squares, squares.new_ones(1) * taken])
