@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .autocast import without_autocast
 from .capture.attention import attach_functional
 from .capture.call_hooks import attach_calls
-from .capture.calls import Calls
+from .capture.calls import BY_LIKELIHOOD, Call, Calls
 from .capture.fisher_pass import FisherPass
 from .capture.gate import Gate
 from .capture.hooks import attach
@@ -148,7 +148,11 @@ class Engine:
         if self._fisher_pass is not None:
             self._fisher_pass.run(outputs, targets, self.settings.current_loss_scale())
         elif self.settings.loss_terms == "auto":
-            self.gate.calls.join(likelihood.terms(outputs, targets), None)
+            whole = Call(likelihood.terms(outputs, targets), BY_LIKELIHOOD)
+            left_out = likelihood.left_out(outputs, targets)
+            if left_out is not None and self.settings.rows == "auto":
+                self.gate.leave_out(whole, left_out, likelihood.terms_per_example(outputs) == 1)
+            self.gate.calls.join(whole)
 
     @torch.no_grad()
     @without_autocast
@@ -188,6 +192,13 @@ class Engine:
         self.gate.stride = 1 if self.gate.is_auto else math.ceil(1 / float(settings.stats_fraction) - 1e-9)
         self.gate.max_rows = settings.max_stats_tokens
         self.gate.max_kept_bytes = settings.max_kept_bytes
+        self.gate.masks = settings.rows == "nonzero"
+        is_auto, fisher_pass = settings.rows == "auto", self._fisher_pass
+        self.gate.may_leave_out = is_auto and (
+            fisher_pass.may_leave_out if fisher_pass is not None else self.gate.calls.are_tokens
+        )
+        self.gate.calls.marks_rows = is_auto
+        self.gate.calls.counts_rows = self.gate.masks and isinstance(settings.loss_terms, str)
         self.gate.step = progress.steps
         self.gate.scaler = settings.scaler
         # In a sum, each term has its gradient whatever call it is of.
@@ -246,7 +257,7 @@ class Engine:
     def _update_factors(self) -> None:
         # Read before the statistics are forgotten. The host waits for the outcome only in a step that may bring a layer's
         # first statistics.
-        known = [s.on_host.rows > 0 for s in self.statistics]
+        known = [s.on_host.rows > 0 or bool(s.masked) for s in self.statistics]
         outcome = self.collector.update(self.settings)
         if self.curvature.is_ekfac:
             self.progress = self.progress.rewritten()

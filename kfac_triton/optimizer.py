@@ -78,6 +78,10 @@ class KFAC(KFACBase, Optimizer):
             of name and module, for models that mix both. An input with too few dimensions for it, (B, n), has its examples in
             dimension 0; convolutions, channel norms and attention have a layout of their own (docs/layers.md).
         loss_scale: factor on the loss in the backward pass: a number, a `torch.amp.GradScaler`, or a function that returns it.
+        rows: rows (examples, tokens, positions) of A: "nonzero" leaves out those whose output gradient is exactly zero, because
+            they carry no loss; "all" leaves out none. "auto" is "nonzero" for fisher="mc" and "ggn" where labels leave out
+            terms of the loss (ignore_index), and "all" elsewhere. If there is one label for each example, it leaves out whole
+            examples.
         stats_fraction: largest part of the rows (tokens, images) to take statistics of, in (0, 1]: every 2nd, 3rd, ... row.
             "auto" takes an eighth of the tokens of linear layers, but at least about 1,024 and as many as the layer's largest
             factor has rows, and everything else (docs/curvature.md).
@@ -145,6 +149,7 @@ class KFAC(KFACBase, Optimizer):
         calls: str = Settings.calls,
         batch_dim: BatchDim = Settings.batch_dim,
         loss_scale: float | Callable[[], float] | GradScaler = Settings.loss_scale,
+        rows: str = Settings.rows,
         stats_fraction: float | str = Settings.stats_fraction,
         max_stats_tokens: int | None = Settings.max_stats_tokens,
         max_kept_bytes: int = Settings.max_kept_bytes,
@@ -169,7 +174,7 @@ class KFAC(KFACBase, Optimizer):
             inverse_tolerance=inverse_tolerance, loss_reduction=loss_reduction, loss_terms=loss_terms, batch_dim=batch_dim,
             loss_scale=loss_scale, stats_fraction=stats_fraction, max_stats_tokens=max_stats_tokens,
             max_kept_bytes=max_kept_bytes, max_factor_size=max_factor_size, oversize=oversize, factor_dtype=factor_dtype,
-            norms=norms, skip=skip, include=include, split=split, capturable=capturable, backend=backend,
+            rows=rows, norms=norms, skip=skip, include=include, split=split, capturable=capturable, backend=backend,
         )  # fmt: skip
         is_auto = isinstance(lr, str)
         if is_auto:

@@ -15,6 +15,7 @@ from .kernels.runtime import BACKENDS
 LOSS_REDUCTIONS = ("mean", "sum")
 LOSS_TERMS = ("auto", "examples", "tokens")
 METHODS = ("auto", "newton_schulz", "factored", "cholesky", "eigh")
+ROWS = ("auto", "all", "nonzero")
 OVERSIZE = ("diagonal", "block")
 
 # An engine reads these in every step. It is constructed for the values of the others.
@@ -27,6 +28,7 @@ CHANGEABLE = (
     "warmup",
     "loss_reduction",
     "loss_scale",
+    "rows",
     "stats_fraction",
     "max_stats_tokens",
     "max_kept_bytes",
@@ -119,6 +121,7 @@ class Settings:
     calls: str = _choice("accumulated", "joint", "separate")
     batch_dim: Any = field(default=0, metadata=_checked_by(_require_batch_dim))
     loss_scale: Any = 1.0
+    rows: str = _choice(*ROWS)
     stats_fraction: float | str = field(default="auto", metadata=_checked_by(_require_fraction))
     max_stats_tokens: int | None = field(default=None, metadata=_checked_by(validation.whole, or_none=True))
     max_kept_bytes: int = field(default=1 << 28, metadata=_checked_by(validation.whole, low=0))

@@ -282,8 +282,9 @@ def test_every_argument_reaches_the_engine_or_the_groups() -> None:
         "damping": 0.11, "kl_clip": 0.12, "ema_decay": 0.13, "statistics_every": 2, "inverse_every": 3, "warmup": 4,
         "fisher": "mc", "fisher_samples": 5, "loss": nn.CrossEntropyLoss(), "curvature": "ekfac", "exact_damping": True,
         "weight_sharing": "reduce", "inverse": "eigh", "inverse_tolerance": 0.14, "loss_reduction": "sum",
-        "loss_terms": "tokens", "batch_dim": 1, "calls": "joint", "loss_scale": 16.0, "stats_fraction": 0.5, 
-        "max_stats_tokens": 6, "max_kept_bytes": 8, "max_factor_size": 7, "oversize": "block", "factor_dtype": "bfloat16", "norms": "full",
+        "loss_terms": "tokens", "batch_dim": 1, "calls": "joint", "loss_scale": 16.0, "rows": "nonzero", "stats_fraction": 0.5,
+        "max_stats_tokens": 6, "max_kept_bytes": 8, "max_factor_size": 7, "oversize": "block", "factor_dtype": "bfloat16",
+        "norms": "full",
         "skip": "none", "include": "*e*", "split": {"layer": 2}, "capturable": False, "backend": "torch",
     }  # fmt: skip
     options = {

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import validation
-from ..layers import Layer, hf_labels
+from ..layers import Layer, Rows, hf_labels
 from .compiled_calls import CompiledCalls
 
 Number = float | Tensor
 
 _NUMBERS = itertools.count()
+_NOWHERE = -2
 _RECOMPUTABLE = 4096  # calls that reentrant checkpointing may still run again
 
 # How loss terms were counted, for the report.
@@ -43,24 +44,28 @@ class Call:
         terms: number of its loss terms; None where only the shape of each layer's input tells.
         source: how it was counted.
         left_out: a flag on the device: some of its rows have no loss term. None if nothing says so.
+        out_examples: flags of the examples without one, if there is one label for each.
         joined: the call that stands for this one and others, if a likelihood has counted the terms of all of them.
         was_used: whether a backward pass has gone through it since the last step.
         was_dropped: whether the statistics of such a pass were thrown away with the gradients.
         shape: of the first tensor argument.
         last: the layer that ran last, and the shape of its output.
+        counted_in: the backward pass whose first layer has counted the rows with a gradient.
         number: its own.
         start, stop: the numbers of the autograd nodes that it has made.
     """
 
     __slots__ = (
-        "__weakref__", "joined", "last", "left_out", "number", "shape", "source", "start", "stop", "terms", "was_dropped",
-        "was_used",
+        "__weakref__", "counted_in", "joined", "last", "left_out", "number", "out_examples", "shape", "source", "start",
+        "stop", "terms", "was_dropped", "was_used",
     )  # fmt: skip
 
     def __init__(self, terms: Number | None = None, source: str = BY_LAYER) -> None:
         self.number = next(_NUMBERS)
         self.terms, self.source = terms, source
         self.left_out: Tensor | None = None
+        self.out_examples: Tensor | None = None
+        self.counted_in = _NOWHERE
         self.joined: Call | None = None
         self.was_used = self.was_dropped = False
         self.shape: torch.Size | None = None
@@ -72,6 +77,12 @@ class Call:
         if self.last is None and x.dim() == layer.unbatched_dim:
             self.enter_unbatched(x)
         self.last = layer, output.shape
+
+    def count_rows(self, rows: Rows, task: int, are_tokens: bool) -> None:
+        """Takes the rows with a gradient for the loss terms, of the first layer that the backward pass comes through."""
+        if self.counted_in != task and (self.source is BY_EXAMPLES or self.source is BY_TOKENS):
+            self.counted_in = task
+            self.terms = rows.carrying(are_tokens)
 
     def enter_unbatched(self, x: Tensor) -> None:
         """A layer has taken x for a single example without a batch dimension. If x is the call's argument, it has one."""
@@ -93,6 +104,8 @@ class Calls:
         alive: the calls through which a backward pass may still go.
         root: the number of a backward pass that recomputes layers, which reentrant checkpointing does in passes inside of it.
         compiled: the calls in which compiled layers run.
+        marks_rows: whether labels that do not count leave out rows: rows="auto".
+        counts_rows: whether the rows with a gradient are counted instead of all: rows="nonzero".
         sources: how loss terms were counted since the last step.
         reported: the same for the last step that had any.
     """
@@ -113,6 +126,7 @@ class Calls:
         self.root: int | None = None
         self._in_backward: tuple[int, Call] | None = None
         self.compiled = CompiledCalls(device)
+        self.marks_rows = self.counts_rows = False
         self.sources: set[str] = set()
         self.reported: tuple[str, ...] = ()
 
@@ -124,7 +138,8 @@ class Calls:
             return
         self._outermost, self._depth = module, 0
         if torch.compiler.is_compiling():
-            self.compiled.begin(self._from_arguments(module, args, kwargs)[0])
+            terms, source = self._from_arguments(module, args, kwargs)
+            self.compiled.begin(None if self.counts_rows and source is not BY_USER else terms)
             return
         if (call := self._recomputed()) is not None:
             self.current = call
@@ -150,7 +165,7 @@ class Calls:
             call.stop = torch.autograd._get_sequence_nr()
             if call.source is BY_USER or call.source is BY_TOKENS:
                 call.terms = self._from_result(args, kwargs, output, call)
-            self.compiled.end(call.terms, call.left_out)
+            self.compiled.end(None if self.counts_rows and call.source is not BY_USER else call.terms, call.left_out)
 
     def read_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Counts the labels of a Hugging Face model, which is outermost or a part of it, unless the user says N."""
@@ -159,11 +174,13 @@ class Calls:
         counted = hf_labels.count(model, args, kwargs)
         if counted is None:
             return
+        terms, left_out, out_examples = counted
+        if not self.marks_rows:
+            left_out = out_examples = None
         if torch.compiler.is_compiling():
-            self.compiled.known = counted
-        elif self.current is not None and self.current.source is not BY_LABELS:
-            self.current.terms, self.current.left_out = counted
-            self.current.source = BY_LABELS
+            self.compiled.known = terms, left_out
+        elif (call := self.current) is not None and call.source is not BY_LABELS:
+            call.terms, call.left_out, call.out_examples, call.source = terms, left_out, out_examples, BY_LABELS
 
     def now(self) -> Call:
         """The call that a layer runs in. Outside of any, it makes one of its own, of which only its input tells N."""
@@ -178,10 +195,8 @@ class Calls:
         if self.current is not None and (not self._recomputable or self._recomputable[-1] is not self.current):
             self._recomputable.append(self.current)
 
-    def join(self, terms: Number, left_out: Tensor | None) -> None:
-        """Gives all calls that no backward pass has gone through yet the terms of a likelihood of all their outputs."""
-        whole = Call(terms, BY_LIKELIHOOD)
-        whole.left_out = left_out
+    def join(self, whole: Call) -> None:
+        """Lets one call stand for all that no backward pass has gone through yet: a likelihood has counted their terms."""
         for call in list(self.alive):
             if call.joined is None and not call.was_used:
                 call.joined = whole

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from ..kernels import runtime
+from ..layers import Rows
 from ..warning import warn
 from .calls import Call, Calls
 from .loss_terms import Arithmetic
@@ -35,6 +36,7 @@ class Gate:
         is_paused: whether backward passes leave no statistics, either.
         records: whether an eager backward pass through a tap adds statistics.
         counts_terms: whether such a pass counts rows and terms and adds to A. For a GGN only the first column does.
+        adds_gradients: whether such a pass adds to G.
         calls: finds the calls of the model and counts their loss terms.
         adds_calls: how several calls make one loss, see `KFAC`; "joint" if the loss is a sum.
         arithmetic: of their loss terms.
@@ -42,6 +44,12 @@ class Gate:
         weight: the factor, 0 or 1, for the statistics of a compiled pass, which cannot read `records`.
         compiled_terms: loss terms of the running Fisher pass, for compiled passes.
         compiled_pass: the number of the running Fisher pass, 0 for the loss, likewise.
+        masks: whether rows without a gradient are left out of A in every pass: rows="nonzero".
+        may_leave_out: whether labels may leave out rows with rows="auto", for compiled passes, whose graph has a mask or has not.
+        compiled_rows_out: whether they do in a Fisher pass.
+        compiled_examples: the number of labels, if there is one for each example, or 0.
+        compiled_by_example: whether compiled passes of convolutions leave out whole examples only. (For single positions they
+            make the matrix of all patches, which a graph has or has not.) A graph is made before the first labels are known.
         probe: an input of every tap. Asking for its gradient, which is None, runs the backward pass through all taps without
             computing gradients of weights.
         stride: at most one row in `stride` is kept. (torch.compile could not trace a fraction as dynamic.)
@@ -60,7 +68,7 @@ class Gate:
         self.is_paused = False
         self.empirical = empirical
         self.records = empirical
-        self.counts_terms = True
+        self.counts_terms = self.adds_gradients = True
         self.calls = Calls(device=device) if calls is None else calls
         self.adds_calls = "accumulated"
         self.arithmetic = Arithmetic()
@@ -68,6 +76,10 @@ class Gate:
         self.weight = torch.full((), float(empirical), device=device)
         self.compiled_terms = torch.zeros((), device=device)
         self.compiled_pass = torch.zeros((), dtype=torch.long, device=device)
+        self.masks = self.may_leave_out = False
+        self.compiled_rows_out = torch.zeros((), dtype=torch.bool, device=device)
+        self.compiled_examples = torch.zeros((), dtype=torch.int64, device=device)
+        self.compiled_by_example = True
         self.probe = torch.zeros((), device=device, requires_grad=True)
         self.stride = 1
         self.is_auto = False
@@ -120,6 +132,41 @@ class Gate:
         if self.scaler is not None and self.scale is None:
             scale = self.scaler._get_scale_async()
             self.scale = None if scale is None else scale.clone()
+
+    def has_mask(self, call: Call | None) -> bool:
+        """Whether a pass through a call leaves out rows of A that carry no loss, or may do so; None for a compiled pass."""
+        return self.masks or (self.may_leave_out if call is None else call.left_out is not None)
+
+    def masked(self, rows: Rows, call: Call | None, number: Tensor | None = None) -> Rows:
+        """The rows with a mask of those that carry a loss; of compiled passes the number of the call is known."""
+        if self.masks:
+            return rows.with_mask()
+        if call is not None:
+            flags = call.out_examples
+            if flags is not None and len(flags) == rows.examples:
+                return rows.with_mask(True, ~flags)
+            return rows.with_mask(False, None if call.left_out is None else ~call.left_out)
+        if number is not None and self.empirical:
+            return rows.with_mask(False, ~self.calls.compiled.left_out(number))
+        is_matrix = rows.gradients[0].dim() == 2
+        by_example = self.compiled_examples == rows.examples if is_matrix else self.compiled_by_example
+        return rows.with_mask(by_example, ~self.compiled_rows_out)
+
+    def leave_out(self, call: Call, terms: Tensor, one_each: bool) -> None:
+        """Says that rows of a call carry no loss.
+
+        Args:
+            call: the call.
+            terms: flags of the terms of the loss that labels leave out, in any shape.
+            one_each: whether there is one term for each example.
+        """
+        some = terms.any()
+        # The host reads results of a CPU at once. There a batch of which nothing is left out costs nothing.
+        call.left_out = some if some.device.type != "cpu" or bool(some) else None
+        call.out_examples = terms.flatten() if one_each and call.left_out is not None else None
+        self.compiled_by_example = one_each
+        self.compiled_rows_out.copy_(some)
+        self.compiled_examples.fill_(terms.numel() if one_each else 0)
 
     def forget(self) -> None:
         """Resets this after a step, or when its gradients are discarded."""

@@ -28,11 +28,13 @@ class Pass(NamedTuple):
         rows: the rows.
         with_inputs: whether those of A are to be summed, too.
         weight: of those of G.
+        with_gradients: whether those of G are to be summed.
     """
 
     rows: Rows
     with_inputs: bool
     weight: Weight = ONE
+    with_gradients: bool = True
 
 
 class Summed(Hashable, Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
+from ..kernels.device_tables import device_vector
 from ..layers import Layer, Rows
 from ..layers.partition import Part
 from .calls import Call
@@ -46,6 +48,29 @@ class Use(NamedTuple):
 
     call: Call
     weight: Tensor
+
+
+class MaskedCount(NamedTuple):
+    """The rows of a pass with a mask, which only the device can count.
+
+    Attributes:
+        left_out: how many of the taken rows do not count.
+        rows: rows of A in the pass.
+        taken: those of them that were kept by sampling.
+    """
+
+    left_out: Tensor
+    rows: int
+    taken: int
+
+
+def counted(passes: Sequence[MaskedCount]) -> Tensor:
+    """`Counts` of some passes with a mask, (passes, 4), on their device: sampled rows stand for as many as all others."""
+    left_out = torch.stack([one.left_out for one in passes]).double()
+    rows = device_vector([one.rows for one in passes], left_out.device, torch.float64)
+    taken = device_vector([one.taken for one in passes], left_out.device, torch.float64)
+    counting, nothing = taken - left_out, torch.zeros_like(rows)
+    return torch.stack([counting * rows / taken.clamp(min=1), nothing, counting, nothing], 1)
 
 
 class SharedCounts(NamedTuple):
@@ -87,6 +112,7 @@ class Statistics:
         deferred: passes that are deferred until the step.
         terms: loss terms of the passes.
         on_host: the counts on the host.
+        masked: counts of rows of passes with a mask.
         on_device: the counts on the device, (4,), in the order of `Counts`.
         tied: statistics of a second use of the weight, which is summed separately (see `capture.tied`).
     """
@@ -111,6 +137,7 @@ class Statistics:
         self.terms = LossTerms(gate.arithmetic)
         self.tied: Statistics | None = None
         self.on_host = Counts()
+        self.masked: list[MaskedCount] = []
         self.on_device = shared.counts
         self._backend = backend
         self._may_wait = can_defer and not self.diagonal
@@ -128,16 +155,19 @@ class Statistics:
     @property
     def counts(self) -> Tensor:
         """Rows of A and loss terms of all passes, (2,)."""
-        device = self.on_device.device
-        total = self.on_device + torch.tensor(self.host_counts(), dtype=torch.float64, device=device)
-        for terms in self.terms.on_device:
-            total[1] += terms.to(device)
-        return total[:2]
+        return self._all_counts()[:2]
 
     @property
     def rows_taken(self) -> float:
         """Rows of A that the sums have: fewer, if they are sampled."""
-        return float(self.on_host.taken + self.on_device[2])
+        return float(self._all_counts()[2])
+
+    def _all_counts(self) -> Tensor:
+        device = self.on_device.device
+        counts = self.on_device + torch.tensor(self.host_counts(), dtype=torch.float64, device=device)
+        for terms in self.terms.on_device:
+            counts[1] += terms.to(device)
+        return counts + counted(self.masked).sum(0) if self.masked else counts
 
     @without_autocast
     def add(self, x: Tensor, gradient: Tensor, owned_by_autograd: bool = False, use: Use | None = None) -> None:
@@ -165,24 +195,22 @@ class Statistics:
             root = task if gate.calls.root is None else gate.calls.root
             if self.terms.begins(0 if gate.adds_calls == "separate" else root):
                 self._begin_group()
+            if gate.calls.counts_rows:
+                call.count_rows(rows, root, gate.calls.are_tokens)
             weigh = self.terms.add(call, rows.terms)
             if gate.adds_calls == "joint":
                 weigh = ONE
-        if self.moments is not None:
+        if self.moments is not None and gate.adds_gradients:
             self.moments.add(rows, weigh)
-        every = gate.stride_for(rows.input_count, self._least(rows))
-        if every > 1:
-            rows = rows.sample(every, gate.step)
+        rows = self._chosen(rows, call)
         if gate.counts_terms:
-            counts = self.on_host
-            counts.rows += rows.input_count
-            counts.taken += rows.input_count * rows.share
-        one = Pass(rows, gate.counts_terms, weigh)
+            self._count_rows(rows)
+        one = Pass(rows, gate.counts_terms, weigh, gate.adds_gradients)
         if self.deferred and not is_one(weigh.old):
             multiply = gate.arithmetic.multiply
             self.deferred = [p._replace(weight=p.weight._replace(new=multiply(p.weight.new, weigh.old))) for p in self.deferred]
             one = one._replace(weight=weigh._replace(old=1.0))
-        if owned_by_autograd and gate.counts_terms and self._defer(one):
+        if owned_by_autograd and gate.counts_terms and gate.adds_gradients and self._defer(one):
             return
         passes = [one]
         if self.deferred:
@@ -192,6 +220,22 @@ class Statistics:
         self.on_host.passes += 1
         self._queue.put(self, passes)
 
+    def _chosen(self, rows: Rows, call: Call | None, number: Tensor | None = None) -> Rows:
+        """The rows that are sampled, with a mask of those that carry a loss if others are to be left out."""
+        gate = self.gate
+        every = gate.stride_for(rows.input_count, self._least(rows))
+        has_mask = (
+            gate.has_mask(call) and gate.counts_terms and not self.layer.constant_input
+        )  # A of a constant is 1 in any case
+        by_example = call is None or call.out_examples is not None
+        if has_mask and by_example:  # before rows of the examples are missing
+            rows = gate.masked(rows, call, number)
+        if every > 1:
+            rows = rows.sample_compiled(every) if call is None else rows.sample(every, gate.step)
+        if has_mask and not by_example:
+            rows = gate.masked(rows, call, number)
+        return rows.with_count()
+
     def _least(self, rows: Rows) -> int:
         """See `Gate.stride_for`. A diagonal is of a vocabulary, or as large as one; of rare words each occurrence counts."""
         can_choose = self.layer.samples_tokens and not self.diagonal and rows.input_count > rows.examples
@@ -199,7 +243,7 @@ class Statistics:
 
     def clear(self) -> None:
         """Clears everything except what layers share."""
-        self.on_host = Counts()
+        self.on_host, self.masked = Counts(), []
         self.terms.clear()
         self._undefer()
         self._set_aside = []
@@ -208,12 +252,12 @@ class Statistics:
 
     def targets(self, one: Pass) -> list[tuple[Kind, Item, int]]:
         """See `row_queue.Summed`."""
-        layer, rows, with_inputs = self.layer, one.rows, one.with_inputs
+        layer, rows = self.layer, one.rows
         return [
             (kind, Item(layer, entry.part, rows, entry.total), place)
             for kind, entries, places in self._runs
             for place, entry in enumerate(entries, self._first + places.start)
-            if with_inputs or not entry.part.is_input
+            if (one.with_inputs if entry.part.is_input else one.with_gradients)
         ]
 
     def host_counts(self) -> tuple[float, float, float, float]:
@@ -252,7 +296,7 @@ class Statistics:
 
     def _defer(self, one: Pass) -> bool:
         """Keeps rows until the step, unless something is summed already, or they take too much memory."""
-        if not self._may_wait or self.on_host.passes:
+        if not self._may_wait or self.on_host.passes or one.rows.mask is not None:  # a launch over rows knows no mask
             return False
         size = self._deferred_bytes
         for source in (*one.rows.inputs, *one.rows.gradients):
@@ -266,6 +310,13 @@ class Statistics:
     def _undefer(self) -> None:
         self.deferred, self._deferred_bytes = [], 0
 
+    def _count_rows(self, rows: Rows) -> None:
+        if rows.left_out is not None:
+            self.masked.append(MaskedCount(rows.left_out, rows.input_count, rows.taken))
+            return
+        self.on_host.rows += rows.input_count
+        self.on_host.taken += rows.input_count * rows.share
+
     def add_compiled(self, x: Tensor, gradient: Tensor, number: Tensor) -> None:
         """Adds a pass inside a graph of torch.compile.
 
@@ -278,25 +329,27 @@ class Statistics:
         """
         gate = self.gate
         rows = self.layer.rows_of_pass(x, gradient)
-        every = gate.stride_for(rows.input_count, self._least(rows))
-        if every > 1:
-            rows = rows.sample_compiled(every)
+        own = rows.terms if not gate.calls.counts_rows else rows.carrying(gate.calls.are_tokens)
+        number = number.to(gate.weight.device)
+        rows = self._chosen(rows, None, number)
         alpha, beta = self._alpha * gate.weight / rows.share, self._beta
         # No number that differs between equal layers (a place, a slot) may be read here: they would not share a graph.
         for kind, entries, places in self._runs:
             items = [Item(self.layer, entry.part, rows, entry.total) for entry in entries]
             kind(items, alpha[places], beta[places], self._backend)
         beta.fill_(1.0)
-        number = number.to(self.device)
         terms = gate.compiled_terms
         if gate.empirical:
-            terms = gate.calls.compiled.terms_of(number.to(gate.weight.device), rows.terms, gate.calls.are_tokens)
+            is_counted_here = gate.calls.are_tokens or gate.calls.counts_rows
+            terms = gate.calls.compiled.terms_of(number, own, is_counted_here)
         # The layer may have run several times in the call, whose terms count once in each backward pass.
-        this = number * MOST_PASSES + gate.compiled_pass + 1
+        this = number.to(self.device) * MOST_PASSES + gate.compiled_pass + 1
         is_other = (self._last_call != this) * (gate.weight > 0)
         self._last_call.copy_(torch.where(gate.weight > 0, this, self._last_call))
-        counted = rows.input_count * gate.weight
-        self._count_on_device(counted, terms * is_other * gate.weight, counted * rows.share, gate.weight)
+        taken = rows.input_count * rows.share if rows.left_out is None else rows.taken - rows.left_out
+        # Of all rows if none is left out, to the last digit.
+        count = rows.input_count if rows.left_out is None else taken * rows.input_count / max(1, rows.taken)
+        self._count_on_device(count * gate.weight, terms * is_other * gate.weight, taken * gate.weight, gate.weight)
 
     def _count_on_device(self, *added: Tensor | float) -> None:
         for place, number in enumerate(added):

@@ -27,7 +27,7 @@ from ..kernels.device_tables import device_vector
 from ..layers import Layer, Rows
 from ..layers.norm import NormLayer, NormPass
 from ..layers.partition import Part
-from .diagonal_sums import squared_rows
+from .diagonal_sums import masked_rows, squared_rows
 
 
 class Item(NamedTuple):
@@ -53,9 +53,10 @@ def kind_of(layer: Layer, part: Part) -> Kind:
 
 def add_products(items: Sequence[Item], alpha: Tensor, beta: Tensor, backend: str) -> None:
     """X^T X of all items, in one launch for each kind of input."""
-    read = [item.part.sources(item.rows) for item in items]
+    read = [_source(item) for item in items]
     totals, sources, windows = [item.total for item in items], [x for x, _ in read], [window for _, window in read]
     ops.covariance_ema(totals, sources, alpha, beta, [item.part.has_bias_column for item in items], windows, backend=backend)
+    _correct_ones(items, alpha)
 
 
 def add_squares(items: Sequence[Item], alpha: Tensor, beta: Tensor, backend: str) -> None:
@@ -94,13 +95,44 @@ def add_norms(items: Sequence[Item], alpha: Tensor, beta: Tensor, backend: str) 
         start = stop
 
 
+def _source(item: Item) -> tuple[Tensor, ops.Window]:
+    """Rows of the item, and how to read them. Rows of A that do not count are zeros, except those that are indices."""
+    source, window = item.part.sources(item.rows)
+    mask = item.rows.mask if item.part.is_input else None
+    return masked_rows(source, window, mask) if mask is not None and source.is_floating_point() else (source, window)
+
+
+def _correct_ones(items: Sequence[Item], alpha: Tensor) -> None:
+    """The kernel counts every row in the last entry of A, the square of the bias column; rows that do not count are taken off.
+
+    All else in the last row and column is right already, because it is a sum of masked inputs.
+    """
+    corners, weights, left_out = [], [], []
+    for number, item in enumerate(items):
+        if item.part.has_bias_column and item.rows.left_out is not None:
+            last = item.part.size - 1
+            corners.append(item.total[last, last])
+            weights.append(alpha[number])
+            left_out.append(item.rows.left_out)
+    if not corners:
+        return
+    amounts = (torch.stack(weights) * torch.stack(left_out)).unbind()
+    if torch.compiler.is_compiling():
+        for corner, amount in zip(corners, amounts, strict=True):
+            corner.sub_(amount)
+    else:
+        torch._foreach_sub_(corners, amounts)
+
+
 def _squares(item: Item) -> Tensor:
     part, rows, total = item.part, item.rows, item.total
     taken = rows.input_count * rows.share
     if part.is_input and item.layer.constant_input:
         return torch.ones_like(total) * taken
-    source, window = part.sources(rows)
-    squares = squared_rows(source, window, part.size - part.has_bias_column, total.dtype)
+    source, window = _source(item)
+    mask = rows.mask if part.is_input else None
+    squares = squared_rows(source, window, part.size - part.has_bias_column, total.dtype, mask)
     if not part.has_bias_column:
         return squares
-    return torch.cat([squares, squares.new_ones(1) * taken])
+    ones = squares.new_ones(1) * taken
+    return torch.cat([squares, ones if rows.left_out is None else ones - rows.left_out])

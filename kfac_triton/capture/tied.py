@@ -67,7 +67,8 @@ class TiedStatistics:
         """
         home = first_counts.device
         n, e = Counts(*first_counts), Counts(*second_counts)
-        summed, came = n.passes > 0, e.passes > 0
+        # Without rows a use has no statistics: no row of it carried a loss.
+        summed, came = (n.passes > 0) & (n.rows > 0), (e.passes > 0) & (e.rows > 0)
         here = self.statistics.device
         sums = [
             (torch.where(summed.to(here), first.total, 0.0), torch.where(came.to(here), second.total, 0.0))

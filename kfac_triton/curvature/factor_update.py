@@ -15,7 +15,7 @@ from ..capture.ekfac_moments import Moments
 from ..capture.gate import Gate
 from ..capture.loss_terms import ONE
 from ..capture.row_queue import Pass, RowQueue, divided, vector_of
-from ..capture.statistics import Counts, FactorSum, SharedCounts, Statistics
+from ..capture.statistics import Counts, FactorSum, SharedCounts, Statistics, counted
 from ..capture.tied import TiedStatistics, mirrored
 from ..fisher import scales
 from ..kernels import ops
@@ -184,7 +184,7 @@ class FactorUpdate:
         table = table[:layers]
         present = table > 0
         has_rows, has_terms, _, summed = present.unbind(1)
-        fresh = has_rows & has_terms
+        fresh = has_rows & has_terms  # no rows are left where no row of a layer carries a loss: like an expert without tokens
         accepted = fresh & self._finite(summed)
         if self.gate.scale is not None:
             # A skipped step can leave statistics of another loss scale. Compared on the device, so that the host does not wait.
@@ -225,6 +225,11 @@ class FactorUpdate:
             places = device_vector([i for i, _ in terms], home)
             added = torch.stack([x.to(home, torch.float64) for _, x in terms])
             on_host = on_host.index_put((places, torch.ones_like(places)), added, accumulate=True)
+        masked = [(i, one) for i, s in enumerate(self._everything) for one in s.masked]
+        for device in dict.fromkeys(one.left_out.device for _, one in masked):
+            here = [(i, one) for i, one in masked if one.left_out.device == device]
+            added = counted([one for _, one in here]).to(home)
+            on_host = on_host.index_add(0, device_vector([i for i, _ in here], home), added)
         if len(self._shared.counts) == 1:
             return on_host + self._shared.counts[0][0]
         order = [i for _, members in self._shared.counts for i in members]

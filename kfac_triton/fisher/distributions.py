@@ -83,6 +83,13 @@ class Categorical(Exponential):
             return super().terms(outputs)
         return (y.long() != self.ignore_index).sum() if self.weight is None else self._masses(f, y).sum()
 
+    def left_out(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor | None:
+        """Terms whose target is ignore_index, or a class of weight 0."""
+        f, y = self._prepared(outputs, targets)
+        if y is None or y.is_floating_point():
+            return None
+        return self._masses(f, y) == 0
+
     def columns(self, outputs: Tensor, targets: Tensor | None = None) -> Iterator[Tensor]:
         """Sqrt(m_n p_c) (e_c - p) for every class c."""
         f, y = self._prepared(outputs, targets)

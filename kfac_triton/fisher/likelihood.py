@@ -84,6 +84,13 @@ class Likelihood(ABC):
         self.check(outputs, targets)
         return math.prod(self.term_shape(outputs))
 
+    def left_out(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor | None:
+        """Flags in the shape `term_shape`: terms that the targets leave out of the loss and of the number of terms.
+
+        None if all terms count, whatever the targets are. A row of a layer that carries no term is no row of A.
+        """
+        return None
+
     def terms_per_example(self, outputs: Tensor) -> int:
         """Loss terms for each entry of dimension 0: 1 for (N, C), T for T tokens; 1 if the outputs are a single term."""
         return math.prod(self.term_shape(outputs)[1:])

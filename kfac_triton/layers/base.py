@@ -30,6 +30,9 @@ class Rows(NamedTuple):
             sequence-first input (T, B, n) have T parts of one row of each of B examples.
         share: the fraction of the rows that is kept, if the rows are sampled; their squares are weighted by its inverse.
         make: makes the rows, if inputs and gradients are still those of the module, because a kernel reads them as they are.
+        mask: if rows of A are left out because they carry no loss, whether a row counts: (rows, 1) of a matrix; (N, positions)
+            of images (N, C, *spatial), or (N, 1) where whole images are left out. The inputs themselves are not masked.
+        left_out: how many of the (sampled) rows do not count, (), on the device.
     """
 
     inputs: list[Tensor]
@@ -42,6 +45,8 @@ class Rows(NamedTuple):
     share: float = 1  # an integer, because torch.compile with dynamic shapes would make 1.0 an input of its graph
     outer: int = 1
     make: Callable[[], Rows] | None = None
+    mask: Tensor | None = None
+    left_out: Tensor | None = None
 
     def made(self) -> Rows:
         """The rows as matrices or images."""
@@ -51,6 +56,51 @@ class Rows(NamedTuple):
     def windows(self) -> list[ops.Window]:
         """Windows of inputs, then of gradients, as `kernels.ops.covariance_ema` takes them."""
         return [self.input_window] * len(self.inputs) + [self.gradient_window] * len(self.gradients)
+
+    @property
+    def taken(self) -> int:
+        """Rows of A that inputs contain: all of them, unless they are sampled."""
+        first = self.gradients[0]
+        return len(first) * (first.shape[2:].numel() if first.dim() > 2 else 1)
+
+    def with_mask(self, by_example: bool | Tensor = False, unless: Tensor | None = None) -> Rows:
+        """The rows with a mask of those whose own gradient is exactly zero, in all channel groups: they carry no loss.
+
+        G and EKFAC's moments need none, as such a row adds nothing to them.
+
+        Args:
+            by_example: leaves out only whole examples, whose rows all have a gradient of zero. A row of another example then
+                stays, although its gradient may be zero as well (units that are not active, a token that is not pooled). May be
+                a flag on the device for matrices.
+            unless: a flag on the device, (): if it is true, no row is left out. With by_example may be one for each example.
+        """
+        rows = self.made()
+        gradient = rows.gradients[0] if len(rows.gradients) == 1 else torch.cat(rows.gradients, 1)
+        mask = (gradient != 0).any(1).reshape(len(gradient), gradient.shape[2:].numel())  # the numel of no dimension is 1
+        other = None if unless is None else unless.reshape(-1, 1)
+        if by_example is not False and rows.examples:
+            of_example = mask.reshape(rows.outer, rows.examples, mask.numel() // (rows.outer * rows.examples))
+            carries = of_example.any(2).any(0).reshape(-1, 1)
+            carries = carries if other is None else carries | other
+            if gradient.dim() == 2:
+                carries = carries.expand_as(of_example).reshape(-1, 1)
+            mask = carries if by_example is True else mask | (carries & by_example)
+        return rows._replace(mask=mask if other is None or by_example is True else mask | other)
+
+    def carrying(self, are_tokens: bool) -> Tensor:
+        """How many rows, or examples, have a gradient that is not exactly zero, () on the device."""
+        rows = self.made()
+        gradient = rows.gradients[0] if len(rows.gradients) == 1 else torch.cat(rows.gradients, 1)
+        flags = (gradient != 0).any(1)
+        if not are_tokens and rows.examples:
+            flags = flags.reshape(rows.outer, rows.examples, flags.numel() // (rows.outer * rows.examples)).any(2).any(0)
+        return flags.sum()
+
+    def with_count(self) -> Rows:
+        """The rows with the number of those that the mask leaves out."""
+        if self.mask is None:
+            return self
+        return self._replace(left_out=(~self.mask).sum() * (self.taken // max(1, self.mask.numel())))
 
     def sample(self, every: int, step: int) -> Rows:
         """Every n-th row (of a matrix) or example (of a convolution), starting with number step modulo n, as views.
@@ -80,7 +130,8 @@ class Rows(NamedTuple):
     def _part(self, take: Callable[[Tensor], Tensor]) -> Rows:
         inputs, gradients = [take(x) for x in self.inputs], [take(x) for x in self.gradients]
         share = max(1, len(gradients[0])) / max(1, len(self.gradients[0]))
-        return self._replace(inputs=inputs, gradients=gradients, share=share, examples=len(gradients[0]), outer=1)
+        mask = None if self.mask is None else take(self.mask)
+        return self._replace(inputs=inputs, gradients=gradients, share=share, examples=len(gradients[0]), outer=1, mask=mask)
 
 
 def meeting_all(every: int, positions: int) -> int:

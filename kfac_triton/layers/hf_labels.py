@@ -38,9 +38,12 @@ def has_token_labels(model: nn.Module) -> bool:
     return any(is_hugging_face(x) and _BY_TOKEN.search(type(x).__name__) for x in model.modules())
 
 
-def count(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """The number of labels that count, and whether some do not, of a call of a Hugging Face model; both on the device.
+def count(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """The labels that count in a call of a Hugging Face model: their number, whether some do not, and which do not.
 
+    The last are flags of the examples, and None unless there is one label for each. All are on the device.
     None if there are no labels, or they are no integers (regression, several labels for an example).
     """
     given = kwargs.get("shift_labels")
@@ -49,8 +52,8 @@ def count(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         given = kwargs["labels"] if "labels" in kwargs else None if place is None else dict(enumerate(args)).get(place)
         if isinstance(given, Tensor) and given.dim() > 1 and shifts_labels(model):
             some_out = given.new_ones((), dtype=torch.bool)  # the last position of each sequence has no label
-            return (given[..., 1:] != _IGNORED).sum(), some_out
+            return (given[..., 1:] != _IGNORED).sum(), some_out, None
     if not isinstance(given, Tensor) or given.is_floating_point() or given.dim() == 0:
         return None
     counted = given != _IGNORED
-    return counted.sum(), ~counted.all()
+    return counted.sum(), ~counted.all(), ~counted if counted.dim() == 1 else None

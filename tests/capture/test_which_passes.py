@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from support.helpers import relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kfac_triton import KFAC, KFACPreconditioner
-from support.helpers import relative_error
 
 TOLERANCE = 1e-10
 
