@@ -45,7 +45,7 @@ class Gate:
         compiled_terms: loss terms of the running Fisher pass, for compiled passes.
         compiled_pass: the number of the running Fisher pass, 0 for the loss, likewise.
         masks: whether rows without a gradient are left out of A in every pass: rows="nonzero".
-        may_leave_out: whether labels may leave out rows with rows="auto", for compiled passes, whose graph has a mask or has not.
+        may_leave_out: whether labels may leave out rows with rows="auto", for compiled passes, which have a mask or not.
         compiled_rows_out: whether they do in a Fisher pass.
         compiled_examples: the number of labels, if there is one for each example, or 0.
         compiled_by_example: whether compiled passes of convolutions leave out whole examples only. (For single positions they

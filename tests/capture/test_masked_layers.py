@@ -128,7 +128,7 @@ def test_positions_below_attention_stay_rows(reduce: bool) -> None:
     def loss() -> Tensor:
         return model(tokens)[mask].square().sum()
 
-    settings = {"weight_sharing": "reduce" if reduce else "expand"}
+    settings = {"weight_sharing": "reduce" if reduce else "expand", "loss_terms": 4}
     found = _step(model, loss, **settings)
     every = _step(model, loss, rows="all", **settings)
     for name in ("middle", "head"):

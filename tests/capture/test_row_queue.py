@@ -42,7 +42,7 @@ def test_launches_of_a_backward_pass_do_not_depend_on_the_depth(show: Callable[.
     show(f"\nLaunches and torch operators of the hooks in forward and backward, by layers and rows: {found}")
     assert found[12, 200][0] == found[48, 200][0] <= 2  # another for the batch, which does not start at a multiple of 16 bytes
     assert found[12, 4][0] == found[48, 4][0] <= 1  # the first layer's input is the batch: it is not deferred
-    assert found[12, 200][1] == found[48, 200][1] <= 12  # nine make three tables, of which two are kept from pass to pass
+    assert found[12, 200][1] == found[48, 200][1] <= 15  # nine make three tables, of which two are kept; three count the call
 
 
 @pytest.mark.parametrize("layers_at_once", [1, 3, 8])

@@ -211,6 +211,7 @@ def test_a_function_tells_the_layouts_of_a_mixed_model(tied: bool, weight_sharin
     )
     assert_equal(found, expected)
     linears = dict.fromkeys(("encoder.linear", "decoder.linear", "decoder.logits"), nn.Linear)
+    assert asked.pop("") is Mixed  # for its own argument
     assert asked == {**linears, "encoder.embedding": nn.Embedding, "decoder.norm": nn.LayerNorm}
 
 
