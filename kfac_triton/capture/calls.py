@@ -163,9 +163,11 @@ class Calls:
             self.compiled.end(self._from_result(args, kwargs, output, None))
         elif call is not None and call.stop < 0:
             call.stop = torch.autograd._get_sequence_nr()
-            if call.source is BY_USER or call.source is BY_TOKENS:
+            if callable(self._asked) or call.source is BY_TOKENS:
                 call.terms = self._from_result(args, kwargs, output, call)
-            self.compiled.end(None if self.counts_rows and call.source is not BY_USER else call.terms, call.left_out)
+            # Of compiled passes the first one in the backward pass counts rows.
+            counts_rows = self.counts_rows and call.source in (BY_EXAMPLES, BY_TOKENS)
+            self.compiled.end(None if counts_rows else call.terms, call.left_out)
 
     def read_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Counts the labels of a Hugging Face model, which is outermost or a part of it, unless the user says N."""

@@ -67,7 +67,8 @@ class Arithmetic:
         key = name, id(a), id(b)
         if key not in self._known:
             # The operands are kept, so that their numbers are not given to others.
-            self._known[key] = a, b, _computed(name, a, b)
+            # In double precision, because quotients of integers would be in single.
+            self._known[key] = a, b, _computed(name, *(x.double() if isinstance(x, Tensor) else x for x in (a, b)))
         return self._known[key][2]
 
 

@@ -52,7 +52,7 @@ class TinyForCausalLM(PreTrainedModel):
     def __init__(self, attends: bool = True) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embedding, self.norm = nn.Embedding(WORDS, WIDTH), nn.LayerNorm(WIDTH)
+        self.embedding, self.norm = nn.Embedding(WORDS, WIDTH), nn.LayerNorm(WIDTH) if attends else nn.Identity()
         self.attention = Attention() if attends else None
         self.up, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WORDS)
         self.double()
