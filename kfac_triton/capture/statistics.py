@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
-from ..kernels.device_tables import device_vector
 from ..layers import Layer, Rows
 from ..layers.partition import Part
 from .calls import Call
+from .counts import Counts, MaskedCount, counted
 from .ekfac_moments import Moments
 from .gate import LEAST_ROWS, MOST_PASSES, Gate
 from .loss_terms import ONE, LossTerms, is_one
@@ -22,55 +20,11 @@ from .row_queue import Pass, RowQueue
 from .sums import Item, Kind, kind_of
 
 
-@dataclass
-class Counts:
-    """Counts for one layer: numbers on the host, or tensors on the device, which may have an entry for each layer.
-
-    Attributes:
-        rows: rows of A.
-        terms: loss terms.
-        taken: rows of A that were kept, if rows are sampled; nothing depends on it.
-        passes: passes that were summed.
-    """
-
-    rows: Any = 0
-    terms: Any = 0
-    taken: Any = 0
-    passes: Any = 0
-
-    def values(self) -> tuple[float, float, float, float]:
-        """Those on the host, as a row of a table."""
-        return float(self.rows), float(self.terms), float(self.taken), float(self.passes)
-
-
 class Use(NamedTuple):
     """A layer's run in a forward pass: the call of the model that it was in, and the weight as it was used."""
 
     call: Call
     weight: Tensor
-
-
-class MaskedCount(NamedTuple):
-    """The rows of a pass with a mask, which only the device can count.
-
-    Attributes:
-        left_out: how many of the taken rows do not count.
-        rows: rows of A in the pass.
-        taken: those of them that were kept by sampling.
-    """
-
-    left_out: Tensor
-    rows: int
-    taken: int
-
-
-def counted(passes: Sequence[MaskedCount]) -> Tensor:
-    """`Counts` of some passes with a mask, (passes, 4), on their device: sampled rows stand for as many as all others."""
-    left_out = torch.stack([one.left_out for one in passes]).double()
-    rows = device_vector([one.rows for one in passes], left_out.device, torch.float64)
-    taken = device_vector([one.taken for one in passes], left_out.device, torch.float64)
-    counting, nothing = taken - left_out, torch.zeros_like(rows)
-    return torch.stack([counting * rows / taken.clamp(min=1), nothing, counting, nothing], 1)
 
 
 class SharedCounts(NamedTuple):

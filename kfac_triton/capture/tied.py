@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..layers.tied import TiedLayer
+from .counts import Counts
 from .gate import Gate
-from .statistics import Counts, FactorSum, SharedCounts, Statistics
+from .statistics import FactorSum, SharedCounts, Statistics
 
 
 def mirrored(entries: list[FactorSum]) -> list[FactorSum]:

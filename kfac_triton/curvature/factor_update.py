@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..capture.counts import Counts, counted
 from ..capture.ekfac_moments import Moments
 from ..capture.gate import Gate
 from ..capture.loss_terms import ONE
 from ..capture.row_queue import Pass, RowQueue, divided, vector_of
-from ..capture.statistics import Counts, FactorSum, SharedCounts, Statistics, counted
+from ..capture.statistics import FactorSum, SharedCounts, Statistics
 from ..capture.tied import TiedStatistics, mirrored
 from ..fisher import scales
 from ..kernels import ops

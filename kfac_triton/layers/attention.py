@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .base import Layer, Rows
+from .base import Layer
 from .linear import LinearLayer
+from .rows import Rows
 
 
 @dataclass(frozen=True)

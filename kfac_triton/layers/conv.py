@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from kfac_triton.kernels import ops
 
-from .base import Layer, Rows
+from .base import Layer
+from .rows import Rows
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 

@@ -6,7 +6,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from .base import Layer, Rows
+from .base import Layer
+from .rows import Rows
 
 
 class EmbeddingLayer(Layer):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .base import Layer, Rows
+from .base import Layer
+from .rows import Rows
 
 
 class LinearLayer(Layer):

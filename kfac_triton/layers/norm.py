@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..kernels.norm_fisher.reference import per_example_gradients
 from ..kernels.ops import ROWS, Norm
-from .base import Layer, Rows
+from .base import Layer
+from .rows import Rows
 
 
 @dataclass(frozen=True)

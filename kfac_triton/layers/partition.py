@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops
-from .base import Layer, Rows
+from .base import Layer
+from .rows import Rows
 
 
 def factor_dtype(weight: Tensor) -> torch.dtype:
