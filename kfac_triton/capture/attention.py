@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..layers import Layer
 from .calls import Call
-from .hooks import Tap, should_tap
+from .hooks import Tap, weight_to_tap
 from .inert import InertCopies, remove_inert
 from .statistics import Statistics, Use
 
@@ -61,7 +61,7 @@ class _Watch(TorchFunctionMode):
         members = []
         for statistics in self._statistics:
             columns = _columns(statistics.layer, weight)
-            if columns is not None and should_tap(statistics, output):
+            if columns is not None and weight_to_tap(statistics, output) is not None:
                 members.append((columns, statistics))
         if not members:
             return output

@@ -26,7 +26,12 @@ class BeginHook(_CallHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begins a call, unless one runs already."""
         gate = self.gate
-        if gate is None or not gate.open or not torch.is_grad_enabled():
+        if gate is None:
+            return
+        outermost = gate.calls.outermost
+        if outermost is not None and outermost is not module and not self.has_labels:  # inside of a call, as usual
+            return
+        if not gate.open or not torch.is_grad_enabled():
             return
         # Under torch.func the arguments are of another batch, and nothing is captured.
         if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
@@ -41,7 +46,7 @@ class EndHook(_CallHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Ends the call, if the module has begun it."""
-        if self.gate is not None:
+        if self.gate is not None and self.gate.calls.outermost is module:
             self.gate.calls.end(module, args, kwargs, output)
 
 

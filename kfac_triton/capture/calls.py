@@ -50,6 +50,7 @@ class Call:
         was_dropped: whether the statistics of such a pass were thrown away with the gradients.
         shape: of the first tensor argument.
         last: the layer that ran last, and the shape of its output.
+        watches_layers: whether the next layer has to be noted.
         counted_in: the backward pass whose first layer has counted the rows with a gradient.
         number: its own.
         start, stop: the numbers of the autograd nodes that it has made.
@@ -57,7 +58,7 @@ class Call:
 
     __slots__ = (
         "__weakref__", "counted_in", "joined", "last", "left_out", "number", "out_examples", "shape", "source", "start",
-        "stop", "terms", "was_dropped", "was_used",
+        "stop", "terms", "was_dropped", "was_used", "watches_layers",
     )  # fmt: skip
 
     def __init__(self, terms: Number | None = None, source: str = BY_LAYER) -> None:
@@ -70,13 +71,15 @@ class Call:
         self.was_used = self.was_dropped = False
         self.shape: torch.Size | None = None
         self.last: tuple[Layer, torch.Size] | None = None
+        self.watches_layers = source is BY_TOKENS or source is BY_EXAMPLES
         self.start = self.stop = -1
 
     def enter(self, layer: Layer, x: Tensor, output: Tensor) -> None:
         """Notes that a layer has run in this call."""
-        if self.last is None and x.dim() == layer.unbatched_dim:
+        if x.dim() == layer.unbatched_dim:
             self.enter_unbatched(x)
         self.last = layer, output.shape
+        self.watches_layers = self.source is BY_TOKENS  # of the others only the first one matters
 
     def count_rows(self, rows: Rows, task: int, are_tokens: bool) -> None:
         """Takes the rows with a gradient for the loss terms, of the first layer that the backward pass comes through."""
@@ -101,6 +104,7 @@ class Calls:
 
     Attributes:
         current: the call that runs, if any.
+        outermost: the module that began it.
         alive: the calls through which a backward pass may still go.
         root: the number of a backward pass that recomputes layers, which reentrant checkpointing does in passes inside of it.
         compiled: the calls in which compiled layers run.
@@ -119,7 +123,7 @@ class Calls:
     ) -> None:
         self._asked, self.are_tokens, self._batch_dim = loss_terms, are_tokens, batch_dim
         self.current: Call | None = None
-        self._outermost: nn.Module | None = None
+        self.outermost: nn.Module | None = None
         self._depth = 0
         self.alive: weakref.WeakSet[Call] = weakref.WeakSet()
         self._recomputable: collections.deque[Call] = collections.deque(maxlen=_RECOMPUTABLE)
@@ -132,11 +136,11 @@ class Calls:
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward of a module begins."""
-        if self._outermost is not None:
-            if self._outermost is module:  # a recursive model
+        if self.outermost is not None:
+            if self.outermost is module:  # a recursive model
                 self._depth += 1
             return
-        self._outermost, self._depth = module, 0
+        self.outermost, self._depth = module, 0
         if torch.compiler.is_compiling():
             terms, source = self._from_arguments(module, args, kwargs)
             self.compiled.begin(None if self.counts_rows and source is not BY_USER else terms)
@@ -153,12 +157,12 @@ class Calls:
 
     def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The forward has ended. The output is None if it has raised an exception."""
-        if self._outermost is not module:
+        if self.outermost is not module:
             return
         if self._depth:
             self._depth -= 1
             return
-        call, self.current, self._outermost = self.current, None, None
+        call, self.current, self.outermost = self.current, None, None
         if torch.compiler.is_compiling():
             self.compiled.end(self._from_result(args, kwargs, output, None))
         elif call is not None and call.stop < 0:
@@ -171,7 +175,7 @@ class Calls:
 
     def read_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Counts the labels of a Hugging Face model, which is outermost or a part of it, unless the user says N."""
-        if self._asked != "auto" or self._outermost is None:
+        if self._asked != "auto" or self.outermost is None:
             return
         counted = hf_labels.count(model, args, kwargs)
         if counted is None:
@@ -212,7 +216,7 @@ class Calls:
         """Forgets what belongs to the last step, and a call that was interrupted (Ctrl-C)."""
         for call in list(self.alive):
             call.was_used = False
-        self.current = self._outermost = self._in_backward = self.root = None
+        self.current = self.outermost = self._in_backward = self.root = None
         if self.sources:
             self.reported = tuple(sorted(self.sources))
             self.sources.clear()

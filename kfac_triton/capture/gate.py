@@ -115,7 +115,9 @@ class Gate:
             self._notice_loss()
         if not self.records:
             return False
-        call.was_used = True
+        if not call.was_used:
+            call.was_used = True
+            self.calls.sources.add((self.whole or call.joined or call).source)
         if call.was_dropped and not self._warned_of_drop:
             self._warned_of_drop = True
             warn(

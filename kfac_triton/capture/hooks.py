@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..autocast import NoAutocast
 from ..layers import Layer
 from ..layers.dtensor import local
 from .inert import InertCopies, remove_inert
@@ -34,8 +35,8 @@ class Tap(torch.autograd.Function):
         """Adds to the statistics and passes the gradient on."""
         (x,) = ctx.saved_tensors
         # Detached, so that rows that are kept do not keep the graph, nor the call that it belongs to.
-        if torch.is_grad_enabled():  # create_graph
-            with torch.no_grad():
+        if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():  # create_graph, or backward under autocast
+            with torch.no_grad(), NoAutocast():
                 ctx.statistics.add(local(x.detach()), local(gradient.detach()), x.requires_grad, ctx.use)
         else:
             ctx.statistics.add(local(x.detach()), local(gradient), x.requires_grad, ctx.use)
@@ -60,30 +61,34 @@ class CompiledTap(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
-def should_tap(statistics: Statistics, output: Tensor) -> bool:
-    """Whether a forward pass is to be captured, and can be."""
+def weight_to_tap(statistics: Statistics, output: Tensor) -> Tensor | None:
+    """The layer's weight, if a forward pass is to be captured, and can be; None otherwise."""
     gate = statistics.gate
     if not gate.open:
-        return False
+        return None
     if not torch.is_grad_enabled():
         if not torch.compiler.is_compiling():
             gate.calls.note_ungraded()
-        return False
+        return None
     weight = statistics.layer.weight
     if not output.requires_grad or not weight.requires_grad or weight.device != statistics.device:
-        return False
+        return None
     # Under torch.func the sums would be filled with transformed tensors.
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None
+    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
+        return None
+    return weight
 
 
-def tapped(output: Tensor, x: Tensor, statistics: Statistics) -> Tensor:
-    """The output of a layer with the input x, with a tap behind it."""
-    calls = statistics.gate.calls
+def tapped(output: Tensor, x: Tensor, weight: Tensor, statistics: Statistics) -> Tensor:
+    """The output of a layer with the input x and this weight, with a tap behind it."""
+    gate = statistics.gate
+    calls = gate.calls
     if torch.compiler.is_compiling():
-        return CompiledTap.apply(output, x, statistics.gate.probe, calls.compiled.number.clone(), statistics)
-    call = calls.now()
-    call.enter(statistics.layer, x, output)
-    return Tap.apply(output, x, statistics.gate.probe, statistics, Use(call, statistics.layer.weight))
+        return CompiledTap.apply(output, x, gate.probe, calls.compiled.number.clone(), statistics)
+    call = calls.current or calls.now()
+    if call.watches_layers:
+        call.enter(statistics.layer, x, output)
+    return Tap.apply(output, x, gate.probe, statistics, Use(call, weight))
 
 
 class Hook(InertCopies):
@@ -99,10 +104,10 @@ class CaptureHook(Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         """Taps the output unless nothing can or should be captured; None leaves it as it is."""
         statistics = self.statistics
-        if statistics is None or not should_tap(statistics, output):
+        if statistics is None or (weight := weight_to_tap(statistics, output)) is None:
             return None
         x = args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
-        return tapped(output, x, statistics)
+        return tapped(output, x, weight, statistics)
 
 
 class CastHook(Hook):

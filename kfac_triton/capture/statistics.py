@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..autocast import without_autocast
 from ..layers import Layer, Rows
 from ..layers.partition import Part
 from .calls import Call
@@ -123,7 +122,6 @@ class Statistics:
             counts[1] += terms.to(device)
         return counts + counted(self.masked).sum(0) if self.masked else counts
 
-    @without_autocast
     def add(self, x: Tensor, gradient: Tensor, owned_by_autograd: bool = False, use: Use | None = None) -> None:
         """Adds one backward pass through the layer.
 
@@ -145,7 +143,6 @@ class Statistics:
         call = gate.whole or use.call.joined or use.call
         weigh = ONE
         if gate.counts_terms:
-            gate.calls.sources.add(call.source)
             root = task if gate.calls.root is None else gate.calls.root
             if self.terms.begins(0 if gate.adds_calls == "separate" else root):
                 self._begin_group()
@@ -178,9 +175,10 @@ class Statistics:
         """The rows that are sampled, with a mask of those that carry a loss if others are to be left out."""
         gate = self.gate
         every = gate.stride_for(rows.input_count, self._least(rows))
-        has_mask = (
-            gate.has_mask(call) and gate.counts_terms and not self.layer.constant_input
-        )  # A of a constant is 1 in any case
+        # A of a constant is 1 in any case.
+        has_mask = gate.has_mask(call) and gate.counts_terms and not self.layer.constant_input
+        if not has_mask and every == 1:
+            return rows
         by_example = call is None or call.out_examples is not None
         if has_mask and by_example:  # before rows of the examples are missing
             rows = gate.masked(rows, call, number)

@@ -165,7 +165,7 @@ class Layer(ABC):
 
     def rows_of_pass(self, x: Tensor, gradient: Tensor) -> Rows:
         """The rows of the module's input and the gradient with respect to its output, wherever their examples are."""
-        if dim := self.dim_of_examples(x):
+        if self.batch_dim and (dim := self.dim_of_examples(x)):
             x, gradient = x.movedim(dim, 0), gradient.movedim(dim, 0)
         return self.rows(x, gradient)
 
