@@ -55,6 +55,9 @@ MODES = [
     "accumulation",
     "shared",
     "double-backward",
+    "input-derivatives",  # of the loss and of the output, and both are in the loss
+    "two-calls",  # whose means are added
+    "two-calls-accumulated",  # in two backward passes of two calls
 ]
 
 
@@ -93,10 +96,13 @@ def _explicit_passes(net: Net, parts: list[Tensor], mode: str) -> dict[str, list
     for part in parts:
         part = part.detach().requires_grad_()
         loss, seen = _recorded(net, part)
-        losses = [loss / len(parts)]
+        losses = [loss / (1 if mode == "two-calls" else len(parts))]
         if mode == "double-backward":
             (slope,) = torch.autograd.grad(loss, part, create_graph=True)
             losses = [slope.square().sum()]  # the pass that makes the slope makes no gradient of a weight
+        if mode == "input-derivatives":
+            (slope,) = torch.autograd.grad(loss, part, create_graph=True)
+            losses = [loss + slope.square().sum()]
         for each in losses:
             for name, calls in seen.items():
                 gradients = torch.autograd.grad(each, [out for _, out in calls], retain_graph=True)
@@ -105,6 +111,11 @@ def _explicit_passes(net: Net, parts: list[Tensor], mode: str) -> dict[str, list
 
 
 def _run(net: Net, parts: list[Tensor], mode: str) -> None:
+    if mode.startswith("two-calls"):
+        pairs = [parts] if mode == "two-calls" else [parts[:2], parts[2:]]
+        for pair in pairs:
+            (sum(net(part).mean() for part in pair) / len(pairs)).backward()
+        return
     for part in parts:
         part = part.detach().requires_grad_()
         if mode.startswith("checkpoint"):
@@ -117,6 +128,10 @@ def _run(net: Net, parts: list[Tensor], mode: str) -> None:
         if mode == "double-backward":
             (slope,) = torch.autograd.grad(loss, part, create_graph=True)
             slope.square().sum().backward()
+        elif mode == "input-derivatives":
+            torch.autograd.grad(loss, part, retain_graph=True)
+            (slope,) = torch.autograd.grad(out.mean(), part, create_graph=True)
+            (loss + slope.square().sum()).backward()
         else:
             loss.backward()
 
@@ -128,22 +143,25 @@ def test_table(mode: str, kind: str, inplace: bool) -> None:
     torch.compiler.reset()
     net = Net(kind, inplace, shared=mode == "shared").double()
     x = torch.randn(INPUTS[kind], dtype=torch.float64)
-    parts = list(x.chunk(2)) if mode == "accumulation" else [x]
+    counts = {"accumulation": [3, 3], "two-calls": [4, 2], "two-calls-accumulated": [2, 1, 2, 1]}
+    parts = list(x.split(counts.get(mode, [len(x)])))
     expected = _explicit_passes(net, parts, mode)
 
     preconditioner = KFACPreconditioner(net)
     engine = preconditioner.engine
     _run(net, parts, mode)
-    backwards = 2 if mode == "accumulation" else 1
-    examples = sum(len(part) for part in parts)
+    examples = len(x)
     positions = len(x) * (x.shape[1] if kind == "linear-3d" else x.shape[2:].numel() if kind == "conv" else 1)
     for statistics in engine.statistics:
         calls = 2 if mode == "shared" and statistics.layer.name == "second" else 1
         assert statistics.counts.tolist() == [positions * calls, examples]
-    assert len(expected["first"]) == backwards
     engine.precondition(lambda p: 0.1)
     for name, (a, g) in preconditioner.factors().items():
         true_a, true_g = _explicit(net, name, expected[name], examples)
+        if mode.startswith("two-calls"):
+            # The sum of those of each call; of the losses above a quarter, which in a micro-batch are a half: 2 * 2^2 times.
+            each = [_explicit(net, name, [one], len(part))[1] for one, part in zip(expected[name], parts, strict=True)]
+            true_g = sum(each) * (1 if mode == "two-calls" else 8)
         assert relative_error(a, true_a) <= TOLERANCE
         assert relative_error(g, true_g) <= TOLERANCE
 
