@@ -30,7 +30,7 @@ class _Split:
     """Replaces the statistics of one layer in a `Tap` by those of several, each with its columns of the output."""
 
     def __init__(self, members: Sequence[tuple[slice, Statistics]], call: Call) -> None:
-        self._members = [(columns, own, Use(call, own.layer.weight)) for columns, own in members]
+        self._members = [(columns, own, (call, own.layer.weight)) for columns, own in members]
 
     def add(self, x: Tensor, gradient: Tensor, owned_by_autograd: bool, use: Use) -> None:
         """See `Statistics.add`."""
@@ -70,7 +70,7 @@ class _Watch(TorchFunctionMode):
         first = members[0][1]
         call = first.gate.calls.now()
         call.last = first.layer, output.shape
-        return Tap.apply(output, x, first.gate.probe, _Split(members, call), Use(call, first.layer.weight))
+        return Tap.apply(output, x, first.gate.probe, _Split(members, call), (call, first.layer.weight))
 
 
 def _columns(layer: Layer, used: Tensor) -> slice | None:

@@ -50,7 +50,8 @@ class Call:
         was_dropped: whether the statistics of such a pass were thrown away with the gradients.
         shape: of the first tensor argument.
         last: the layer that ran last, and the shape of its output.
-        watches_layers: whether the next layer has to be noted.
+        watches_first: whether the first layer tells if the argument has a batch dimension.
+        watches_last: whether `last` has to be noted.
         counted_in: the backward pass whose first layer has counted the rows with a gradient.
         number: its own.
         start, stop: the numbers of the autograd nodes that it has made.
@@ -58,7 +59,7 @@ class Call:
 
     __slots__ = (
         "__weakref__", "counted_in", "joined", "last", "left_out", "number", "out_examples", "shape", "source", "start",
-        "stop", "terms", "was_dropped", "was_used", "watches_layers",
+        "stop", "terms", "was_dropped", "was_used", "watches_first", "watches_last",
     )  # fmt: skip
 
     def __init__(self, terms: Number | None = None, source: str = BY_LAYER) -> None:
@@ -71,15 +72,14 @@ class Call:
         self.was_used = self.was_dropped = False
         self.shape: torch.Size | None = None
         self.last: tuple[Layer, torch.Size] | None = None
-        self.watches_layers = source is BY_TOKENS or source is BY_EXAMPLES
+        self.watches_first, self.watches_last = source is BY_EXAMPLES, source is BY_TOKENS
         self.start = self.stop = -1
 
-    def enter(self, layer: Layer, x: Tensor, output: Tensor) -> None:
-        """Notes that a layer has run in this call."""
+    def enter(self, layer: Layer, x: Tensor) -> None:
+        """The first layer runs."""
+        self.watches_first = False
         if x.dim() == layer.unbatched_dim:
             self.enter_unbatched(x)
-        self.last = layer, output.shape
-        self.watches_layers = self.source is BY_TOKENS  # of the others only the first one matters
 
     def count_rows(self, rows: Rows, task: int, are_tokens: bool) -> None:
         """Takes the rows with a gradient for the loss terms, of the first layer that the backward pass comes through."""

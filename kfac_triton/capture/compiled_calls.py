@@ -9,12 +9,24 @@ from torch import Tensor
 IN_FLIGHT = 1 << 10
 
 
+_has_taps = [False]
+
+
+@torch.compiler.assume_constant_result
+def note_compiled_tap() -> bool:
+    """Notes that torch.compile traces a tap, in any model. It really runs then; in the graph it is a constant.
+
+    (The graph itself may not change a Python object where it is a part of checkpointing.)
+    """
+    _has_taps[0] = True
+    return True
+
+
 class CompiledCalls:
     """Numbers of calls, and the loss terms of each, on a device.
 
     A compiled tap saves the number of its call in the forward pass, when the terms need not be known yet, and looks them up in
-    the backward pass. All calls are counted, because compiled layers cannot say that they run: a graph of torch.compile must
-    not change a Python object where it is a part of checkpointing.
+    the backward pass. Nothing is counted until a tap has been compiled (`note_compiled_tap`).
 
     Attributes:
         number: of the call that runs, ().
@@ -32,7 +44,8 @@ class CompiledCalls:
 
     def begin(self, terms: float | Tensor | None = None) -> None:
         """A call begins, with these terms, if they are known already."""
-        self.number.add_(1)
+        if torch.compiler.is_compiling() or _has_taps[0]:
+            self.number.add_(1)
         self.known = terms, None
 
     def end(self, terms: float | Tensor | None = None, left_out: Tensor | None = None) -> None:
@@ -40,6 +53,8 @@ class CompiledCalls:
         if terms is None:
             terms, left_out = self.known
         self.known = None, None
+        if not torch.compiler.is_compiling() and not _has_taps[0]:
+            return
         place = self._place(self.number)
         self._marks_rows |= left_out is not None
         values = (-1.0 if terms is None else terms, 0.0 if left_out is None else left_out)

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ..autocast import NoAutocast
 from ..layers import Layer
 from ..layers.dtensor import local
+from .compiled_calls import note_compiled_tap
 from .inert import InertCopies, remove_inert
 from .statistics import Statistics, Use
 
@@ -84,11 +85,14 @@ def tapped(output: Tensor, x: Tensor, weight: Tensor, statistics: Statistics) ->
     gate = statistics.gate
     calls = gate.calls
     if torch.compiler.is_compiling():
+        note_compiled_tap()
         return CompiledTap.apply(output, x, gate.probe, calls.compiled.number.clone(), statistics)
     call = calls.current or calls.now()
-    if call.watches_layers:
-        call.enter(statistics.layer, x, output)
-    return Tap.apply(output, x, gate.probe, statistics, Use(call, weight))
+    if call.watches_first:
+        call.enter(statistics.layer, x)
+    if call.watches_last:
+        call.last = statistics.layer, output.shape
+    return Tap.apply(output, x, gate.probe, statistics, (call, weight))
 
 
 class Hook(InertCopies):

@@ -86,6 +86,7 @@ class LossTerms:
     Attributes:
         on_host: their sum, of numbers that the host knows.
         on_device: the others.
+        group: the group of calls that the last pass belongs to.
     """
 
     def __init__(self, arithmetic: Arithmetic) -> None:
@@ -96,27 +97,21 @@ class LossTerms:
         """Forgets all passes."""
         self.on_host: float = 0
         self.on_device: list[Tensor] = []
-        self._group = -1
+        self.group = -1
         self._calls: dict[int, Number] = {}  # by number: a call that is referred to would seem to be in use
         self._total: Number = 0
 
-    def begins(self, group: int) -> bool:
-        """Whether this is another group of calls than that of the pass before. It begins then."""
-        if group == self._group:
-            return False
-        self._group, self._total = group, 0
-        self._calls = {}
-        return True
-
-    def add(self, call: Call, own: int) -> Weight:
+    def add(self, call: Call, group: int, own: int) -> Weight:
         """Counts a pass through a call, which is counted once in its group.
 
         Args:
             call: the call.
+            group: the number of the group; if it is another one than before, it begins.
             own: the terms that the layer itself counts, for a call that does not know.
         """
-        known = self._calls.get(call.number)
-        if known is not None:
+        if group != self.group:
+            self.group, self._calls = group, {}
+        elif (known := self._calls.get(call.number)) is not None:
             return ONE if len(self._calls) == 1 else Weight(self._arithmetic.share(known, self._total))
         terms = own if call.terms is None else call.terms
         if isinstance(terms, Tensor):

@@ -18,12 +18,8 @@ from .loss_terms import ONE, LossTerms, is_one
 from .row_queue import Pass, RowQueue
 from .sums import Item, Kind, kind_of
 
-
-class Use(NamedTuple):
-    """A layer's run in a forward pass: the call of the model that it was in, and the weight as it was used."""
-
-    call: Call
-    weight: Tensor
+# A layer's run in a forward pass: the call of the model that it was in, and the weight as it was used.
+Use = tuple[Call, Tensor]
 
 
 class SharedCounts(NamedTuple):
@@ -134,28 +130,35 @@ class Statistics:
         """
         gate, task = self.gate, torch._C._current_graph_task_id()
         weight = self.layer.weight
-        if use is None:
-            use = Use(gate.calls.now(), weight)
+        call, used = (gate.calls.now(), weight) if use is None else use
         # Another leaf in the place of the weight (torch.func.functional_call) gets a gradient of its own.
-        if (use.weight is not weight and use.weight.is_leaf) or not gate.counts(task, use.weight, use.call):
+        if (used is not weight and used.is_leaf) or not gate.counts(task, used, call):
             return
         rows = self.layer.rows_of_pass(x, gradient)
-        call = gate.whole or use.call.joined or use.call
+        call = gate.whole or call.joined or call
         weigh = ONE
         if gate.counts_terms:
             root = task if gate.calls.root is None else gate.calls.root
-            if self.terms.begins(0 if gate.adds_calls == "separate" else root):
-                self._begin_group()
+            group = 0 if gate.adds_calls == "separate" else root
+            if group != self.terms.group and (self.on_host.passes or self.deferred):
+                self._set_earlier_aside()
             if gate.calls.counts_rows:
                 call.count_rows(rows, root, gate.calls.are_tokens)
-            weigh = self.terms.add(call, rows.terms)
+            weigh = self.terms.add(call, group, rows.terms)
             if gate.adds_calls == "joint":
                 weigh = ONE
         if self.moments is not None and gate.adds_gradients:
             self.moments.add(rows, weigh)
-        rows = self._chosen(rows, call)
-        if gate.counts_terms:
-            self._count_rows(rows)
+        every = gate.stride_for(rows.input_count, self._least(rows))
+        if every > 1 or gate.masks or call.left_out is not None:
+            rows = self._chosen(rows, every, call)
+        if not gate.counts_terms:
+            pass
+        elif rows.left_out is not None:
+            self.masked.append(MaskedCount(rows.left_out, rows.input_count, rows.taken))
+        else:
+            self.on_host.rows += rows.input_count
+            self.on_host.taken += rows.input_count * rows.share
         one = Pass(rows, gate.counts_terms, weigh, gate.adds_gradients)
         if self.deferred and not is_one(weigh.old):
             multiply = gate.arithmetic.multiply
@@ -171,14 +174,11 @@ class Statistics:
         self.on_host.passes += 1
         self._queue.put(self, passes)
 
-    def _chosen(self, rows: Rows, call: Call | None, number: Tensor | None = None) -> Rows:
-        """The rows that are sampled, with a mask of those that carry a loss if others are to be left out."""
+    def _chosen(self, rows: Rows, every: int, call: Call | None, number: Tensor | None = None) -> Rows:
+        """One row in `every`, with a mask of those that carry a loss if others are to be left out."""
         gate = self.gate
-        every = gate.stride_for(rows.input_count, self._least(rows))
         # A of a constant is 1 in any case.
         has_mask = gate.has_mask(call) and gate.counts_terms and not self.layer.constant_input
-        if not has_mask and every == 1:
-            return rows
         by_example = call is None or call.out_examples is not None
         if has_mask and by_example:  # before rows of the examples are missing
             rows = gate.masked(rows, call, number)
@@ -226,11 +226,11 @@ class Statistics:
         if self.moments is not None:
             self.moments.restore()
 
-    def _begin_group(self) -> None:
-        """Other calls begin whose sums may have to be multiplied: what there is of earlier ones is set aside."""
-        if not (self.on_host.passes or self.deferred) or self.gate.adds_calls != "accumulated":
+    def _set_earlier_aside(self) -> None:
+        """Sets aside the sums of earlier calls, if those of the calls that follow may have to be multiplied."""
+        if self.gate.adds_calls != "accumulated" or self.gate.whole is not None:
             return
-        if self.gate.whole is not None or len(self.gate.calls.alive) < 2:  # only one call can be in this backward pass
+        if len(self.gate.calls.alive) < 2:  # only one call can be in this backward pass
             return
         if self.deferred:
             self._queue.put(self, self.deferred)
@@ -262,13 +262,6 @@ class Statistics:
     def _undefer(self) -> None:
         self.deferred, self._deferred_bytes = [], 0
 
-    def _count_rows(self, rows: Rows) -> None:
-        if rows.left_out is not None:
-            self.masked.append(MaskedCount(rows.left_out, rows.input_count, rows.taken))
-            return
-        self.on_host.rows += rows.input_count
-        self.on_host.taken += rows.input_count * rows.share
-
     def add_compiled(self, x: Tensor, gradient: Tensor, number: Tensor) -> None:
         """Adds a pass inside a graph of torch.compile.
 
@@ -283,7 +276,7 @@ class Statistics:
         rows = self.layer.rows_of_pass(x, gradient)
         own = rows.terms if not gate.calls.counts_rows else rows.carrying(gate.calls.are_tokens)
         number = number.to(gate.weight.device)
-        rows = self._chosen(rows, None, number)
+        rows = self._chosen(rows, gate.stride_for(rows.input_count, self._least(rows)), None, number)
         alpha, beta = self._alpha * gate.weight / rows.share, self._beta
         # No number that differs between equal layers (a place, a slot) may be read here: they would not share a graph.
         for kind, entries, places in self._runs:
