@@ -19,6 +19,7 @@ from .capture.call_hooks import attach_calls
 from .capture.calls import BY_LIKELIHOOD, Call, Calls
 from .capture.fisher_pass import FisherPass
 from .capture.gate import Gate
+from .capture.hook_order import warn_of_earlier_hooks
 from .capture.hooks import attach
 from .cuda_graphs import require_recordable_settings
 from .curvature.curvature import Curvature
@@ -91,6 +92,7 @@ class Engine:
         self.mixed: set[nn.Parameter] = set()
         self.plan: GradientPlan | None = None
         self._warned: set[int] = set()
+        self._warned_of_hooks: set[int] = set()
         self.progress = Progress(settings.damping_at(0), frozenset(range(len(self.layers))))
         self.resume(self.progress)
 
@@ -175,6 +177,7 @@ class Engine:
         refuse_sharded(self.layers)  # which may have happened after construction
         settings, steps = self.settings, self.progress.steps
         if settings.is_due("statistics_every", steps):
+            warn_of_earlier_hooks(self.layers, self._warned_of_hooks)
             self._update_factors()
         self.progress = self.progress.at_damping(settings.damping_at(steps))
         # A layer with its first statistics gets an inverse at once. Until then damping alone would scale its gradient up.

@@ -20,9 +20,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ..layers import Layer
+from ..warning import warn
 from .calls import Call
+from .hook_order import LastHook, put_last, runs_before_others
 from .hooks import Tap, weight_to_tap
-from .inert import InertCopies, remove_inert
+from .inert import remove_inert
 from .statistics import Statistics, Use
 
 
@@ -133,8 +135,11 @@ def _mark(x: Tensor, watch: _Watch) -> _Marked:
     return marked
 
 
-class AttentionHook(InertCopies):
+class AttentionHook(LastHook):
     """Forward pre-hook of nn.MultiheadAttention: marks the query.
+
+    A pre-hook of others that ran after this one could replace the marked query, or pass it to an autograd Function, which would
+    not see the graph behind it. `BeginHook` puts the hooks in order before the model's call reaches the attention.
 
     Args:
         statistics: those of the module's projections.
@@ -154,6 +159,15 @@ class AttentionHook(InertCopies):
             return None
         query = args[0] if args else kwargs["query"]
         if type(query) not in (Tensor, nn.Parameter) or query.is_nested:
+            return None
+        if runs_before_others(module, self):
+            put_last(module, self)
+            names = ", ".join(repr(own.layer.name) for own in self.statistics)
+            warn(
+                f"this forward pass leaves no statistics of layers {names}, because a forward pre-hook was registered on their "
+                "attention module after the optimizer was made, and the module was called alone. Later passes do. Register it "
+                "before the optimizer is made"
+            )
             return None
         batch = 1 if query.dim() == 2 else query.shape[0 if module.batch_first else 1]
         if query.dim() == 2:

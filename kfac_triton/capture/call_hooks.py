@@ -12,12 +12,13 @@ from torch.utils.hooks import RemovableHandle
 from ..layers import Layer
 from ..layers.hf_labels import is_hugging_face
 from .gate import Gate
+from .hook_order import put_last
 from .inert import InertCopies, remove_inert
 
 
 class _CallHook(InertCopies):
-    def __init__(self, gate: Gate | None = None, has_labels: bool = False) -> None:
-        self.gate, self.has_labels = gate, has_labels
+    def __init__(self, gate: Gate | None = None, has_labels: bool = False, functional: Sequence[nn.Module] = ()) -> None:
+        self.gate, self.has_labels, self.functional = gate, has_labels, functional
 
 
 class BeginHook(_CallHook):
@@ -36,6 +37,10 @@ class BeginHook(_CallHook):
         # Under torch.func the arguments are of another batch, and nothing is captured.
         if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
             return
+        if gate.calls.current is None and not torch.compiler.is_compiling():
+            for other in self.functional:
+                if other is not module:  # whose hooks run already, in the order that they had
+                    put_last(other)
         gate.calls.begin(module, args, kwargs)
         if self.has_labels:
             gate.calls.read_labels(module, args, kwargs)
@@ -68,7 +73,8 @@ def _run_eagerly() -> None:
 def attach_calls(model: nn.Module, layers: Sequence[Layer], gate: Gate) -> list[RemovableHandle]:
     """Hooks on each module that contains covered layers; a layer that is called alone is its own call without any."""
     covered = {id(module) for layer in layers for module in layer.modules}
-    functional = {id(layer.module) for layer in layers if layer.applies_weight_itself}
+    modules = list(dict.fromkeys(layer.module for layer in layers if layer.applies_weight_itself))
+    functional = {id(module) for module in modules}
     handles = []
     _run_eagerly()
     for module in _containers(model, covered | functional, functional):
@@ -76,7 +82,8 @@ def attach_calls(model: nn.Module, layers: Sequence[Layer], gate: Gate) -> list[
         remove_inert(module, "_forward_hooks", EndHook())
         has_labels = is_hugging_face(module)
         # The first of all hooks, so that the arguments are those of the user; the last, so that all layers have run.
-        handles.append(module.register_forward_pre_hook(BeginHook(gate, has_labels), prepend=True, with_kwargs=True))
+        begin = BeginHook(gate, has_labels, modules)
+        handles.append(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
         handles.append(module.register_forward_hook(EndHook(gate, has_labels), with_kwargs=True, always_call=True))
     return handles
 

@@ -16,6 +16,7 @@ from ..autocast import NoAutocast
 from ..layers import Layer
 from ..layers.dtensor import local
 from .compiled_calls import note_compiled_tap
+from .hook_order import LastHook, put_last, runs_before_others
 from .inert import InertCopies, remove_inert
 from .statistics import Statistics, Use
 
@@ -114,10 +115,12 @@ class CaptureHook(Hook):
         return tapped(output, x, weight, statistics)
 
 
-class CastHook(Hook):
+class CastHook(Hook, LastHook):
     """Forward pre-hook of one layer, which casts the input under autocast, as the layer itself would do.
 
-    Autograd then saves one tensor for the layer and the tap. Without it the tap would keep another copy.
+    Autograd then saves one tensor for the layer and the tap. Without it the tap would keep another copy. A pre-hook of others
+    must not see the cast input, with which it would compute less precisely. So where one comes after this hook, nothing is cast
+    in this call, and from the next one on the order is right.
     """
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -126,6 +129,10 @@ class CastHook(Hook):
             return None
         x = args[0]
         if not isinstance(x, Tensor) or x.dtype != torch.float32 or not torch.is_autocast_enabled(x.device.type):
+            return None
+        if runs_before_others(module, self):
+            if not torch.compiler.is_compiling():
+                put_last(module, self)
             return None
         return (x.to(torch.get_autocast_dtype(x.device.type)), *args[1:])
 
@@ -142,5 +149,6 @@ def attach(layers: list[Layer], statistics: list[Statistics]) -> list[RemovableH
             of_use = own.tied if layer.uses_weight_transposed(use) else own
             if of_use is not None and of_use.layer.autocasts:
                 handles.append(module.register_forward_pre_hook(CastHook(of_use)))
-            handles.append(module.register_forward_hook(CaptureHook(of_use), with_kwargs=True))
+            # The first of all, because the forward hooks of others may change the output.
+            handles.append(module.register_forward_hook(CaptureHook(of_use), with_kwargs=True, prepend=True))
     return handles
