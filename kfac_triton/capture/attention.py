@@ -164,9 +164,9 @@ class AttentionHook(LastHook):
             put_last(module, self)
             names = ", ".join(repr(own.layer.name) for own in self.statistics)
             warn(
-                f"this forward pass leaves no statistics of layers {names}, but later ones do: a forward pre-hook was registered "
-                "on their attention module after the optimizer was made, and the module was called alone, or the hook was "
-                "registered inside of the model's call. Register it before the optimizer is made"
+                f"this forward pass leaves no statistics of layers {names}, but later ones do: a forward pre-hook was "
+                "registered on their attention module after the optimizer was made, and the module was called alone, or the "
+                "hook was registered inside of the model's call. Register it before the optimizer is made"
             )
             return None
         batch = 1 if query.dim() == 2 else query.shape[0 if module.batch_first else 1]

@@ -23,13 +23,15 @@ class LastHook(InertCopies):
     """A forward pre-hook that has to be the last one, so that no hook of others sees what it makes of the input."""
 
 
-def runs_before_others(module: nn.Module, own: LastHook) -> bool:
-    """Whether a pre-hook of others comes after this one, which happens if it is registered later."""
+def runs_before_others(module: nn.Module, own: LastHook | None = None) -> bool:
+    """Whether a pre-hook of others, which was registered later, comes after this one; after any last hook if none is given."""
     found = False
     for hook in module._forward_pre_hooks.values():
-        if found and not isinstance(hook, InertCopies):
-            return True
-        found = found or hook is own
+        if not isinstance(hook, InertCopies):
+            if found:
+                return True
+        elif hook is own or (own is None and isinstance(hook, LastHook)):
+            found = True
     return False
 
 
@@ -39,6 +41,8 @@ def put_last(module: nn.Module, own: LastHook | None = None) -> None:
     PyTorch follows the new order from the next call on. A hook may therefore move itself alone: another one in a call that runs
     would take itself for the last.
     """
+    if not runs_before_others(module, own):
+        return
     hooks: Any = module._forward_pre_hooks
     for key, hook in list(hooks.items()):
         if isinstance(hook, LastHook) and (own is None or hook is own) and runs_before_others(module, hook):
