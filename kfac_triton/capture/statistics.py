@@ -158,7 +158,7 @@ class Statistics:
             self.masked.append(MaskedCount(rows.left_out, rows.input_count, rows.taken))
         else:
             self.on_host.rows += rows.input_count
-            self.on_host.taken += rows.input_count * rows.share
+            self.on_host.taken += rows.input_count if rows.share == 1 else round(rows.input_count * rows.share)
         one = Pass(rows, gate.counts_terms, weigh, gate.adds_gradients)
         if self.deferred and not is_one(weigh.old):
             multiply = gate.arithmetic.multiply
