@@ -114,6 +114,7 @@ class Engine:
         gate = self.gate
         was_open, was_paused = gate.open, gate.is_paused
         gate.open, gate.is_paused = False, True
+        gate.forget_pass()
         if gate.empirical:  # compiled passes read this, and not the flags
             gate.weight.zero_()
         try:

@@ -59,6 +59,7 @@ class Gate:
         step: number of the step, which shifts the rows that are kept.
         scaler: the `torch.amp.GradScaler` that scales the loss, if one does.
         scale: its scale as it was when the first statistics of the step were taken.
+        counting: the number of a backward pass that leaves statistics of all weights that it comes through.
         saw_loss: whether the loss was sent backward since the last Fisher pass.
         is_unrecorded: whether an eager backward pass of this step was outside of a CUDA graph.
     """
@@ -89,7 +90,7 @@ class Gate:
         self.scaler: Any = None
         self.scale: Tensor | None = None
         self.saw_loss = self.is_unrecorded = False
-        self._noticed = self._noticed_loss = _NONE
+        self.counting = self._noticed = self._noticed_loss = _NONE
         self._makes_all = True
         self._warned_of_drop = False
 
@@ -115,6 +116,8 @@ class Gate:
             self._notice_loss()
         if not self.records:
             return False
+        if self._makes_all and task >= 0:
+            self.counting = task
         if not call.was_used:
             call.was_used = True
             self.calls.sources.add((self.whole or call.joined or call).source)
@@ -170,10 +173,14 @@ class Gate:
         self.compiled_rows_out.copy_(some)
         self.compiled_examples.fill_(terms.numel() if one_each else 0)
 
+    def forget_pass(self) -> None:
+        """Looks at the running backward pass anew; a step may be taken, or statistics paused, inside of one."""
+        self.counting = self._noticed = self._noticed_loss = _NONE
+
     def forget(self) -> None:
         """Resets this after a step, or when its gradients are discarded."""
         self.scale, self.saw_loss, self.is_unrecorded = None, False, False
-        self._noticed = self._noticed_loss = _NONE  # a step may be taken inside of a backward pass
+        self.forget_pass()
         self.calls.forget()
         self.arithmetic.clear()
 

@@ -99,6 +99,7 @@ class Statistics:
         self._least_rows = max([LEAST_ROWS, *(e.part.size for e in self.dense)])
         self._runs = _runs(layer, [*self.dense, *self.diagonal])
         self._last_call = shared.last_call
+        self._weight: Tensor | None = None  # of the last pass
         self._set_aside: list[tuple[FactorSum, Tensor]] = []
 
     @property
@@ -128,13 +129,16 @@ class Statistics:
                 deferred until then.
             use: the run of the module that the pass belongs to; None for one that is its own call.
         """
-        gate, task = self.gate, torch._C._current_graph_task_id()
-        weight = self.layer.weight
-        call, used = (gate.calls.now(), weight) if use is None else use
-        # Another leaf in the place of the weight (torch.func.functional_call) gets a gradient of its own.
-        if (used is not weight and used.is_leaf) or not gate.counts(task, used, call):
+        gate, task, layer = self.gate, torch._C._current_graph_task_id(), self.layer
+        call, weight = (gate.calls.now(), layer.weight) if use is None else use
+        if weight is not self._weight:
+            # Another leaf in the place of the weight (torch.func.functional_call) gets a gradient of its own.
+            if weight is not layer.weight and weight.is_leaf:
+                return
+            self._weight = weight if weight.is_leaf else None
+        if (task != gate.counting or not call.was_used) and not gate.counts(task, weight, call):
             return
-        rows = self.layer.rows_of_pass(x, gradient)
+        rows = layer.rows_of_pass(x, gradient) if layer.batch_dim else layer.rows(x, gradient)
         call = gate.whole or call.joined or call
         weigh = ONE
         if gate.counts_terms:
