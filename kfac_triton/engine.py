@@ -155,7 +155,7 @@ class Engine:
             left_out = likelihood.left_out(outputs, targets)
             if left_out is not None and self.settings.rows == "auto":
                 self.gate.leave_out(whole, left_out, likelihood.terms_per_example(outputs) == 1)
-            self.gate.calls.join(whole)
+            self.gate.calls.join(whole, outputs)
 
     @torch.no_grad()
     @without_autocast

@@ -70,7 +70,7 @@ class _Watch(TorchFunctionMode):
         if x.dim() == 2:
             x = x.reshape(len(x) // max(1, self._batch), self._batch, x.shape[1])
         first = members[0][1]
-        call = first.gate.calls.now()
+        call = first.gate.calls.alone(args, kwargs or {}, output)
         call.last = first.layer, output.shape
         return Tap.apply(output, x, first.gate.probe, _Split(members, call), (call, first.layer.weight))
 
@@ -171,7 +171,7 @@ class AttentionHook(LastHook):
             return None
         batch = 1 if query.dim() == 2 else query.shape[0 if module.batch_first else 1]
         if query.dim() == 2:
-            self.statistics[0].gate.calls.now().enter_unbatched(query)
+            self.statistics[0].gate.calls.enter_unbatched(query)
         marked = _mark(query, _Watch(self.statistics, batch))
         # In every argument that it is, because the forward pass compares query, key and value by identity.
         marks = tuple(marked if x is query else x for x in args)

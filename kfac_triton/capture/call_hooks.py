@@ -30,7 +30,12 @@ class BeginHook(_CallHook):
         if gate is None:
             return
         outermost = gate.calls.outermost
-        if outermost is not None and outermost is not module and not self.has_labels:  # inside of a call, as usual
+        if outermost is module:
+            gate.calls.begin_again()
+            outermost = gate.calls.outermost
+            if outermost is module:
+                return
+        if outermost is not None and not self.has_labels:  # inside of a call, as usual
             return
         if not gate.open or not torch.is_grad_enabled():
             return

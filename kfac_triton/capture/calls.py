@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import collections
 import itertools
+import sys
+import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import validation
 from ..layers import Layer, Rows, hf_labels
+from .call_arguments import checked_terms, first_tensor, own_batch_dim
 from .compiled_calls import CompiledCalls
 
 Number = float | Tensor
@@ -30,6 +32,7 @@ _RECOMPUTABLE = 4096  # calls that reentrant checkpointing may still run again
 
 # How loss terms were counted, for the report.
 BY_LAYER = "guessed from the shape of each layer's input, because the model's call has no tensor argument"
+BY_LAYER_OF_VECTOR = "guessed from the shape of each layer's input, because the model's first argument is a vector"
 BY_EXAMPLES = "examples: the first dimension of the first tensor argument of the model's call"
 BY_TOKENS = "tokens: the rows of the layer that ran last in the model's call"
 BY_LABELS = "labels that the Hugging Face model's own loss counts"
@@ -64,7 +67,7 @@ class Call:
 
     def __init__(self, terms: Number | None = None, source: str = BY_LAYER) -> None:
         self.number = next(_NUMBERS)
-        self.terms, self.source = terms, source
+        self.source_from(terms, source)
         self.left_out: Tensor | None = None
         self.out_examples: Tensor | None = None
         self.counted_in = _NOWHERE
@@ -72,8 +75,12 @@ class Call:
         self.was_used = self.was_dropped = False
         self.shape: torch.Size | None = None
         self.last: tuple[Layer, torch.Size] | None = None
-        self.watches_first, self.watches_last = source is BY_EXAMPLES, source is BY_TOKENS
         self.start = self.stop = -1
+
+    def source_from(self, terms: Number | None, source: str) -> None:
+        """Sets N, and how it is counted."""
+        self.terms, self.source = terms, source
+        self.watches_first, self.watches_last = source is BY_EXAMPLES, source is BY_TOKENS
 
     def enter(self, layer: Layer, x: Tensor) -> None:
         """The first layer runs."""
@@ -128,7 +135,8 @@ class Calls:
         self.alive: weakref.WeakSet[Call] = weakref.WeakSet()
         self._recomputable: collections.deque[Call] = collections.deque(maxlen=_RECOMPUTABLE)
         self.root: int | None = None
-        self._in_backward: tuple[int, Call] | None = None
+        self._in_backward: dict[int, Call] = {}  # by the number of the autograd node that recomputes them
+        self._frame: types.FrameType | None = None
         self.compiled = CompiledCalls(device)
         self.marks_rows = self.counts_rows = False
         self.sources: set[str] = set()
@@ -137,23 +145,30 @@ class Calls:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward of a module begins."""
         if self.outermost is not None:
-            if self.outermost is module:  # a recursive model
-                self._depth += 1
             return
         self.outermost, self._depth = module, 0
         if torch.compiler.is_compiling():
             terms, source = self._from_arguments(module, args, kwargs)
             self.compiled.begin(None if self.counts_rows and source is not BY_USER else terms)
             return
-        if (call := self._recomputed()) is not None:
+        self._frame = sys._getframe(2)  # of the module's __call__, which calls the hook
+        if (call := self._recomputed()) is not None and call.start >= 0:
             self.current = call
             return
-        self.current = call = Call(*self._from_arguments(module, args, kwargs))
+        self.current = call = call or Call()
+        call.source_from(*self._from_arguments(module, args, kwargs))
         x = first_tensor((*args, *kwargs.values()))
         call.shape = None if x is None else x.shape
         call.start = torch.autograd._get_sequence_nr()
         self.alive.add(call)
         self.compiled.begin()
+
+    def begin_again(self) -> None:
+        """The outermost module's forward begins inside of its own forward, as of a recursive model."""
+        if torch.compiler.is_compiling() or _is_running(self._frame):
+            self._depth += 1
+        else:  # the call before was interrupted (Ctrl-C), and this is a new one
+            self.outermost = None
 
     def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The forward has ended. The output is None if it has raised an exception."""
@@ -162,7 +177,7 @@ class Calls:
         if self._depth:
             self._depth -= 1
             return
-        call, self.current, self.outermost = self.current, None, None
+        call, self.current, self.outermost, self._frame = self.current, None, None, None
         if torch.compiler.is_compiling():
             self.compiled.end(self._from_result(args, kwargs, output, None))
         elif call is not None and call.stop < 0:
@@ -188,35 +203,51 @@ class Calls:
         elif (call := self.current) is not None and call.source is not BY_LABELS:
             call.terms, call.left_out, call.out_examples, call.source = terms, left_out, out_examples, BY_LABELS
 
-    def now(self) -> Call:
-        """The call that a layer runs in. Outside of any, it makes one of its own, of which only its input tells N."""
+    def alone(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
+        """The call that a layer runs in. Outside of any, it is one by itself; unless the user says N, its input tells it."""
         call = self.current if self.current is not None else self._recomputed()
-        if call is None:
-            call = Call()
+        if call is None or (call.start < 0 and call.source is BY_LAYER):
+            call = call or Call()
+            if callable(self._asked):
+                call.source_from(self._from_result(args, kwargs, output, None), BY_USER)
+            elif not isinstance(self._asked, str):
+                call.source_from(self._asked, BY_USER)
             self.alive.add(call)
         return call
+
+    def enter_unbatched(self, x: Tensor) -> None:
+        """A layer takes x for a single example without a batch dimension."""
+        if self.current is not None:
+            self.current.enter_unbatched(x)
 
     def note_ungraded(self) -> None:
         """A layer runs without gradients in a call that has them: reentrant checkpointing may run it again in backward."""
         if self.current is not None and (not self._recomputable or self._recomputable[-1] is not self.current):
             self._recomputable.append(self.current)
 
-    def join(self, whole: Call) -> None:
-        """Lets one call stand for all that no backward pass has gone through yet: a likelihood has counted their terms."""
-        for call in list(self.alive):
-            if call.joined is None and not call.was_used:
-                call.joined = whole
+    def join(self, whole: Call, outputs: Tensor) -> None:
+        """Lets one call stand for all that the outputs come from: a likelihood has counted their terms.
+
+        Compiled taps are not found in the graph; `CompiledCalls` keeps its own count.
+        """
+        for call in _calls_in_graph(outputs):
+            call.joined = whole
 
     def drop(self) -> None:
         """Statistics are thrown away with the gradients."""
         for call in list(self.alive):
             call.was_dropped |= call.was_used
 
+    def end_step(self) -> None:
+        """A step has taken the statistics: the backward passes of its calls are over."""
+        self._recomputable.clear()
+
     def forget(self) -> None:
         """Forgets what belongs to the last step, and a call that was interrupted (Ctrl-C)."""
         for call in list(self.alive):
             call.was_used = False
-        self.current = self.outermost = self._in_backward = self.root = None
+        self.current = self.outermost = self.root = self._frame = None
+        self._in_backward.clear()
         if self.sources:
             self.reported = tuple(sorted(self.sources))
             self.sources.clear()
@@ -234,13 +265,12 @@ class Calls:
         for call in (*reversed(self._recomputable), *self.alive):
             if call.start <= number < call.stop:
                 return call
-        # Layers that are checkpointed outside of any call: one call for all, as nobody knows how many there will be.
-        if self._in_backward is None or self._in_backward[0] != self.root:
-            self._in_backward = self.root, Call()
-        return self._in_backward[1]
+        # What is checkpointed outside of any call is one itself.
+        return self._in_backward.setdefault(number, Call())
 
     def _end_root(self) -> None:
         self.root = None
+        self._in_backward.clear()
 
     def _from_result(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, call: Call | None) -> Number | None:
         """N, if it is known when the call has ended, but not before."""
@@ -265,43 +295,37 @@ class Calls:
         x = first_tensor((*args, *kwargs.values()))
         if x is None:
             return None, BY_LAYER
-        # The last dimension of floating point numbers is that of the features, where there is more than one.
+        # The last dimension of floating point numbers is that of the features. A vector may be one example, or one of each.
         batch_dim = max(self._batch_dim(module), own_batch_dim(module))
-        free = x.dim() - (x.is_floating_point() and x.dim() > 1)
+        free = x.dim() - x.is_floating_point()
+        if not free:
+            return None, BY_LAYER_OF_VECTOR
         return x.shape[batch_dim if batch_dim < free else 0], BY_EXAMPLES
 
 
-def own_batch_dim(module: nn.Module) -> int:
-    """The dimension of the examples in the arguments of PyTorch's own sequence modules, where these are outermost."""
-    while isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
-        module = module.layers[0]
-    module = getattr(module, "self_attn", module)
-    kinds = (nn.MultiheadAttention, nn.Transformer, nn.RNNBase)
-    return int(isinstance(module, kinds) and not module.batch_first)
+def _is_running(frame: types.FrameType | None) -> bool:
+    """Whether a function has not returned yet. Python refuses to clear the frame of one that runs."""
+    if frame is None:
+        return False
+    try:
+        frame.clear()
+    except RuntimeError:
+        return True
+    return False
 
 
-def checked_terms(terms: Any) -> Number:
-    """A number of loss terms that the user's function has returned.
-
-    Raises:
-        TypeError: if it is neither a number nor a tensor of one number.
-        ValueError: if it is negative or not finite.
-    """
-    if not isinstance(terms, Tensor):
-        return validation.real("the result of loss_terms", terms)
-    if terms.numel() != 1:
-        raise TypeError(f"the result of loss_terms must be one number, but has shape {tuple(terms.shape)}; sum it")
-    return terms.detach().reshape(())
-
-
-def first_tensor(values: Iterable[Any]) -> Tensor | None:
-    """The first tensor with a dimension among the values, or inside of lists, tuples and dicts of them."""
-    for value in values:
-        found = value
-        if isinstance(value, (list, tuple)):
-            found = first_tensor(value)
-        elif isinstance(value, dict):
-            found = first_tensor(value.values())
-        if isinstance(found, Tensor) and found.dim():
-            return found
-    return None
+def _calls_in_graph(outputs: Tensor) -> set[Call]:
+    """The calls whose taps are in the graph of outputs."""
+    found: set[Call] = set()
+    seen: set[Any] = set()
+    waiting = [outputs.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        use = getattr(node, "use", None)
+        if isinstance(use, tuple) and isinstance(use[0], Call):
+            found.add(use[0])
+        waiting += [other for other, _ in node.next_functions]
+    return found

@@ -22,6 +22,17 @@ def note_compiled_tap() -> bool:
     return True
 
 
+@torch.library.custom_op("kfac_triton::copied", mutates_args=())
+def copied(number: Tensor) -> Tensor:
+    """A copy that torch.compile saves for the backward pass. It would compute a clone again there, of the changed number."""
+    return number.clone()
+
+
+@copied.register_fake
+def _(number: Tensor) -> Tensor:
+    return torch.empty_like(number)
+
+
 class CompiledCalls:
     """Numbers of calls, and the loss terms of each, on a device.
 
@@ -29,14 +40,17 @@ class CompiledCalls:
     the backward pass. Nothing is counted until a tap has been compiled (`note_compiled_tap`).
 
     Attributes:
-        number: of the call that runs, ().
+        number: of the last call, ().
+        running: the number of the call that runs; 0 outside of any.
         terms: (2, IN_FLIGHT), by number modulo IN_FLIGHT: loss terms of the call, -1 where only the shape of a layer's input
             tells; and 1 where some rows have no loss term.
         known: terms of the call that runs, and whether some rows have none.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self.number = torch.zeros((), dtype=torch.long, device=device)
+        self.number = torch.ones((), dtype=torch.long, device=device)
+        self._nothing, self._first = torch.zeros_like(self.number), torch.ones_like(self.number)
+        self.running = self._nothing
         self.terms = torch.zeros(2, IN_FLIGHT, device=device)
         self.terms[0] = -1.0
         self._marks_rows = False
@@ -44,18 +58,24 @@ class CompiledCalls:
 
     def begin(self, terms: float | Tensor | None = None) -> None:
         """A call begins, with these terms, if they are known already."""
-        if torch.compiler.is_compiling() or _has_taps[0]:
+        if torch.compiler.is_compiling():
             self.number.add_(1)
+            self.running = copied(self.number)
+        elif _has_taps[0]:
+            self.number.add_(1)
+            self.running = self.number.clone()
+        else:
+            self.running = self._first
         self.known = terms, None
 
     def end(self, terms: float | Tensor | None = None, left_out: Tensor | None = None) -> None:
         """The call has ended; its terms are known now, if they are known at all."""
         if terms is None:
             terms, left_out = self.known
-        self.known = None, None
+        number, self.running, self.known = self.running, self._nothing, (None, None)
         if not torch.compiler.is_compiling() and not _has_taps[0]:
             return
-        place = self._place(self.number)
+        place = self._place(number)
         self._marks_rows |= left_out is not None
         values = (-1.0 if terms is None else terms, 0.0 if left_out is None else left_out)
         for row, value in zip(self.terms, values if self._marks_rows else values[:1], strict=False):
@@ -77,11 +97,11 @@ class CompiledCalls:
         """
         place = self._place(number)
         known = self.terms[0].index_select(0, place)
-        terms = torch.where(known >= 0, known, own)
+        terms = torch.where((known >= 0) & (number > 0), known, own)
         if are_of_last:
             self.terms[0].index_copy_(0, place, terms)
         return terms[0]
 
     def left_out(self, number: Tensor) -> Tensor:
         """Whether some rows of this call have no loss term."""
-        return self.terms[1].index_select(0, self._place(number))[0] > 0
+        return (self.terms[1].index_select(0, self._place(number))[0] > 0) & (number > 0)

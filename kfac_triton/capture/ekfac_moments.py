@@ -12,7 +12,7 @@ from ..kernels.covariance.reference import patch_matrix
 from ..kernels.ops import Window
 from ..layers import Rows
 from ..layers.partition import Partition
-from .loss_terms import ONE, Weight, is_one
+from .loss_terms import ONE, Number, Weight, is_one
 
 _CHUNK = 1 << 24  # elements of per-example gradients at a time: 64 MiB in single precision
 
@@ -57,9 +57,9 @@ class Moments:
             if not self.fresh:
                 place.total.zero_()
             elif not is_one(weight.old):
-                place.total.mul_(weight.old)
+                place.total.mul_(_like(weight.old, place.total))
             if weight is not ONE:
-                g = g * weight.new**0.5
+                g = g * _like(weight.new, g) ** 0.5
             _add_squares(place.total, a, g, rows.examples or len(a), rows.outer)
         self.fresh = True
 
@@ -82,6 +82,10 @@ class Moments:
     def clear(self) -> None:
         """Forgets what was added since the last step."""
         self.fresh, self._earlier = False, []
+
+
+def _like(number: Number, x: Tensor) -> Number:
+    return number.to(x.device) if isinstance(number, Tensor) else number
 
 
 def _matrix(source: Tensor, window: Window, dtype: torch.dtype) -> Tensor:

@@ -81,14 +81,16 @@ def weight_to_tap(statistics: Statistics, output: Tensor) -> Tensor | None:
     return weight
 
 
-def tapped(output: Tensor, x: Tensor, weight: Tensor, statistics: Statistics) -> Tensor:
-    """The output of a layer with the input x and this weight, with a tap behind it."""
+def tapped(
+    output: Tensor, x: Tensor, weight: Tensor, statistics: Statistics, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """The output of a layer with the input x and this weight, with a tap behind it; args and kwargs are those of its call."""
     gate = statistics.gate
     calls = gate.calls
     if torch.compiler.is_compiling():
         note_compiled_tap()
-        return CompiledTap.apply(output, x, gate.probe, calls.compiled.number.clone(), statistics)
-    call = calls.current or calls.now()
+        return CompiledTap.apply(output, x, gate.probe, calls.compiled.running, statistics)
+    call = calls.current or calls.alone(args, kwargs, output)
     if call.watches_first:
         call.enter(statistics.layer, x)
     if call.watches_last:
@@ -112,7 +114,7 @@ class CaptureHook(Hook):
         if statistics is None or (weight := weight_to_tap(statistics, output)) is None:
             return None
         x = args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
-        return tapped(output, x, weight, statistics)
+        return tapped(output, x, weight, statistics, args, kwargs)
 
 
 class CastHook(Hook, LastHook):

@@ -182,4 +182,7 @@ def vector_of(numbers: list[Number], like: Tensor) -> Tensor:
     on_host = [number for number in numbers if not isinstance(number, Tensor)]
     if len(on_host) == len(numbers):
         return device_vector(on_host, like.device, like.dtype)
-    return torch.stack([torch.as_tensor(number, dtype=like.dtype, device=like.device) for number in numbers])
+    places = [i for i, number in enumerate(numbers) if isinstance(number, Tensor)]
+    on_device = torch.stack([number.to(like) for number in numbers if isinstance(number, Tensor)])
+    known = device_vector([1.0 if isinstance(number, Tensor) else number for number in numbers], like.device, like.dtype)
+    return known.index_put((device_vector(places, like.device),), on_device)  # no number is copied to the device with a wait

@@ -130,7 +130,7 @@ class Statistics:
             use: the run of the module that the pass belongs to; None for one that is its own call.
         """
         gate, task, layer = self.gate, torch._C._current_graph_task_id(), self.layer
-        call, weight = (gate.calls.now(), layer.weight) if use is None else use
+        call, weight = (gate.calls.alone((x,), {}, gradient), layer.weight) if use is None else use
         if weight is not self._weight:
             # Another leaf in the place of the weight (torch.func.functional_call) gets a gradient of its own.
             if weight is not layer.weight and weight.is_leaf:
@@ -234,7 +234,8 @@ class Statistics:
         """Sets aside the sums of earlier calls, if those of the calls that follow may have to be multiplied."""
         if self.gate.adds_calls != "accumulated" or self.gate.whole is not None:
             return
-        if len(self.gate.calls.alive) < 2:  # only one call can be in this backward pass
+        calls = self.gate.calls
+        if len(calls.alive) < 2 and calls.root is None:  # only one call can be in this backward pass
             return
         if self.deferred:
             self._queue.put(self, self.deferred)
@@ -293,7 +294,7 @@ class Statistics:
             terms = gate.calls.compiled.terms_of(number, own, is_counted_here)
         # The layer may have run several times in the call, whose terms count once in each backward pass.
         this = number.to(self.device) * MOST_PASSES + gate.compiled_pass + 1
-        is_other = (self._last_call != this) * (gate.weight > 0)
+        is_other = ((self._last_call != this) | (this < MOST_PASSES)) * (gate.weight > 0)
         self._last_call.copy_(torch.where(gate.weight > 0, this, self._last_call))
         taken = rows.input_count * rows.share if rows.left_out is None else rows.taken - rows.left_out
         # Of all rows if none is left out, to the last digit.

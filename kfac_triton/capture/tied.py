@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..fisher.scales import gradient_scale
 from ..layers.tied import TiedLayer
 from .counts import Counts
 from .gate import Gate
@@ -51,7 +52,7 @@ class TiedStatistics:
         self._pairs = list(zip(entries, own, strict=True))
         self.statistics = Statistics(layer.second(), gate, own, shared, backend, False)
 
-    def join(self, first_counts: Tensor, second_counts: Tensor) -> Tensor:
+    def join(self, first_counts: Tensor, second_counts: Tensor, loss_reduction: str) -> Tensor:
         """Adds the second use to the sums of the first; returns the layer's counts.
 
         With n rows, n_e of the embedding, and a scale s of squared gradients, that of the first use, the two have the Fisher
@@ -65,6 +66,8 @@ class TiedStatistics:
         Args:
             first_counts: `Counts` of the first use, (4,). If there was no pass, its sums are stale and not read.
             second_counts: `Counts` of the second use.
+            loss_reduction: "mean" or "sum". The joined sums are scaled by the loss terms of the first use. Where a call has had
+                only one use, those of the second are others.
         """
         home = first_counts.device
         n, e = Counts(*first_counts), Counts(*second_counts)
@@ -76,6 +79,14 @@ class TiedStatistics:
             for first, second in self._pairs
         ]
 
+        both = summed & came
+        terms = gradient_scale(e.terms, loss_reduction, 1.0) / gradient_scale(n.terms, loss_reduction, 1.0)
+        terms = torch.where(both, terms, 1.0)
+        sums = [
+            (old, new * terms.to(new) if first.part.is_input else new)
+            for (first, _), (old, new) in zip(self._pairs, sums, strict=True)
+        ]
+
         def trace(use: int, is_input: bool) -> Tensor:
             """Over the parts of one side, A or G of the first use."""
             pieces = [
@@ -85,7 +96,6 @@ class TiedStatistics:
             ]
             return torch.stack(pieces).sum().to(home)
 
-        both = summed & came
         ratio = torch.where(both, n.rows / e.rows, 1.0)
         root = ratio * trace(1, False) * trace(0, True) / (trace(0, False) * trace(1, True))
         u = torch.where(both & torch.isfinite(root) & (root > 0), root, 1.0).sqrt()

@@ -180,8 +180,9 @@ class FactorUpdate:
         for statistics in self._everything:
             statistics.restore()
         table = self._counts()
+        reduction = settings.loss_reduction if settings.fisher == "empirical" else "sum"
         for k, (i, use) in enumerate(self._second_uses.items(), layers):
-            table[i] = use.join(table[i], table[k])
+            table[i] = use.join(table[i], table[k], reduction)
         table = table[:layers]
         present = table > 0
         has_rows, has_terms, _, summed = present.unbind(1)
@@ -194,7 +195,6 @@ class FactorUpdate:
 
         # Avoids 0 / 0 where there are no statistics. Not clamped to 1, as a weighted loss may have less than one term.
         counts = Counts(*torch.where(present, table, 1.0).unbind(1))
-        reduction = settings.loss_reduction if settings.fisher == "empirical" else "sum"
         moment_scale = scales.gradient_scale(counts.terms, reduction, settings.current_loss_scale())
         scale = torch.cat([scales.input_scale(counts.rows), moment_scale])[self._scale_of_slot]
         accept = accepted[self.layer_of_slot]
@@ -205,6 +205,7 @@ class FactorUpdate:
         if any(s.deferred for s in self.statistics):
             self._blend_passes(torch.where(has_sum, 1.0, keep), gain, accept)  # where there is a sum, it is applied already
         moments = [s.moments is not None and s.moments.fresh for s in self.statistics]
+        self.gate.calls.end_step()
         self.forget()
         return Accepted(fresh, accepted, moments, moment_scale)
 

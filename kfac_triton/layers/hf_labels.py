@@ -13,7 +13,10 @@ from torch import Tensor, nn
 _IGNORED = -100  # of the labels, in every Hugging Face model
 # Models with a loss term for each token. An encoder-decoder model is given the labels of its decoder as they are.
 _SHIFTED = re.compile("ForCausalLM|LMHeadModel|LMHead$|DoubleHeadsModel|ForConditionalGeneration")
+_NOT_SHIFTED = re.compile("XLNetLMHead|XLMWithLMHead|FlaubertWithLMHead")  # which take the labels of the targets as they are
 _BY_TOKEN = re.compile(f"{_SHIFTED.pattern}|ForMaskedLM|ForTokenClassification|ForPreTraining|WithLMHead")
+# Models whose labels are the loss terms, but for those that are -100.
+_COUNTED = re.compile(f"{_BY_TOKEN.pattern}|ForSequenceClassification|ForImageClassification|ForMultipleChoice")
 
 
 def is_hugging_face(module: nn.Module) -> bool:
@@ -30,7 +33,8 @@ def _place_of_labels(kind: Any) -> int | None:
 def shifts_labels(model: nn.Module) -> bool:
     """Whether the label at position t + 1 is that of the output at position t: of causal language models."""
     encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return not encodes and _SHIFTED.search(type(model).__name__) is not None
+    name = type(model).__name__
+    return not encodes and _SHIFTED.search(name) is not None and _NOT_SHIFTED.search(name) is None
 
 
 def has_token_labels(model: nn.Module) -> bool:
@@ -46,6 +50,8 @@ def count(
     The last are flags of the examples, and None unless there is one label for each. All are on the device.
     None if there are no labels, or they are no integers (regression, several labels for an example).
     """
+    if _COUNTED.search(type(model).__name__) is None:  # CTC, segmentation and others have labels of another meaning
+        return None
     given = kwargs.get("shift_labels")
     place = _place_of_labels(cast(Any, type(model)))
     if given is None:
