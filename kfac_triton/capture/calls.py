@@ -55,14 +55,15 @@ class Call:
         last: the layer that ran last, and the shape of its output.
         watches_first: whether the first layer tells if the argument has a batch dimension.
         watches_last: whether `last` has to be noted.
+        compiled: its number on the device.
         counted_in: the backward pass whose first layer has counted the rows with a gradient.
         number: its own.
         start, stop: the numbers of the autograd nodes that it has made.
     """
 
     __slots__ = (
-        "__weakref__", "counted_in", "joined", "last", "left_out", "number", "out_examples", "shape", "source", "start",
-        "stop", "terms", "was_dropped", "was_used", "watches_first", "watches_last",
+        "__weakref__", "compiled", "counted_in", "joined", "last", "left_out", "number", "out_examples", "shape", "source",
+        "start", "stop", "terms", "was_dropped", "was_used", "watches_first", "watches_last",
     )  # fmt: skip
 
     def __init__(self, terms: Number | None = None, source: str = BY_LAYER) -> None:
@@ -72,6 +73,7 @@ class Call:
         self.out_examples: Tensor | None = None
         self.counted_in = _NOWHERE
         self.joined: Call | None = None
+        self.compiled: Tensor | None = None
         self.was_used = self.was_dropped = False
         self.shape: torch.Size | None = None
         self.last: tuple[Layer, torch.Size] | None = None
@@ -154,6 +156,7 @@ class Calls:
         self._frame = sys._getframe(2)  # of the module's __call__, which calls the hook
         if (call := self._recomputed()) is not None and call.start >= 0:
             self.current = call
+            self.compiled.resume(call.compiled)
             return
         self.current = call = call or Call()
         call.source_from(*self._from_arguments(module, args, kwargs))
@@ -162,6 +165,7 @@ class Calls:
         call.start = torch.autograd._get_sequence_nr()
         self.alive.add(call)
         self.compiled.begin()
+        call.compiled = self.compiled.running
 
     def begin_again(self) -> None:
         """The outermost module's forward begins inside of its own forward, as of a recursive model."""
@@ -180,7 +184,9 @@ class Calls:
         call, self.current, self.outermost, self._frame = self.current, None, None, None
         if torch.compiler.is_compiling():
             self.compiled.end(self._from_result(args, kwargs, output, None))
-        elif call is not None and call.stop < 0:
+        elif call is not None and call.stop >= 0:
+            self.compiled.resume(None)
+        elif call is not None:
             call.stop = torch.autograd._get_sequence_nr()
             if callable(self._asked) or call.source is BY_TOKENS:
                 call.terms = self._from_result(args, kwargs, output, call)

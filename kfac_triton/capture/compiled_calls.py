@@ -33,6 +33,17 @@ def _(number: Tensor) -> Tensor:
     return torch.empty_like(number)
 
 
+@torch.library.custom_op("kfac_triton::in_backward", mutates_args=())
+def in_backward(value: Tensor, gradient: Tensor) -> Tensor:
+    """A value as it is in the backward pass. What depends on no gradient, torch.compile may compute in the forward pass."""
+    return value.clone()
+
+
+@in_backward.register_fake
+def _(value: Tensor, gradient: Tensor) -> Tensor:
+    return torch.empty_like(value)
+
+
 class CompiledCalls:
     """Numbers of calls, and the loss terms of each, on a device.
 
@@ -67,6 +78,10 @@ class CompiledCalls:
         else:
             self.running = self._first
         self.known = terms, None
+
+    def resume(self, number: Tensor | None) -> None:
+        """A backward pass runs the layers of the call with this number again (checkpointing); None: it has run them."""
+        self.running = self._nothing if number is None else number
 
     def end(self, terms: float | Tensor | None = None, left_out: Tensor | None = None) -> None:
         """The call has ended; its terms are known now, if they are known at all."""

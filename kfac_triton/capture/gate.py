@@ -12,6 +12,7 @@ from ..kernels import runtime
 from ..layers import Rows
 from ..warning import warn
 from .calls import Call, Calls
+from .compiled_calls import in_backward
 from .loss_terms import Arithmetic
 
 _NONE = -2  # the number of no backward pass
@@ -153,9 +154,10 @@ class Gate:
             return rows.with_mask(False, None if call.left_out is None else ~call.left_out)
         if number is not None and self.empirical:
             return rows.with_mask(False, ~self.calls.compiled.left_out(number))
-        is_matrix = rows.gradients[0].dim() == 2
-        by_example = self.compiled_examples == rows.examples if is_matrix else self.compiled_by_example
-        return rows.with_mask(by_example, ~self.compiled_rows_out)
+        gradient = rows.gradients[0]
+        is_image = gradient.dim() > 2
+        by_example = self.compiled_by_example if is_image else in_backward(self.compiled_examples, gradient) == rows.examples
+        return rows.with_mask(by_example, ~in_backward(self.compiled_rows_out, gradient))
 
     def leave_out(self, call: Call, terms: Tensor, one_each: bool) -> None:
         """Says that rows of a call carry no loss.

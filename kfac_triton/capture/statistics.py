@@ -11,6 +11,7 @@ from torch import Tensor
 from ..layers import Layer, Rows
 from ..layers.partition import Part
 from .calls import Call
+from .compiled_calls import in_backward
 from .counts import Counts, MaskedCount, counted
 from .ekfac_moments import Moments
 from .gate import LEAST_ROWS, MOST_PASSES, Gate
@@ -280,26 +281,26 @@ class Statistics:
         gate = self.gate
         rows = self.layer.rows_of_pass(x, gradient)
         own = rows.terms if not gate.calls.counts_rows else rows.carrying(gate.calls.are_tokens)
-        number = number.to(gate.weight.device)
+        number, weight = in_backward(number, gradient), in_backward(gate.weight, gradient)
         rows = self._chosen(rows, gate.stride_for(rows.input_count, self._least(rows)), None, number)
-        alpha, beta = self._alpha * gate.weight / rows.share, self._beta
+        alpha, beta = self._alpha * weight / rows.share, self._beta
         # No number that differs between equal layers (a place, a slot) may be read here: they would not share a graph.
         for kind, entries, places in self._runs:
             items = [Item(self.layer, entry.part, rows, entry.total) for entry in entries]
             kind(items, alpha[places], beta[places], self._backend)
         beta.fill_(1.0)
-        terms = gate.compiled_terms
+        terms = in_backward(gate.compiled_terms, gradient)
         if gate.empirical:
             is_counted_here = gate.calls.are_tokens or gate.calls.counts_rows
             terms = gate.calls.compiled.terms_of(number, own, is_counted_here)
         # The layer may have run several times in the call, whose terms count once in each backward pass.
-        this = number.to(self.device) * MOST_PASSES + gate.compiled_pass + 1
-        is_other = ((self._last_call != this) | (this < MOST_PASSES)) * (gate.weight > 0)
-        self._last_call.copy_(torch.where(gate.weight > 0, this, self._last_call))
+        this = number.to(self.device) * MOST_PASSES + in_backward(gate.compiled_pass, gradient) + 1
+        is_other = ((self._last_call != this) | (this <= MOST_PASSES)) * (weight > 0)
+        self._last_call.copy_(torch.where(weight > 0, this, self._last_call))
         taken = rows.input_count * rows.share if rows.left_out is None else rows.taken - rows.left_out
         # Of all rows if none is left out, to the last digit.
         count = rows.input_count if rows.left_out is None else taken * rows.input_count / max(1, rows.taken)
-        self._count_on_device(count * gate.weight, terms * is_other * gate.weight, taken * gate.weight, gate.weight)
+        self._count_on_device(count * weight, terms * is_other * weight, taken * weight, weight)
 
     def _count_on_device(self, *added: Tensor | float) -> None:
         for place, number in enumerate(added):
