@@ -17,6 +17,7 @@ from torch import nn
 
 import kfac_triton
 from kfac_triton import KFAC, KFACPreconditioner, cli
+from kfac_triton.engine import Engine
 from kfac_triton.kernels import ops
 from kfac_triton.layers import LAYER_TYPES
 from kfac_triton.presets import preset
@@ -105,7 +106,46 @@ def test_the_citation_has_the_version() -> None:
 def test_pages_have_blocks() -> None:
     with_blocks = {page.name for page in PAGES if _blocks(page)}
     assert with_blocks >= {"README.md", "index.md", "curvature.md", "layers.md", "coming_from.md", "damping.md"}
-    assert with_blocks >= {"troubleshooting.md", "checkpoints.md", "mixed_precision.md"}
+    assert with_blocks >= {"troubleshooting.md", "checkpoints.md", "mixed_precision.md", "losses.md"}
+
+
+# Of the recipes in docs/losses.md: a word of the block -> rows of A and loss terms of the first and the last layer in a step.
+COUNTS: dict[str, list[list[float]]] = {
+    "own_terms": [[4, 3], [4, 3]],
+    "pinn()": [[96, 96], [32, 32]],
+    'lr="auto"': [[96, 96], [32, 96]],
+    "potential": [[32, 32], [32, 32]],
+    "tagger": [[24, 24], [24, 24]],
+    "classifier": [[25, 25], [25, 25]],
+    "for_critic": [[32, 32], [32, 32]],
+    "ActorCritic(": [[64, 64], [64, 64]],
+    "fisher_loss": [[64, 64], [64, 64]],
+    "policy": [[16, 16], [16, 16]],
+    "looped": [[40, 8], [8, 8]],
+    "learner": [[40, 40], [40, 40]],
+    "attacked": [[8, 8], [8, 8]],
+}
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_recipes_for_losses_take_the_statistics_that_the_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[list[float]]] = []
+    update = Engine._update_factors
+
+    def counted(engine: Engine) -> None:
+        seen.append([engine.statistics[place].counts.tolist() for place in (0, -1)])
+        update(engine)
+
+    monkeypatch.setattr(Engine, "_update_factors", counted)
+    blocks, names = _blocks(ROOT / "docs" / "losses.md"), {}
+    assert len(blocks) == len(COUNTS)
+    for block, (word, expected) in zip(blocks, COUNTS.items(), strict=True):
+        assert word in block
+        names.update(_given())
+        seen.clear()
+        exec(block, names)
+        assert seen[0] == expected, word
+        assert all(counts == seen[0] for counts in seen) or word == "for_critic"
 
 
 def _options() -> dict[str, list[Any]]:
