@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,8 @@ IN_FLIGHT = 1 << 10
 
 
 _has_taps = [False]
+_HANDLES = itertools.count()
+_CALLS: weakref.WeakValueDictionary[int, CompiledCalls] = weakref.WeakValueDictionary()
 
 
 @torch.compiler.assume_constant_result
@@ -53,8 +58,10 @@ class CompiledCalls:
     Attributes:
         number: of the last call, ().
         running: the number of the call that runs; 0 outside of any.
-        terms: (2, IN_FLIGHT), by number modulo IN_FLIGHT: loss terms of the call, -1 where only the shape of a layer's input
-            tells; and 1 where some rows have no loss term.
+        terms: (IN_FLIGHT,), by number modulo IN_FLIGHT: loss terms of the call, -1 where only the shape of a layer's input
+            tells.
+        out: likewise, 1 where some rows have no loss term.
+        handle: by which a graph finds this.
         known: terms of the call that runs, and whether some rows have none.
     """
 
@@ -62,9 +69,11 @@ class CompiledCalls:
         self.number = torch.ones((), dtype=torch.long, device=device)
         self._nothing, self._first = torch.zeros_like(self.number), torch.ones_like(self.number)
         self.running = self._nothing
-        self.terms = torch.zeros(2, IN_FLIGHT, device=device)
-        self.terms[0] = -1.0
+        self.terms = torch.full((IN_FLIGHT,), -1.0, device=device)
+        self.out = torch.zeros(IN_FLIGHT, device=device)
         self._marks_rows = False
+        self.handle = next(_HANDLES)
+        _CALLS[self.handle] = self
         self.known: tuple[float | Tensor | None, Tensor | None] = None, None
 
     def begin(self, terms: float | Tensor | None = None) -> None:
@@ -90,33 +99,64 @@ class CompiledCalls:
         number, self.running, self.known = self.running, self._nothing, (None, None)
         if not torch.compiler.is_compiling() and not _has_taps[0]:
             return
-        place = self._place(number)
+        place = self.place(number)
         self._marks_rows |= left_out is not None
         values = (-1.0 if terms is None else terms, 0.0 if left_out is None else left_out)
-        for row, value in zip(self.terms, values if self._marks_rows else values[:1], strict=False):
+        for row, value in zip((self.terms, self.out), values if self._marks_rows else values[:1], strict=False):
             if isinstance(value, Tensor):
                 row.index_copy_(0, place, value.to(row).reshape(1))
             else:
                 row.index_fill_(0, place, value)
 
-    def _place(self, number: Tensor) -> Tensor:
+    def place(self, number: Tensor) -> Tensor:
+        """Where the call with this number is in the tables."""
         return (number % IN_FLIGHT).reshape(1)  # one entry: a tensor () as an index would make the host wait
 
-    def terms_of(self, number: Tensor, own: float | Tensor, are_of_last: bool) -> Tensor:
+    def terms_of(self, number: Tensor, own: float | Tensor, gradient: Tensor, are_of_last: bool) -> Tensor:
         """Loss terms of the call with this number, in its backward pass.
 
         Args:
             number: of the call.
             own: a layer's own count, where they are not known.
+            gradient: anything that only the backward pass has.
             are_of_last: whether this is that of the layer that ran last in the forward pass, the first one to ask.
         """
-        place = self._place(number)
-        known = self.terms[0].index_select(0, place)
-        terms = torch.where((known >= 0) & (number > 0), known, own)
-        if are_of_last:
-            self.terms[0].index_copy_(0, place, terms)
-        return terms[0]
+        if not isinstance(own, Tensor):
+            own = torch.full((), own, dtype=torch.float32, device=number.device)
+        return _terms_of(number, own.to(self.terms.dtype), gradient, self.handle, are_of_last)
 
-    def left_out(self, number: Tensor) -> Tensor:
+    def left_out(self, number: Tensor, gradient: Tensor) -> Tensor:
         """Whether some rows of this call have no loss term."""
-        return (self.terms[1].index_select(0, self._place(number))[0] > 0) & (number > 0)
+        return _left_out(number, gradient, self.handle)
+
+
+# A graph that read these tables itself would save them in the forward pass, and the next call changes them.
+@torch.library.custom_op("kfac_triton::terms_of_call", mutates_args=())
+def _terms_of(number: Tensor, own: Tensor, gradient: Tensor, handle: int, are_of_last: bool) -> Tensor:
+    calls = _CALLS.get(handle)
+    if calls is None:
+        return own.clone()
+    place = calls.place(number)
+    known = calls.terms.index_select(0, place)
+    terms = torch.where((known >= 0) & (number > 0), known, own)
+    if are_of_last:
+        calls.terms.index_copy_(0, place, terms)
+    return terms[0]
+
+
+@_terms_of.register_fake
+def _(number: Tensor, own: Tensor, gradient: Tensor, handle: int, are_of_last: bool) -> Tensor:
+    return torch.empty_like(own)
+
+
+@torch.library.custom_op("kfac_triton::left_out_of_call", mutates_args=())
+def _left_out(number: Tensor, gradient: Tensor, handle: int) -> Tensor:
+    calls = _CALLS.get(handle)
+    if calls is None:
+        return torch.zeros_like(number, dtype=torch.bool)
+    return (calls.out.index_select(0, calls.place(number))[0] > 0) & (number > 0)
+
+
+@_left_out.register_fake
+def _(number: Tensor, gradient: Tensor, handle: int) -> Tensor:
+    return torch.empty_like(number, dtype=torch.bool)

@@ -153,7 +153,7 @@ class Gate:
                 return rows.with_mask(True, ~flags)
             return rows.with_mask(False, None if call.left_out is None else ~call.left_out)
         if number is not None and self.empirical:
-            return rows.with_mask(False, ~self.calls.compiled.left_out(number))
+            return rows.with_mask(False, ~self.calls.compiled.left_out(number, rows.gradients[0]))
         gradient = rows.gradients[0]
         is_image = gradient.dim() > 2
         by_example = self.compiled_by_example if is_image else in_backward(self.compiled_examples, gradient) == rows.examples

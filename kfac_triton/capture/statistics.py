@@ -292,7 +292,7 @@ class Statistics:
         terms = in_backward(gate.compiled_terms, gradient)
         if gate.empirical:
             is_counted_here = gate.calls.are_tokens or gate.calls.counts_rows
-            terms = gate.calls.compiled.terms_of(number, own, is_counted_here)
+            terms = gate.calls.compiled.terms_of(number, own, gradient, is_counted_here)
         # The layer may have run several times in the call, whose terms count once in each backward pass.
         this = number.to(self.device) * MOST_PASSES + in_backward(gate.compiled_pass, gradient) + 1
         is_other = ((self._last_call != this) | (this <= MOST_PASSES)) * (weight > 0)
