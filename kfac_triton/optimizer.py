@@ -70,7 +70,7 @@ class KFAC(KFACBase, Optimizer):
         loss_reduction: "mean" or "sum" of the loss terms.
         loss_terms: how many terms the loss of a call of the model has: "examples"; "tokens", if each position has one; a
             number; or a function of the call's args, kwargs and output that returns a number or a tensor (). "auto" counts the
-            labels of a Hugging Face model, and otherwise examples (docs/losses.md).
+            labels of a Hugging Face model, or those of `accumulate_fisher`, and otherwise examples (docs/losses.md).
         calls: how the losses of several calls of the model make one loss: those of one backward pass are means that are added,
             and further backward passes accumulate one mean ("accumulated"); all between two steps are parts of one mean
             ("joint"); or all are means that are added ("separate").
@@ -79,9 +79,9 @@ class KFAC(KFACBase, Optimizer):
             dimension 0; convolutions, channel norms and attention have a layout of their own (docs/layers.md).
         loss_scale: factor on the loss in the backward pass: a number, a `torch.amp.GradScaler`, or a function that returns it.
         rows: rows (examples, tokens, positions) of A: "nonzero" leaves out those whose output gradient is exactly zero, because
-            they carry no loss; "all" leaves out none. "auto" is "nonzero" for fisher="mc" and "ggn" where labels leave out
-            terms of the loss (ignore_index), and "all" elsewhere. If there is one label for each example, it leaves out whole
-            examples.
+            they carry no loss; "all" leaves out none. "auto" is "nonzero" where labels are known to leave out terms (those of a
+            Hugging Face model, or of `accumulate_fisher`), and "all" elsewhere. With one label for each example, it leaves out
+            whole examples.
         stats_fraction: largest part of the rows (tokens, images) to take statistics of, in (0, 1]: every 2nd, 3rd, ... row.
             "auto" takes an eighth of the tokens of linear layers, but at least about 1,024 and as many as the layer's largest
             factor has rows, and everything else (docs/curvature.md).
