@@ -160,8 +160,7 @@ def train_step(optimizer: torch.optim.Optimizer, config: Config, residuals: Call
     if config["lr"] == "auto":
 
         def closure() -> tuple[Tensor, Tensor]:
-            with torch.enable_grad():
-                outputs = residuals()
+            outputs = residuals()
             return outputs, torch.zeros_like(outputs)
 
         return optimizer.step(closure)
