@@ -1,9 +1,9 @@
 """K-FAC against tuned Adam on losses that contain derivatives by the input: Poisson's equation, and energies with forces.
 
-    python -m benchmarks.convergence.derivatives                    # an hour on one core; continues if it was interrupted
+    python -m benchmarks.convergence.derivatives  # ten minutes on one idle core; continues if it was interrupted
     python -m benchmarks.convergence.derivatives --problem poisson --seeds 0 1
 
-Each contestant is tuned on seed 0 over twelve configurations; the best one then runs with every seed. K-FAC has a fifth of
+Each contestant is tuned on seed 0 over three configurations; the best one then runs with every seed. K-FAC has a fifth of
 Adam's steps, and the target is Adam's final loss.
 """
 
