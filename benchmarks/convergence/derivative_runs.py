@@ -43,15 +43,12 @@ def _adam(*rates: float) -> list[Config]:
 
 
 def _auto(fisher: str) -> list[Config]:
-    """Two dampings to start with, and the labels of the data instead of those of the Fisher matrix."""
-    return [
-        {"lr": "auto", "fisher": name, "damping": damping}
-        for name, damping in ((fisher, 1.0), (fisher, 10.0), ("empirical", 1.0))
-    ]
+    return Entry({"lr": "auto", "damping": 1.0}, {"fisher": (fisher, "empirical")}).configs()
 
 
-# Three configurations for each contestant, around the best of some sixty trial runs of K-FAC and twelve of Adam on seed 0. A
-# configuration of the energies has ten outputs, so that the exact GGN would need ten backward passes: labels are drawn instead.
+# Three configurations of Adam and of K-FAC with a fixed learning rate, around the best of some sixty trial runs of K-FAC and
+# twelve of Adam on seed 0; two of lr="auto". A configuration of the energies has ten outputs, so that the exact GGN would need
+# ten backward passes: labels are drawn instead.
 CONTEST: dict[str, dict[str, list[Config]]] = {
     "poisson": {
         ADAM: _adam(5e-3, 1e-2, 2e-2),

@@ -3,8 +3,8 @@
     python -m benchmarks.convergence.derivatives  # ten minutes on one idle core; continues if it was interrupted
     python -m benchmarks.convergence.derivatives --problem poisson --seeds 0 1
 
-Each contestant is tuned on seed 0 over three configurations; the best one then runs with every seed. K-FAC has a fifth of
-Adam's steps, and the target is Adam's final loss.
+Each contestant is tuned on seed 0 over two or three configurations; the best one then runs with every seed. K-FAC has a fifth
+of Adam's steps, and the target is Adam's final loss.
 """
 
 from __future__ import annotations

@@ -133,11 +133,11 @@ def test_weights_and_data_belong_to_the_seed(problem: DerivativeProblem) -> None
 
 
 @pytest.mark.parametrize("problem", QUICK, ids=lambda problem: problem.name)
-def test_contestants_have_equal_budgets_of_different_configurations(problem: DerivativeProblem) -> None:
+def test_no_kfac_has_more_configurations_than_adam_and_none_twice(problem: DerivativeProblem) -> None:
     found = CONTEST[problem.name]
     assert list(found) == [ADAM, FIXED, AUTO]
     for name, configs in found.items():
-        assert len({json.dumps(config, sort_keys=True) for config in configs}) == len(configs) == 3
+        assert len({json.dumps(config, sort_keys=True) for config in configs}) == len(configs) == (2 if name == AUTO else 3)
         for config in configs:
             optimizer = make_optimizer(name, problem.build(0), config, 40)
             assert getattr(optimizer, "is_auto", False) == (name == AUTO)
