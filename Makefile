@@ -87,4 +87,4 @@ $(CODEGEN): codegen-%: .venv-codegen-%/.installed
 codegen: $(CODEGEN)  ## compile every kernel for four GPUs under four Tritons and read the assembly (UPDATE=--update)
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) .venv-codegen-* .venv-trainers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks demo.png convergence.json fewer_rows.json race.png
+	rm -rf $(VENV) .venv-codegen-* .venv-trainers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks demo.png convergence.json fewer_rows.json derivatives.json derivatives.png race.png

@@ -324,3 +324,44 @@ def test_a_functional_decoder_trains() -> None:
 
     losses = train(Functional())
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_use_in_some_of_the_calls_has_loss_terms_of_its_own() -> None:
+    """Both calls embed, and only one decodes: the decoder has the terms of that call, the embedding those of both."""
+
+    class Either(Model):
+        def forward(self, tokens: Tensor, decodes: bool = True) -> Tensor:
+            hidden = torch.tanh(self.middle(self.embedding(tokens)))
+            return self.decoder(hidden) if decodes else hidden
+
+    model = Either(bias=False)
+    first, second = torch.randint(TOKENS, (10, 4)), torch.randint(TOKENS, (20, 4))
+    kept: dict[str, list[tuple[Tensor, Tensor]]] = {"embedding": [], "decoder": []}
+    handles = [
+        getattr(model, name).register_forward_hook(lambda m, args, out, uses=uses: uses.append((args[0].detach(), out)))
+        for name, uses in kept.items()
+    ]
+
+    def loss() -> Tensor:
+        return model(first).square().sum((1, 2)).mean() + model(second, False).square().sum((1, 2)).mean()
+
+    value = loss()
+    for handle in handles:
+        handle.remove()
+    outputs = [out for uses in kept.values() for _, out in uses]
+    one, two, decoded = (g.flatten(0, 1) for g in torch.autograd.grad(value, outputs))
+    hidden = kept["decoder"][0][0].flatten(0, 1)
+    words = F.one_hot(torch.cat([first.flatten(), second.flatten()]), TOKENS).double()
+    k = {
+        "C_d": hidden.T @ hidden / len(hidden),
+        "r_d": 10 * decoded.square().sum(0),
+        "C_e": 10 * one.T @ one + 20 * two.T @ two,
+        "r_e": words.sum(0) / len(words),
+    }
+    with KFACPreconditioner(model, damping=1e-2) as ours:
+        loss().backward()
+        ours.precondition_()
+        a, g = next(pair for pair in ours.factors().values() if len(pair[1]) == TOKENS)
+    u = best(k)
+    assert relative_error(a, k["C_d"] + u * k["C_e"]) <= TOLERANCE
+    assert relative_error(g, k["r_d"] + k["r_e"] / u) <= TOLERANCE
