@@ -127,6 +127,26 @@ def test_micro_batches_of_several_calls_in_every_kind_of_sum(settings: dict[str,
         assert relative_error(one, other) <= 1e-9
 
 
+def test_moments_of_sums_of_means_in_any_order() -> None:
+    """EKFAC's, in one basis: N times the sums of each call, as for G."""
+    net, parts = network(), data(24, 6, 11)
+    with KFACPreconditioner(net, damping=0.1, curvature="ekfac") as ours:
+        mean(net, parts[0]).backward()
+        ours.precondition_()  # makes the basis
+        statistics = ours.engine.statistics
+
+        def moments(loss: Tensor, terms: int) -> list[Tensor]:
+            ours.forget_statistics()
+            loss.backward()
+            return [terms * tile.total.clone() for one in statistics for tile in one.moments._tiles]
+
+        single = [moments(mean(net, x), len(x)) for x in parts]
+        for order in itertools.permutations(range(3)):
+            joint = moments(sum(mean(net, parts[i]) for i in order), 41)
+            for k, found in enumerate(joint):
+                assert relative_error(found, sum(one[k] for one in single)) <= TOLERANCE
+
+
 def test_which_calls_are_parts_of_one_mean() -> None:
     """Two backward passes of one call each, against one of both: gradients are the same."""
     net, (x, y) = network(), data(64, 64)
