@@ -259,3 +259,37 @@ def test_a_frozen_trunk_keeps_no_calls() -> None:
             mean(model, torch.randn(6, 4)).backward()
             optimizer.step()
         assert len(optimizer.engine.gate.calls.alive) == 0
+
+
+def test_an_image_without_a_batch_dimension_is_one_example() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Tanh(), nn.Flatten(0), nn.Linear(18, 2)).double()
+    image = torch.randn(3, 5, 5, dtype=torch.float64)
+    loss = lambda: net(image).square().sum()  # noqa: E731
+    found, expected = g_of(net, loss), true_g(net, loss, 1)
+    assert relative_error(found["3"], expected["3"]) <= TOLERANCE
+    out = net[0](image)
+    g = torch.autograd.grad(net[1:](out).square().sum(), out)[0].flatten(1)
+    assert relative_error(found["0"], g @ g.T) <= TOLERANCE
+
+
+def test_an_interrupted_call_does_not_outlive_the_step() -> None:
+    """Nor does a submodule that is called afterwards, without the model, belong to it."""
+
+    class Interrupt(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyboardInterrupt
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Tanh()).double()
+    x = torch.randn(12, 3, 4, dtype=torch.float64)
+    expected = true_g(model, lambda: mean(lambda x: model[0](x).flatten(1), x), 12)
+    with KFAC(model, lr=0.1) as optimizer:
+        tanh, model[1] = model[1], Interrupt()
+        with pytest.raises(KeyboardInterrupt):
+            model(x[:2])
+        model[1] = tanh
+        optimizer.zero_grad()
+        mean(lambda x: model[0](x).flatten(1), x).backward()
+        optimizer.step()
+        require({name: g for name, (_, g) in optimizer.factors().items()}, expected)
