@@ -12,18 +12,17 @@ from torch import Tensor
 IN_FLIGHT = 1 << 10
 
 
-_has_taps = [False]
 _HANDLES = itertools.count()
 _CALLS: weakref.WeakValueDictionary[int, CompiledCalls] = weakref.WeakValueDictionary()
 
 
 @torch.compiler.assume_constant_result
-def note_compiled_tap() -> bool:
-    """Notes that torch.compile traces a tap, in any model. It really runs then; in the graph it is a constant.
+def note_compiled_tap(handle: int) -> bool:
+    """Notes that torch.compile traces a tap of a model. It really runs then; in the graph it is a constant.
 
     (The graph itself may not change a Python object where it is a part of checkpointing.)
     """
-    _has_taps[0] = True
+    _CALLS[handle].has_taps = True
     return True
 
 
@@ -62,6 +61,7 @@ class CompiledCalls:
             tells.
         out: likewise, 1 where some rows have no loss term.
         handle: by which a graph finds this.
+        has_taps: whether a tap of the model has been compiled.
         known: terms of the call that runs, and whether some rows have none.
     """
 
@@ -71,7 +71,7 @@ class CompiledCalls:
         self.running = self._nothing
         self.terms = torch.full((IN_FLIGHT,), -1.0, device=device)
         self.out = torch.zeros(IN_FLIGHT, device=device)
-        self._marks_rows = False
+        self._marks_rows = self.has_taps = False
         self.handle = next(_HANDLES)
         _CALLS[self.handle] = self
         self.known: tuple[float | Tensor | None, Tensor | None] = None, None
@@ -81,7 +81,7 @@ class CompiledCalls:
         if torch.compiler.is_compiling():
             self.number.add_(1)
             self.running = copied(self.number)
-        elif _has_taps[0]:
+        elif self.has_taps:
             self.number.add_(1)
             self.running = self.number.clone()
         else:
@@ -97,7 +97,7 @@ class CompiledCalls:
         if terms is None:
             terms, left_out = self.known
         number, self.running, self.known = self.running, self._nothing, (None, None)
-        if not torch.compiler.is_compiling() and not _has_taps[0]:
+        if not torch.compiler.is_compiling() and not self.has_taps:
             return
         place = self.place(number)
         self._marks_rows |= left_out is not None

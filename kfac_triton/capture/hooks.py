@@ -88,7 +88,7 @@ def tapped(
     gate = statistics.gate
     calls = gate.calls
     if torch.compiler.is_compiling():
-        note_compiled_tap()
+        note_compiled_tap(calls.compiled.handle)
         return CompiledTap.apply(output, x, gate.probe, calls.compiled.running, statistics)
     call = calls.current or calls.alone(args, kwargs, output)
     if call.watches_first:
