@@ -18,6 +18,12 @@ WIDTH, TOKENS = 16, 6
 REFRESH = ("prepare_kernel", "factor_kernel", "energy_kernel", "plan_kernel", "grow_kernel", "conclude_kernel", "update_kernel")
 
 
+@pytest.fixture(autouse=True)
+def _no_tables_of_other_tests() -> None:
+    """Tables are kept for later steps, the last used ones: those of other tests must not crowd out those that are counted."""
+    device_tables._copies.cache_clear()
+
+
 class Transformer(nn.Module):
     """The Linear layers of a transformer of this depth, with its four shapes; attention itself has no weights."""
 
