@@ -57,7 +57,7 @@ class EndHook(_CallHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Ends the call, if the module has begun it."""
         if self.gate is not None and self.gate.calls.outermost is module:
-            self.gate.calls.end(module, args, kwargs, output)
+            self.gate.calls.end(args, kwargs, output)
 
 
 def _run_eagerly() -> None:

@@ -174,10 +174,8 @@ class Calls:
         else:  # the call before was interrupted (Ctrl-C), and this is a new one
             self.outermost = None
 
-    def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """The forward has ended. The output is None if it has raised an exception."""
-        if self.outermost is not module:
-            return
+    def end(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """The forward of the outermost module has ended. The output is None if it has raised an exception."""
         if self._depth:
             self._depth -= 1
             return

@@ -36,12 +36,12 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Adds to the statistics and passes the gradient on."""
         (x,) = ctx.saved_tensors
-        # Detached, so that rows that are kept do not keep the graph, nor the call that it belongs to.
+        # `local` detaches, so that rows that are kept do not keep the graph, nor the call that it belongs to.
         if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():  # create_graph, or backward under autocast
             with torch.no_grad(), NoAutocast():
-                ctx.statistics.add(local(x.detach()), local(gradient.detach()), x.requires_grad, ctx.use)
+                ctx.statistics.add(local(x), local(gradient), x.requires_grad, ctx.use)
         else:
-            ctx.statistics.add(local(x.detach()), local(gradient), x.requires_grad, ctx.use)
+            ctx.statistics.add(local(x), local(gradient), x.requires_grad, ctx.use)
         return gradient, None, None, None, None
 
 

@@ -10,14 +10,16 @@ the G of each. Several backward passes accumulate the parts of one mean: with on
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .calls import Call, Number
 
-CALLS = ("accumulated", "joint", "separate")
+_Operation = Callable[[Any, Any], Number]
 
 
 class Weight(NamedTuple):
@@ -36,47 +38,41 @@ def is_one(number: Number) -> bool:
 
 
 class Arithmetic:
-    """Sums and quotients of loss terms that are on the device, each computed once for all layers."""
+    """Sums, products and quotients of loss terms; of those that are on the device, each is computed once for all layers."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, int, int], tuple[Number, Number, Number]] = {}
+        self._known: dict[tuple[_Operation, int, int], tuple[Number, Number, Number]] = {}
 
     def add(self, a: Number, b: Number) -> Number:
         """A + b."""
-        if not isinstance(a, Tensor) and not isinstance(b, Tensor):
-            return a + b
-        return self._once("add", a, b)
-
-    def share(self, part: Number, whole: Number) -> Number:
-        """Part / whole; 1 if the whole is 0, where both belong to calls without loss terms."""
-        if not isinstance(part, Tensor) and not isinstance(whole, Tensor):
-            return part / whole if whole else 1.0
-        return self._once("share", part, whole)
+        return self._once(operator.add, a, b)
 
     def multiply(self, a: Number, b: Number) -> Number:
         """A b."""
-        if not isinstance(a, Tensor) and not isinstance(b, Tensor):
-            return a * b
-        return self._once("multiply", a, b)
+        return self._once(operator.mul, a, b)
+
+    def share(self, part: Number, whole: Number) -> Number:
+        """Part / whole; 1 if the whole is 0, where both belong to calls without loss terms."""
+        return self._once(_quotient, part, whole)
 
     def clear(self) -> None:
         """Forgets all results."""
         self._known.clear()
 
-    def _once(self, name: str, a: Number, b: Number) -> Number:
-        key = name, id(a), id(b)
+    def _once(self, operation: _Operation, a: Number, b: Number) -> Number:
+        if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+            return operation(a, b)
+        key = operation, id(a), id(b)
         if key not in self._known:
             # The operands are kept, so that their numbers are not given to others.
             # In double precision, because quotients of integers would be in single.
-            self._known[key] = a, b, _computed(name, *(x.double() if isinstance(x, Tensor) else x for x in (a, b)))
+            self._known[key] = a, b, operation(*(x.double() if isinstance(x, Tensor) else x for x in (a, b)))
         return self._known[key][2]
 
 
-def _computed(name: str, a: Number, b: Number) -> Number:
-    if name == "add":
-        return a + b
-    if name == "multiply":
-        return a * b
+def _quotient(a: Number, b: Number) -> Number:
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        return a / b if b else 1.0
     return torch.where(torch.as_tensor(b) > 0, a / b, 1.0)
 
 

@@ -74,14 +74,14 @@ class Rows(NamedTuple):
             unless: a flag on the device, (): if it is true, no row is left out. With by_example may be one for each example.
         """
         rows = self.made()
-        gradient = rows.gradients[0] if len(rows.gradients) == 1 else torch.cat(rows.gradients, 1)
-        mask = (gradient != 0).any(1).reshape(len(gradient), gradient.shape[2:].numel())  # the numel of no dimension is 1
+        flags = rows._with_gradient()
+        mask = flags.reshape(len(flags), flags.shape[1:].numel())  # the numel of no dimension is 1
         other = None if unless is None else unless.reshape(-1, 1)
         if by_example is not False and rows.examples:
-            of_example = mask.reshape(rows.outer, rows.examples, mask.numel() // (rows.outer * rows.examples))
+            of_example = rows._by_example(flags)
             carries = of_example.any(2).any(0).reshape(-1, 1)
             carries = carries if other is None else carries | other
-            if gradient.dim() == 2:
+            if flags.dim() == 1:
                 carries = carries.expand_as(of_example).reshape(-1, 1)
             mask = carries if by_example is True else mask | (carries & by_example)
         return rows._replace(mask=mask if other is None or by_example is True else mask | other)
@@ -89,11 +89,17 @@ class Rows(NamedTuple):
     def carrying(self, are_tokens: bool) -> Tensor:
         """How many rows, or examples, have a gradient that is not exactly zero, () on the device."""
         rows = self.made()
-        gradient = rows.gradients[0] if len(rows.gradients) == 1 else torch.cat(rows.gradients, 1)
-        flags = (gradient != 0).any(1)
-        if not are_tokens and rows.examples:
-            flags = flags.reshape(rows.outer, rows.examples, flags.numel() // (rows.outer * rows.examples)).any(2).any(0)
-        return flags.sum()
+        flags = rows._with_gradient()
+        return (flags if are_tokens or not rows.examples else rows._by_example(flags).any(2).any(0)).sum()
+
+    def _with_gradient(self) -> Tensor:
+        """Which rows, or positions of images, have a gradient that is not exactly zero in all channel groups."""
+        gradient = self.gradients[0] if len(self.gradients) == 1 else torch.cat(self.gradients, 1)
+        return (gradient != 0).any(1)
+
+    def _by_example(self, flags: Tensor) -> Tensor:
+        """Flags of rows as (outer, examples, rows of an example in a part)."""
+        return flags.reshape(self.outer, self.examples, flags.numel() // (self.outer * self.examples))
 
     def with_count(self) -> Rows:
         """The rows with the number of those that the mask leaves out."""

@@ -36,7 +36,8 @@ def true_g(model: nn.Module, loss: Callable[[], Tensor], terms: float) -> dict[s
     seen: dict[str, Tensor] = {}
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     handles = [
-        m.register_forward_hook(lambda m, args, out, name=name: seen.setdefault(name, out)) for name, m in linears.items()
+        m.register_forward_hook(lambda m, args, out, name=name: seen.update({name: seen.get(name, out)}))
+        for name, m in linears.items()
     ]
     value = loss()
     for handle in handles:

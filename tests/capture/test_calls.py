@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kfac_triton import KFAC, KFACPreconditioner
+from kfac_triton.capture.loss_terms import Arithmetic
 
 TOLERANCE = 1e-10
 
@@ -396,3 +397,10 @@ def test_a_recursive_model() -> None:
     model, (x,) = Nested(), data(8)
     expected = {"layer": 8 * squares(gradients_of(model, lambda: mean(model, x))["layer"])}
     require(g_factors(model, lambda: mean(model, x)), expected)
+
+
+def test_results_of_other_loss_terms_are_not_taken_for_theirs() -> None:
+    """Once an operand is gone, another tensor may have its address."""
+    arithmetic = Arithmetic()
+    for i in range(50):
+        assert float(arithmetic.add(torch.tensor(float(i)), 1.0)) == i + 1
