@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -400,7 +401,11 @@ def test_a_recursive_model() -> None:
 
 
 def test_results_of_other_loss_terms_are_not_taken_for_theirs() -> None:
-    """Once an operand is gone, another tensor may have its address."""
-    arithmetic = Arithmetic()
-    for i in range(50):
-        assert float(arithmetic.add(torch.tensor(float(i)), 1.0)) == i + 1
+    """Results are found by the addresses of their operands, which must not be given to other tensors in the meantime."""
+    arithmetic, terms = Arithmetic(), torch.tensor(3.0)
+    operand = weakref.ref(terms)
+    assert float(arithmetic.add(terms, 1.0)) == 4
+    del terms
+    assert operand() is not None
+    arithmetic.clear()
+    assert operand() is None
