@@ -4,6 +4,7 @@
 step one CUDA graph.
 """
 
+from .adam import KFACAdam
 from .fisher.likelihood import Likelihood
 from .optimizer import KFAC
 from .preconditioner import KFACPreconditioner
@@ -11,4 +12,4 @@ from .training_graph import GraphedStep, graphed_step
 
 __version__ = "0.2.0"  # the one place: pyproject.toml reads it from here without importing the package
 
-__all__ = ["KFAC", "GraphedStep", "KFACPreconditioner", "Likelihood", "__version__", "graphed_step"]
+__all__ = ["KFAC", "GraphedStep", "KFACAdam", "KFACPreconditioner", "Likelihood", "__version__", "graphed_step"]

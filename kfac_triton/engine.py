@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -23,12 +23,14 @@ from .capture.hook_order import warn_of_earlier_hooks
 from .capture.hooks import attach
 from .cuda_graphs import require_recordable_settings
 from .curvature.curvature import Curvature
+from .curvature.eigen_adam import AdamOptions
 from .curvature.factor_update import FactorUpdate
 from .curvature.finite_flags import FiniteFlags
 from .curvature.gradient_plan import GradientPlan, LearningRate
 from .curvature.preconditioning import kl_clip_scale, rate_vector, unmoved, updates_of_layers
 from .fisher.losses import likelihood_of
 from .kernels import runtime
+from .kernels.device_tables import device_vector
 from .layers.partition import Partition
 from .layers.select import are_tokens, batch_dim_of, frozen_weights, refuse_sharded, require_backend, select_layers
 from .progress import Progress
@@ -91,6 +93,7 @@ class Engine:
         self.finite: FiniteFlags | None = None
         self.mixed: set[nn.Parameter] = set()
         self.plan: GradientPlan | None = None
+        self._accept: Tensor | None = None  # with curvature="adam", tiles whose averages take the gradient of this step
         self._warned: set[int] = set()
         self._warned_of_hooks: set[int] = set()
         self.progress = Progress(settings.damping_at(0), frozenset(range(len(self.layers))))
@@ -159,11 +162,14 @@ class Engine:
 
     @torch.no_grad()
     @without_autocast
-    def precondition(self, learning_rate: LearningRate) -> dict[nn.Parameter, Tensor | None]:
+    def precondition(
+        self, learning_rate: LearningRate, adam: Callable[[nn.Parameter], AdamOptions] | None = None
+    ) -> dict[nn.Parameter, Tensor | None]:
         """Updates the factors, recomputes inverses that are due, and gives the preconditioned gradients, clipped.
 
         Args:
             learning_rate: maps a parameter to its learning rate, for the KL clip; a layer takes that of its weight.
+            adam: with curvature="adam", maps a weight to the options of its group. Averages change in `commit` only.
 
         Returns:
             A dict of parameters and their preconditioned gradients, which are valid until the next call. It has no entry for
@@ -184,9 +190,24 @@ class Engine:
         # A layer with its first statistics gets an inverse at once. Until then damping alone would scale its gradient up.
         if (settings.is_due("inverse_every", steps) or self.progress.has_new_layers) and self.progress.is_stale:
             self._refresh_inverses()
-        updates = self._preconditioned_gradients(learning_rate)
+        elif self.curvature.adam is not None:
+            self.curvature.adam.rescue()
+        options = self.curvature.adam.options(adam) if self.curvature.adam is not None and adam is not None else None
+        updates = self._preconditioned_gradients(learning_rate, options)
         self.resume(self.progress.at_step(steps + 1))
         return updates
+
+    def commit(self) -> None:
+        """Takes the gradients of this step into Adam's averages, right before parameters move; nothing without them."""
+        if self.curvature.adam is not None and self._accept is not None:
+            self.curvature.adam.commit(self._accept)
+            self._accept = None
+
+    def moved_by_averages(self) -> list[nn.Parameter]:
+        """The parameters whose first-order averages are in the engine: with curvature="adam" all that it covers."""
+        if self.curvature.adam is None:
+            return []
+        return list(dict.fromkeys(p for layer in self.layers for p in layer.parameters()))
 
     def resume(self, progress: Progress) -> None:
         """Continues from this progress: it determines schedules, intervals, and whether the next passes leave statistics."""
@@ -289,34 +310,50 @@ class Engine:
         self.curvature.refresh(self.progress.damping, restart=self.progress.has_new_layers)
         self.progress = self.progress.refreshed()
 
-    def _preconditioned_gradients(self, learning_rate: LearningRate) -> dict[nn.Parameter, Tensor | None]:
-        missing = self.progress.without_statistics
+    def _preconditioned_gradients(
+        self, learning_rate: LearningRate, options: Tensor | None
+    ) -> dict[nn.Parameter, Tensor | None]:
+        # Without a basis Adam's is the identity: then it is plain Adam.
+        missing = frozenset() if self.curvature.adam is not None else self.progress.without_statistics
         usable = [layer.weight.grad is not None and i not in missing for i, layer in enumerate(self.layers)]
         raw = [layer for layer, is_usable in zip(self.layers, usable, strict=True) if not is_usable]
         if self.uses_kernels and len({stack.gradient.device for stack in self.curvature.gradients}) == 1:
-            result, self.finite = self._by_plan(usable, learning_rate)
+            result, self.finite = self._by_plan(usable, learning_rate, options)
         else:
-            result = self._one_by_one(usable, learning_rate)
+            result = self._one_by_one(usable, learning_rate, options)
         self.mixed = {p for layer in raw for p in (layer.weight, layer.bias) if p in result}
         return result
 
     def _by_plan(
-        self, usable: list[bool], learning_rate: LearningRate
+        self, usable: list[bool], learning_rate: LearningRate, options: Tensor | None
     ) -> tuple[dict[nn.Parameter, Tensor | None], FiniteFlags]:
         """In a few launches for all layers, where kernels are used."""
         if self.plan is None or not self.plan.fits(usable):
             self.plan = GradientPlan(self.partition, self.curvature.gradients, usable, self.settings.backend)
-        solve = functools.partial(self.curvature.solve, self.progress.damping)
-        return self.plan.step(solve, learning_rate, self.settings.kl_clip, self.kl_clip_scale, self.dropped_gradients)
+        solve = functools.partial(self.curvature.solve, self.progress.damping, options)
+        result = self.plan.step(solve, learning_rate, self.settings.kl_clip, self.kl_clip_scale, self.dropped_gradients)
+        self._accept_unless(self.plan.zeros, usable)
+        return result
 
-    def _one_by_one(self, usable: list[bool], learning_rate: LearningRate) -> dict[nn.Parameter, Tensor | None]:
+    def _accept_unless(self, stays: Tensor, usable: list[bool]) -> None:
+        """Notes for `commit` which tiles have a finite gradient; stays: flags of those that are not to be updated."""
+        if self.curvature.adam is not None:
+            blocks = self.partition.blocks
+            known = [usable[blocks[block].layer_number] for block in self.curvature.adam.blocks()]
+            self._accept = device_vector(known, stays.device, torch.bool) & ~stays
+
+    def _one_by_one(
+        self, usable: list[bool], learning_rate: LearningRate, options: Tensor | None
+    ) -> dict[nn.Parameter, Tensor | None]:
         """Layer by layer in PyTorch: in any precision, and on several devices."""
         blocks, stacks = self.partition.blocks, self.curvature.gradients
-        products = self.curvature.precondition([usable[block.layer_number] for block in blocks], self.progress.damping)
+        of_blocks = [usable[block.layer_number] for block in blocks]
+        products = self.curvature.precondition(of_blocks, self.progress.damping, options)
         order = [number for stack in stacks for number in stack.tiles]
         weights = [blocks[self.partition.tiles[number].block].layer.weight for number in order]
         broken = ~torch.isfinite(products)
         stays, are_finite = unmoved(broken, weights)
+        self._accept_unless(stays, usable)
         rates = rate_vector([learning_rate(weight) for weight in weights], products)
         self.kl_clip_scale = kl_clip_scale(products.masked_fill(stays, 0.0), rates, self.settings.kl_clip)
         self.dropped_gradients.index_add_(0, torch.cat([stack.places for stack in stacks]), broken.long())

@@ -21,6 +21,7 @@ from .state import state_dict as checkpoint
 from .state.layer_state import check_layers, export_layers, rebuild_engine, restore_layers
 from .state.transaction import transaction
 from .steps import first_order, param_groups
+from .steps.adam import adam_options, adam_settings
 from .steps.auto import AutoStep, auto_settings
 from .validation import require_module
 
@@ -142,6 +143,8 @@ class KFAC(KFACBase, Optimizer):
         curvature: str = Settings.curvature,
         exact_damping: bool = Settings.exact_damping,
         weight_sharing: str = Settings.weight_sharing,
+        noise_damping: float = Settings.noise_damping,
+        refresh: str = Settings.refresh,
         inverse: str = Settings.inverse,
         inverse_tolerance: float = Settings.inverse_tolerance,
         loss_reduction: str = Settings.loss_reduction,
@@ -171,6 +174,7 @@ class KFAC(KFACBase, Optimizer):
             damping=damping, kl_clip=kl_clip, ema_decay=ema_decay, statistics_every=statistics_every,
             inverse_every=inverse_every, warmup=warmup, fisher=fisher, fisher_samples=fisher_samples, loss=loss,
             curvature=curvature, exact_damping=exact_damping, weight_sharing=weight_sharing, inverse=inverse, calls=calls,
+            noise_damping=noise_damping, refresh=refresh,
             inverse_tolerance=inverse_tolerance, loss_reduction=loss_reduction, loss_terms=loss_terms, batch_dim=batch_dim,
             loss_scale=loss_scale, stats_fraction=stats_fraction, max_stats_tokens=max_stats_tokens,
             max_kept_bytes=max_kept_bytes, max_factor_size=max_factor_size, oversize=oversize, factor_dtype=factor_dtype,
@@ -178,8 +182,15 @@ class KFAC(KFACBase, Optimizer):
         )  # fmt: skip
         is_auto = isinstance(lr, str)
         if is_auto:
+            if curvature == "adam":
+                raise ValueError(
+                    "lr is 'auto', which needs a quadratic model: curvature must be 'kfac' or 'ekfac', but is 'adam'"
+                )
             settings = auto_settings(lr, settings, maximize=maximize, capturable=capturable)
             lr = 1.0  # has no effect, but schedulers expect a number in the groups
+        self._is_adam = curvature == "adam"
+        if self._is_adam:
+            settings = adam_settings(settings)
         require_module(model)
         params = [p for p in model.parameters() if p.requires_grad] if params is None else params
         self._betas = betas
@@ -193,6 +204,7 @@ class KFAC(KFACBase, Optimizer):
         self._model = model
         engine = Engine(model, settings, self._parameters())
         self._run = Run(engine, self._parameters(), torch.zeros((), dtype=torch.long, device=engine.bank.home))
+        self._complete()
         if is_auto:
             self._run.auto = self._auto_from({"damping_every": damping_every, "damping_range": damping_range, "states": []})
         checkpoint.declare_keys(self, self.engine, is_auto)
@@ -208,11 +220,14 @@ class KFAC(KFACBase, Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group. K-FAC covers the layers of its weights from then on; other layers keep their factors."""
         param_groups.validate_group({"betas": self._betas, **self.defaults, **param_group})
+        if self._is_adam and {**self.defaults, **param_group}["tail"] != "adamw":
+            raise ValueError("curvature is 'adam', so the tail of every group must be 'adamw', which moves what is not covered")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault("betas", self._betas)
         for parameter in group["params"]:
-            self.state[parameter].update(param_groups.initial_state(parameter, group))
+            # With curvature="adam" the engine, once it is there, decides whose averages it has.
+            self.state[parameter].update(param_groups.initial_state(parameter, group, has_averages=not self._is_adam))
         if hasattr(self, "_run"):  # not while the base class builds its first groups
             self._run.known = self._parameters()
             self._cover_anew()
@@ -220,7 +235,7 @@ class KFAC(KFACBase, Optimizer):
     def _keep_up(self) -> None:
         """Keeps up with groups or parameters that were replaced, and with a model that was moved to another device."""
         if len(self._parameters()) != len(self._run.known):  # Lightning's finetuning callback assigns groups when it resumes
-            self._run.known = param_groups.complete(self, self._betas)
+            self._run.known = self._complete()
             self._cover_anew()
         self._run.known = param_groups.rekey_swapped(self, self._run.known)
         if self.engine.changed_device():
@@ -232,9 +247,13 @@ class KFAC(KFACBase, Optimizer):
         run = self._run
         run.engine = rebuild_engine(self._model, run.engine, self._parameters())
         run.dropped = run.dropped.to(run.engine.bank.home)
+        self._complete()
         if run.auto is not None:
             run.auto = self._auto_from(run.auto.arguments())
         checkpoint.declare_keys(self, self.engine, self.is_auto)
+
+    def _complete(self) -> list[nn.Parameter]:
+        return param_groups.complete(self, self._betas, self.engine.moved_by_averages())
 
     def _auto_from(self, arguments: dict[str, Any]) -> AutoStep:
         return AutoStep.from_arguments(self._model, self.engine, self._parameters(), arguments)
@@ -291,19 +310,28 @@ class KFAC(KFACBase, Optimizer):
     def _plain_step(self) -> None:
         first_order.refuse_gradients(self._parameters())
         cuda_graphs.require_recordable_groups(self.param_groups, self.state)
+        engine, groups, backend = self.engine, self.param_groups, self.engine.settings.backend
         # By identity, because a tensor computes its hash in Python.
-        learning_rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
-        with transaction(self.engine):
-            updates = self.engine.precondition(lambda p: learning_rates.get(id(p), 0.0))
-            finite = self.engine.finite
-            self._run.dropped += first_order.drop_bad_gradients(self._parameters(), updates, finite, self.engine.mixed)
+        learning_rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+        with transaction(engine):
+            if self._is_adam:
+                options = {id(p): adam_options(group) for group in groups for p in group["params"]}
+                updates = engine.precondition(lambda p: learning_rates.get(id(p), 0.0), lambda p: options[id(p)])
+            else:
+                updates = engine.precondition(lambda p: learning_rates.get(id(p), 0.0))
+            finite = engine.finite
+            self._run.dropped += first_order.drop_bad_gradients(self._parameters(), updates, finite, engine.mixed)
             # All memory is allocated before the first parameter changes.
-            work = [first_order.prepare(group, updates, self.state) for group in self.param_groups]
-            fused, work = first_order.split(self.param_groups, work, finite, self.engine.settings.backend)
-            held = first_order.hold(self.param_groups, work, finite, self.engine.settings.backend)
+            if self._is_adam:
+                groups, work = first_order.divided(groups, updates, self.state)
+            else:
+                work = [first_order.prepare(group, updates, self.state) for group in groups]
+            fused, work = first_order.split(groups, work, finite, backend)
+            held = first_order.hold(groups, work, finite, backend)
+            engine.commit()
             for steps in fused:
                 steps.apply()
-            for group, (params, gradients, states) in zip(self.param_groups, work, strict=True):
+            for group, (params, gradients, states) in zip(groups, work, strict=True):
                 first_order.apply(group, params, gradients, states, held)
 
     def diagnostics(self) -> dict[str, Any]:
@@ -366,13 +394,14 @@ class KFAC(KFACBase, Optimizer):
         super().__setstate__({key: state[key] for key in ("defaults", "state", "param_groups") if key in state})
         if "model" in state:
             self._betas, self._model = state["betas"], state["model"]
-        known = param_groups.complete(self, self._betas)
-        if "model" in state:
+            known = param_groups.parameters_of(self)
+            self._is_adam = state["settings"].curvature == "adam"
             self._run = Run(Engine(self._model, state["settings"], known), known, state["dropped"])
+        self._run.known = self._complete()
+        if "model" in state:
             restore_layers(self.engine, state["layers"])
             if state["auto"] is not None:
                 self._run.auto = self._auto_from(state["auto"])
             if state["closed"]:
                 self.close()
-        self._run.known = known
         checkpoint.declare_keys(self, self.engine, self.is_auto)

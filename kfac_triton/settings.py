@@ -14,6 +14,7 @@ from .kernels.runtime import BACKENDS
 
 LOSS_REDUCTIONS = ("mean", "sum")
 LOSS_TERMS = ("auto", "examples", "tokens")
+REFRESHES = ("auto", "qr", "products", "eigh")
 METHODS = ("auto", "newton_schulz", "factored", "cholesky", "eigh")
 ROWS = ("auto", "all", "nonzero")
 OVERSIZE = ("diagonal", "block")
@@ -111,9 +112,11 @@ class Settings:
     fisher: str = _choice("empirical", "mc", "ggn")
     fisher_samples: int = field(default=1, metadata=_checked_by(validation.whole))
     loss: Any = None
-    curvature: str = _choice("kfac", "ekfac")
+    curvature: str = _choice("kfac", "ekfac", "adam")
     exact_damping: bool = field(default=False, metadata=_checked_by(validation.flag))
     weight_sharing: str = _choice("expand", "reduce")
+    noise_damping: float = field(default=0.3, metadata=_checked_by(validation.real))
+    refresh: str = _choice(*REFRESHES)
     inverse: str = _choice(*METHODS)
     inverse_tolerance: float = field(default=0.05, metadata=_checked_by(validation.real, high=0.3, open_low=True))
     loss_reduction: str = _choice(*LOSS_REDUCTIONS)
@@ -149,6 +152,8 @@ class Settings:
                 "loss=nn.CrossEntropyLoss() or the loss that you train with, and call accumulate_fisher(outputs, targets) "
                 "between forward and backward"
             )
+        if self.curvature == "adam" and self.exact_damping:
+            raise ValueError("curvature is 'adam', which has no damping: exact_damping must be False, but is True")
         if self.capturable:
             self.require_constant()
         if not callable(self.loss_scale) and not isinstance(self.loss_scale, GradScaler):
@@ -185,13 +190,20 @@ class Settings:
         """
         for name in ("statistics_every", "inverse_every"):
             if getattr(self, name) != 1:
-                raise ValueError(f"capturable is True, so {name} must be 1, but is {getattr(self, name)!r}")
+                shown = "refresh_every" if name == "inverse_every" and self.curvature == "adam" else name
+                raise ValueError(f"capturable is True, so {shown} must be 1, but is {getattr(self, name)!r}")
         if callable(self.damping):
             raise ValueError("capturable is True, so damping must be a number, but is a function of the step")
         if callable(self.loss_scale) and self.scaler is None:
             raise ValueError("capturable is True, so loss_scale must be a number or a GradScaler, but is a function")
-        if self.curvature != "kfac" or self.exact_damping:
-            raise ValueError("capturable is True, so curvature must be 'kfac' without exact_damping: the host waits for bases")
+        if self.curvature == "ekfac" or self.exact_damping:
+            raise ValueError(
+                "capturable is True, so curvature must be 'kfac' or 'adam', without exact_damping: the host waits for bases"
+            )
+        if self.curvature == "adam" and self.refresh not in ("auto", "products"):
+            raise ValueError(
+                f"capturable is True, so refresh must be 'products', but is {self.refresh!r}: the host waits for it"
+            )
         if self.factor_dtype != "float32":
             raise ValueError(f"capturable is True, so factor_dtype must be 'float32', but is {self.factor_dtype!r}")
 

@@ -19,7 +19,7 @@ class Counts:
     Attributes:
         rows: rows of A.
         terms: loss terms.
-        taken: rows of A that were kept, if rows are sampled; nothing depends on it.
+        taken: rows of A that were kept; fewer than `rows` if they are sampled.
         passes: passes that were summed.
     """
 

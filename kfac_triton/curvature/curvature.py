@@ -12,7 +12,9 @@ from ..layers.partition import FactorSpec, Partition, factor_dtype
 from ..settings import Settings
 from .damping import SplitDamping, pi_split
 from .diagonal import DiagonalBasis, DiagonalInverse
+from .eigen_adam import EigenAdam
 from .eigenbasis import EigenStack
+from .eigenvectors import EigenvectorStack, IdentityBasis
 from .factor_bank import FactorBank
 from .factor_stack import newest_weight
 from .factor_update import Accepted
@@ -25,7 +27,8 @@ from .solvers import Basis, EigenSolve, EkfacSolve, InverseSolve
 class Curvature:
     """Kronecker factors of all blocks, and what is computed from them.
 
-    K-FAC with split damping needs the inverse of each factor. K-FAC with exact damping, and EKFAC, need its eigenbasis.
+    K-FAC with split damping needs the inverse of each factor. K-FAC with exact damping, and EKFAC, need its eigenbasis; Adam in
+    the eigenbasis needs its eigenvectors alone.
 
     Args:
         partition: the covered layers, divided into blocks, parts and tiles.
@@ -39,13 +42,15 @@ class Curvature:
         inverse_at: for each slot, the `Inverse` that holds its inverse, and the place in it.
         gradients: one for each tile group.
         moments: one for each layer, None where EKFAC has nothing to sum.
-        split: the damping of each block's A and G; None before the first refresh.
+        split: the damping of each block's A and G; None before the first refresh, and with curvature="adam".
+        adam: with curvature="adam", Adam's averages in the eigenbasis; else None.
     """
 
     def __init__(self, partition: Partition, settings: Settings, host_looks: bool) -> None:
         self.partition = partition
         self.is_ekfac = settings.curvature == "ekfac"
         self.has_basis = self.is_ekfac or settings.exact_damping
+        self.adam: EigenAdam | None = None
         self.split: SplitDamping | None = None
         specs = []
         for part in partition.parts:
@@ -57,8 +62,14 @@ class Curvature:
         stacks, diagonals = self.bank.stacks, self.bank.diagonals
         self.inverses: Sequence[Inverse]
         self._eigen_solves: list[EigenSolve] = []
-        solves: Sequence[Solve]
-        if self.has_basis:
+        solves: Sequence[Solve | None]
+        if settings.curvature == "adam":
+            how = settings.refresh, settings.backend
+            eigenvectors = [*(EigenvectorStack(x.sums, x.sizes, *how) for x in stacks), *map(IdentityBasis, diagonals)]
+            self.inverses = eigenvectors
+            self.adam = EigenAdam(partition, self.bank, eigenvectors, settings.noise_damping, settings.backend)
+            solves = [None for _ in self.bank.groups]
+        elif self.has_basis:
             bases: list[Basis] = [*(EigenStack(x.sums, x.sizes) for x in stacks), *map(DiagonalBasis, diagonals)]
             solves = self._eigen_solves = [self._eigen_solve(x, bases[x.g.store], bases[x.a.store]) for x in self.bank.groups]
             self.inverses = bases
@@ -108,8 +119,11 @@ class Curvature:
 
         Args:
             damping: to add to the Fisher matrix of the mean loss.
-            restart: whether the factors were replaced, so that the last inverses are no start for the new ones.
+            restart: whether factors were replaced, so that the last inverses are no start for the new ones.
         """
+        if self.adam is not None:
+            self.adam.refresh(restart)
+            return
         g_mean, a_mean = (self._per_side(self.bank.traces().double()) / self._side_sizes).unbind(1)
         self.split = pi_split(a_mean, g_mean, damping, self._constant)
         over_slots = torch.stack([self.split.g, self.split.a], 1).flatten()[self._side_of_slot]
@@ -125,11 +139,15 @@ class Curvature:
 
     def was_refused(self) -> bool:
         """Whether the host has been told that an inverse was refused; a step that is not a replay then computes it anew."""
+        if self.adam is not None:
+            return self.adam.was_refused()
         return any(group.refused is not None and group.refused.is_any_set() for group in self.inverse_groups)
 
     @property
     def kind(self) -> str:
-        """The form of the inverses: "basis" (eigenvectors), "root" (T, where the inverse is T^T T) or "inverse"."""
+        """The form of the inverses: "basis", "root" (T, where the inverse is T^T T), "inverse", or "eigenvectors" alone."""
+        if self.adam is not None:
+            return "eigenvectors"
         if self.has_basis:
             return "basis"
         return "root" if any(x.kind == "root" for x in self.inverses) else "inverse"
@@ -139,29 +157,50 @@ class Curvature:
         """Whether a refresh depends only on the factors and the damping, and not on the last inverses."""
         return all(x.kind == "inverse" for x in self.inverses)
 
+    def tiles_of(self, layer_number: int) -> list[int]:
+        """Numbers of a layer's tiles."""
+        return [tile for block in self.partition.blocks_of(layer_number) for tile in self.partition.tiles_of[block]]
+
     def moments_of(self, layer_number: int) -> list[list[Tensor]]:
-        """Views of EKFAC's moments of a layer: for each channel group those of its tiles that have any."""
+        """Views of second moments of a layer, EKFAC's or Adam's: for each channel group those of its tiles that have any."""
         tiles_of = self.partition.tiles_of
+        if self.adam is not None:
+            return [[self.adam.views(i)[1] for i in tiles_of[block]] for block in self.partition.blocks_of(layer_number)]
         return [
             [self._moments_of_tile[i] for i in tiles_of[block] if i in self._moments_of_tile]
             for block in self.partition.blocks_of(layer_number)
         ]
 
+    def means_of(self, layer_number: int) -> list[list[Tensor]]:
+        """Views of Adam's means of a layer: for each channel group those of its tiles; none without curvature="adam"."""
+        if self.adam is None:
+            return []
+        tiles_of = self.partition.tiles_of
+        return [[self.adam.views(i)[0] for i in tiles_of[block]] for block in self.partition.blocks_of(layer_number)]
+
     def moment_updates_of(self, layer_number: int) -> Tensor:
-        """How many updates EKFAC's moments have had, one number for each channel group: a copy."""
+        """How many updates the second moments have had, one number for each channel group: a copy."""
         first = [self.partition.tiles_of[block][0] for block in self.partition.blocks_of(layer_number)]
+        if self.adam is not None:
+            return torch.stack([self.adam.views(tile)[2] for tile in first])
         return self._moment_updates[first]
 
     def count_moments(self, layer_number: int, updates: Tensor) -> None:
         """Sets the number of updates of moments; a checkpoint has just overwritten the moments and their basis."""
         for block, count in zip(self.partition.blocks_of(layer_number), updates, strict=True):
+            if self.adam is not None:
+                for tile in self.partition.tiles_of[block]:
+                    self.adam.views(tile)[2].copy_(count)
+                continue
             self._moment_updates[list(self.partition.tiles_of[block])] = count.to(self._moment_updates)
         moments = self.moments[layer_number]
         if moments is not None:
             moments.ready = bool((updates > 0).all())
 
     def forget_moments(self, layer_number: int) -> None:
-        """Restarts EKFAC's moments of a layer from the Kronecker eigenvalues, because its factors were replaced."""
+        """Restarts the moments of a layer (EKFAC's from the Kronecker eigenvalues), because its factors were replaced."""
+        if self.adam is not None:
+            self.adam.forget(self.tiles_of(layer_number))
         if self.is_ekfac:  # without EKFAC nothing is allocated, because a step that ran out of memory comes here, too
             self._moment_updates[self._layer_of_tile == layer_number] = 0
         moments = self.moments[layer_number]
@@ -196,23 +235,34 @@ class Curvature:
             blended = torch.lerp(solve.values, new, rate.to(solve.values)[:, None, None])
             solve.values.copy_(torch.where(accept.to(new.device)[:, None, None], blended, solve.values))
 
-    def precondition(self, usable: Sequence[bool], damping: float) -> Tensor:
+    def precondition(self, usable: Sequence[bool], damping: float, options: Tensor | None = None) -> Tensor:
         """Computes V in every gradient stack and returns <V, W> in the order of the stacks' tiles.
 
         Args:
             usable: a flag for each block; the tiles of the others get V = 0.
             damping: the current damping; only eigenbases use it, since inverses already contain theirs.
+            options: with curvature="adam", those of each tile, see `EigenAdam.options`.
         """
-        self._set_damping(damping)
         for stack in self.gradients:
-            stack.precondition(usable)
+            stack.read(usable)
+        self._solve(damping, options, multiply=True)
         return torch.cat([stack.product.to(self.bank.home) for stack in self.gradients])
 
-    def solve(self, damping: float) -> None:
-        """Computes V of what is in the gradient stacks."""
+    def solve(self, damping: float, options: Tensor | None = None) -> None:
+        """Computes V of what is in the gradient stacks; see `precondition`."""
+        self._solve(damping, options, multiply=False)
+
+    def _solve(self, damping: float, options: Tensor | None, multiply: bool) -> None:
+        if self.adam is not None:
+            assert options is not None
+            self.adam.direct(self.gradients, options)
+            if multiply:
+                for stack in self.gradients:
+                    stack.multiply()
+            return
         self._set_damping(damping)
         for stack in self.gradients:
-            stack.solve()
+            stack.solve(stack.product if multiply else None)
 
     def _set_damping(self, damping: float) -> None:
         for solve in self._eigen_solves:
@@ -230,5 +280,6 @@ class Curvature:
             "sums": of(*(s.sums for s in stores)),
             "inverses": of(*(i.values for i in self.inverses)),
             "gradients": of(*(t for g in self.gradients for t in (g.gradient, g.update))),
-            "moments": of(*(t for s in self._ekfac_solves for t in (s.values, s.sums))),
+            "moments": of(*(t for s in self._ekfac_solves for t in (s.values, s.sums)))
+            + (self.adam.nbytes() if self.adam is not None else 0),
         }

@@ -39,6 +39,8 @@ class FactorBank:
         order: the factor in each slot, as an index of specs.
         places: for each slot, the index of its store in `stores`, and that of the factor in the store.
         updates: number of accepted updates of each factor, (slots,).
+        sampling: for each factor, 1 over the number of rows that its moving average stands for, (slots,), in double precision:
+            sum_t w_t^2 / rows_t with the weight w_t of each update; zero before the first one. See `count_rows`.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class FactorBank:
         self.home = specs[0].device
         self.sizes = torch.tensor([size for store in self.stores for size in store.sizes], device=self.home)
         self.updates = torch.zeros(len(specs), device=self.home)
+        self.sampling = torch.zeros(len(specs), dtype=torch.float64, device=self.home)
         self._backend, self._is_compact = backend, is_compact
         # The stores that one launch can process: those of one type and device.
         kinds_of_stores: dict[tuple[torch.dtype, torch.device], list[int]] = defaultdict(list)
@@ -143,6 +146,19 @@ class FactorBank:
         """
         self.updates += accept
         return newest_weight(self.updates, ema_decay)
+
+    def count_rows(self, rate: Tensor, rows: Tensor, accept: Tensor) -> None:
+        """Notes of how many rows the accepted updates were.
+
+        With the weight r of the newest update the average of independent rows has the variance of a mean of R rows, where
+        1 / R <- (1 - r)^2 / R + r^2 / rows.
+
+        Args:
+            rate: r, as `weights` returns it, (slots,).
+            rows: (slots,).
+            accept: flags (slots,).
+        """
+        self.sampling.copy_(torch.where(accept, (1 - rate).square() * self.sampling + rate.square() / rows, self.sampling))
 
     def blend(self, keep: Tensor, gain: Tensor, accept: Tensor, summed: Tensor, step: int = 0) -> None:
         """Sets accepted factors to keep * factor + gain * sum; `roll_back` can undo it. All vectors are over slots.

@@ -199,6 +199,8 @@ class FactorUpdate:
         scale = torch.cat([scales.input_scale(counts.rows), moment_scale])[self._scale_of_slot]
         accept = accepted[self.layer_of_slot]
         rate = self.bank.weights(accept, settings.ema_decay)
+        if settings.curvature == "adam":  # whose noise damping depends on them
+            self.bank.count_rows(rate, counts.taken[self.layer_of_slot], accept)
         keep, gain = 1 - rate, rate * scale
         has_sum = summed[self.layer_of_slot]
         self.bank.blend(keep, gain, accept, has_sum, self.gate.step)

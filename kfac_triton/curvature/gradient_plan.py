@@ -36,6 +36,9 @@ class GradientPlan:
         stacks: the gradient stacks; they are of one type and on one device.
         usable: a flag for each layer; the others get no update.
         backend: of the kernels.
+
+    Attributes:
+        zeros: flags (tiles,), in the order of the stacks: those that the last step gave no update.
     """
 
     def __init__(self, partition: Partition, stacks: Sequence[GradientStack], usable: Sequence[bool], backend: str) -> None:
@@ -90,9 +93,9 @@ class GradientPlan:
         solve()
         ops.inner(self._gradients, self._updates, self._inner, backend=self._backend)
         rates = rate_vector([learning_rate(weight) for weight in self.weights], self._inner)
-        flags = self._finite, self._zeros
+        flags = self._finite, self.zeros
         ops.clip(self._products, rates, self._members, self._places, kl_clip, scale, *flags, dropped, backend=self._backend)
-        ops.scatter(self._updates, self._outputs, scale, self._zeros, self._scatter, backend=self._backend)
+        ops.scatter(self._updates, self._outputs, scale, self.zeros, self._scatter, backend=self._backend)
         result, flags_of = dict(self._dense), dict(self._flags_of)
         for number in self._read:
             layer = self._partition.layers[number]
@@ -103,8 +106,8 @@ class GradientPlan:
     def tile_sums(self, scale: Tensor) -> dict[int, tuple[float, ...]]:
         """Tile -> squared norms of W and V, and <V, W> before and after the KL clip, of the last step; scale is its nu."""
         product, gradient, update = self._inner.double()
-        moved = (update * scale.double().square()).masked_fill(self._zeros, 0.0)
-        rows = torch.stack([gradient, moved, product, (product * scale).masked_fill(self._zeros, 0.0)], 1).tolist()
+        moved = (update * scale.double().square()).masked_fill(self.zeros, 0.0)
+        rows = torch.stack([gradient, moved, product, (product * scale).masked_fill(self.zeros, 0.0)], 1).tolist()
         return dict(zip(self._place, map(tuple, rows), strict=True))
 
     def _number_weights(self, owners: list[nn.Parameter]) -> None:
@@ -120,7 +123,7 @@ class GradientPlan:
         self._flags_of = {p: (self._number[weight],) for p, weight in self._owner.items()}
         self._inner = torch.zeros(3, len(owners), dtype=torch.float32, device=device)  # <V, W>, <W, W> and <V, V>
         self._products = self._inner[0]
-        self._zeros = torch.zeros(len(owners), dtype=torch.bool, device=device)
+        self.zeros = torch.zeros(len(owners), dtype=torch.bool, device=device)
         self._finite = torch.zeros(len(self.weights), dtype=torch.bool, device=device)
 
     def _pieces_of_gradients(self) -> list[Piece]:

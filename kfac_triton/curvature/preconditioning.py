@@ -35,7 +35,7 @@ class GradientStack:
         product: <V, W>, (B,).
     """
 
-    def __init__(self, group: TileGroup, partition: Partition, bank: FactorBank, solve: Solve, host_looks: bool) -> None:
+    def __init__(self, group: TileGroup, partition: Partition, bank: FactorBank, solve: Solve | None, host_looks: bool) -> None:
         self.tiles = group.tiles
         self.places = torch.tensor(group.tiles, device=bank.home)
         self._solve = solve
@@ -47,15 +47,19 @@ class GradientStack:
         self.update = torch.zeros_like(self.gradient)
         self.product = self.gradient.new_zeros(len(group.tiles))
 
-    def precondition(self, usable: Sequence[bool]) -> None:
-        """Computes V and <V, W> for the tiles of usable blocks; both are zero for the others."""
+    def read(self, usable: Sequence[bool]) -> None:
+        """Copies the gradients of the tiles of usable blocks; those of the others become zero."""
         for block, number in zip(self.gradient, self.tiles, strict=True):
             fill(block, *self._read(number, usable))
-        self._solve(self.gradient, self.update, self.product)
 
-    def solve(self) -> None:
-        """Computes V of what is in `gradient`."""
-        self._solve(self.gradient, self.update, None)
+    def solve(self, product: Tensor | None = None) -> None:
+        """Computes V of what is in `gradient`, and `<V, W>` (B,) unless it is None."""
+        assert self._solve is not None, "Adam's directions are computed for all stacks together"
+        self._solve(self.gradient, self.update, product)
+
+    def multiply(self) -> None:
+        """Computes `<V, W>` of what is in `gradient` and `update`."""
+        self.product.copy_(torch.linalg.vecdot(self.update.flatten(1), self.gradient.flatten(1)))
 
     def _read(self, number: int, usable: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
         """The parts of the weight's and the bias's gradient in a tile; None without one."""

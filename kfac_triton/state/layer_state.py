@@ -16,13 +16,17 @@ LayerState = dict[str, Tensor]
 FACTORS = ("kfac_A", "kfac_G")
 UPDATES, STEPS = "kfac_updates", "kfac_steps"
 # The kind of inverse is part of the key, so that an engine does not load inverses of another kind.
-INVERSES = {kind: (f"kfac_{kind}_A", f"kfac_{kind}_G") for kind in ("inverse", "root", "basis")}
+INVERSES = {kind: (f"kfac_{kind}_A", f"kfac_{kind}_G") for kind in ("inverse", "root", "basis", "eigenvectors")}
 CERTIFICATES, REFRESHED = "kfac_certificates", "kfac_refreshed"
 MOMENTS, MOMENT_UPDATES = "kfac_moments", "kfac_moment_updates"
+MEANS, SAMPLING = "kfac_means", "kfac_sampling"  # with curvature="adam"
 
 # These are the same for all layers. The first dimension of the others is that of channel groups.
 OF_THE_ENGINE = (STEPS, REFRESHED)
-KEYS = (*FACTORS, UPDATES, *(key for keys in INVERSES.values() for key in keys), CERTIFICATES, MOMENTS, MOMENT_UPDATES)
+KEYS = (
+    *FACTORS, UPDATES, *(key for keys in INVERSES.values() for key in keys), CERTIFICATES, MOMENTS, MOMENT_UPDATES, MEANS,
+    SAMPLING,
+)  # fmt: skip
 
 
 def export_layers(engine: Engine, include_inverses: bool = True) -> dict[str, LayerState]:
@@ -42,7 +46,8 @@ def export_layers(engine: Engine, include_inverses: bool = True) -> dict[str, La
         of steps. With inverses "kfac_inverse_A" and "kfac_inverse_G" (or root, or basis): (groups, numbers), as stored, with
         padding; "kfac_certificates": residual and damping of each, (groups, factors, 2); "kfac_refreshed": damping of the last
         step, and whether inverses are stale. With EKFAC "kfac_moments": (groups, numbers), and "kfac_moment_updates":
-        (groups,).
+        (groups,). With curvature="adam" also "kfac_means", as "kfac_moments", and "kfac_sampling": `FactorBank.sampling` of A
+        and G, (groups, 2).
     """
     keeps_inverses = include_inverses and _needs_inverses(engine)
     result = {}
@@ -51,6 +56,9 @@ def export_layers(engine: Engine, include_inverses: bool = True) -> dict[str, La
         updates = [engine.bank.updates[[slots[0] for slots in side]] for side in _sides(engine, number)]
         state[UPDATES] = torch.stack(updates, 1)
         state[STEPS] = torch.tensor(engine.progress.steps)
+        if engine.curvature.adam is not None:
+            sampling = [engine.bank.sampling[[slots[0] for slots in side]] for side in _sides(engine, number)]
+            state[SAMPLING] = torch.stack(sampling, 1)
         if keeps_inverses:
             state |= _export_inverses(engine, number)
         result[layer.name] = state
@@ -87,8 +95,13 @@ def restore_layers(engine: Engine, states: dict[str, LayerState]) -> None:
     Inverses are restored if all layers have them, of the engine's kind and sizes. Otherwise the next step computes them.
     """
     numbers = {number: states[layer.name] for number, layer in enumerate(engine.layers) if layer.name in states}
-    keeps_inverses = len(numbers) == len(engine.layers) and all(_has_inverses(engine, i, x) for i, x in numbers.items())
+    complete = {i for i, x in numbers.items() if _has_inverses(engine, i, x)}
     known = {number for number, state in numbers.items() if bool((state[UPDATES] > 0).all())}
+    keeps_inverses = len(complete) == len(engine.layers)
+    if engine.curvature.adam is not None:  # each layer's basis and averages are independent of the others
+        keeps_inverses = complete >= known
+    elif not keeps_inverses:
+        complete = set()
     for number, state in numbers.items():
         for side, (key, groups) in enumerate(zip(FACTORS, _sides(engine, number), strict=True)):
             for group, slots in enumerate(groups):
@@ -96,9 +109,13 @@ def restore_layers(engine: Engine, states: dict[str, LayerState]) -> None:
                 for slot, piece in zip(slots, pieces, strict=True):
                     engine.bank.write(slot, piece)
                 engine.bank.updates[slots] = state[UPDATES][group, side].to(engine.bank.updates)
+                if SAMPLING in state:
+                    engine.bank.sampling[slots] = state[SAMPLING][group, side].to(engine.bank.sampling)
         engine.curvature.forget_moments(number)
-        if keeps_inverses:
+        if number in complete:
             _restore_inverses(engine, number, state)
+            if engine.curvature.adam is not None and number not in known:
+                engine.curvature.adam.forget_bases(engine.curvature.tiles_of(number))
     if not numbers:
         return
     any_of_them = next(iter(numbers.values()))
@@ -113,8 +130,14 @@ def keys_of(engine: Engine) -> tuple[str, ...]:
     """Keys of the state that `export_layers` returns for each layer."""
     if not _needs_inverses(engine):
         return (*FACTORS, UPDATES, STEPS)
-    moments = (MOMENTS, MOMENT_UPDATES) if engine.curvature.is_ekfac else ()
+    moments = _moment_keys(engine)
     return (*FACTORS, UPDATES, STEPS, *INVERSES[engine.curvature.kind], CERTIFICATES, REFRESHED, *moments)
+
+
+def _moment_keys(engine: Engine) -> tuple[str, ...]:
+    if engine.curvature.adam is not None:
+        return MOMENTS, MOMENT_UPDATES, MEANS, SAMPLING
+    return (MOMENTS, MOMENT_UPDATES) if engine.curvature.is_ekfac else ()
 
 
 def rebuild_engine(model: nn.Module, engine: Engine, parameters: Iterable[nn.Parameter] | None) -> Engine:
@@ -171,9 +194,11 @@ def _export_inverses(engine: Engine, number: int) -> LayerState:
     certificates = [[torch.stack([x.residual[i], x.damping[i]]) for x, i in a + g] for a, g in zip(*sides, strict=True)]
     state[CERTIFICATES] = torch.stack([torch.stack(group) for group in certificates]).double()
     state[REFRESHED] = torch.tensor([engine.progress.damping, float(engine.progress.is_stale)], dtype=torch.float64)
-    if curvature.is_ekfac:
+    if MOMENTS in _moment_keys(engine):
         state[MOMENTS] = _flat(curvature.moments_of(number))
         state[MOMENT_UPDATES] = curvature.moment_updates_of(number)
+    if curvature.adam is not None:
+        state[MEANS] = _flat(curvature.means_of(number))
     return state
 
 
@@ -191,9 +216,10 @@ def _restore_inverses(engine: Engine, number: int, state: LayerState) -> None:
             pieces = state[key][group].split([x.kept(i).numel() for x, i in side])
             for (x, i), piece in zip(side, pieces, strict=True):
                 x.restore(i, piece.view_as(x.kept(i)), *next(certificates))
-    if curvature.is_ekfac:
-        for group, tiles in enumerate(curvature.moments_of(number)):
-            pieces = state[MOMENTS][group].split([x.numel() for x in tiles])
-            for view, piece in zip(tiles, pieces, strict=True):
-                view.copy_(piece.view_as(view))
+    if MOMENTS in _moment_keys(engine):
+        for key, moments in ((MOMENTS, curvature.moments_of(number)), (MEANS, curvature.means_of(number))):
+            for group, tiles in enumerate(moments):
+                pieces = state[key][group].split([x.numel() for x in tiles])
+                for view, piece in zip(tiles, pieces, strict=True):
+                    view.copy_(piece.view_as(view))
         curvature.count_moments(number, state[MOMENT_UPDATES])

@@ -15,22 +15,25 @@ def transaction(engine: Engine) -> Iterator[None]:
 
     If anything is raised inside (a device out of memory, an interrupt, an error in a closure), factors, their counters and the
     engine's progress are restored, and the exception is passed on. The statistics of the step are dropped. If inverses or
-    EKFAC's moments had been overwritten, the next step computes inverses from the factors, and the moments start again.
+    EKFAC's moments had been overwritten, the next step computes inverses from the factors, and the moments start again. Adam's
+    averages in the eigenbasis change in `Engine.commit` only, and eigenvectors that were refreshed are still a basis.
 
     The old factors are kept in the buffers of the sums, which are not read before the next backward pass: neither keeping nor
     restoring them needs memory.
     """
-    before, updates = engine.progress, None
+    before, counts = engine.progress, None
     try:
-        updates = engine.bank.updates.clone()
+        counts = engine.bank.updates.clone(), engine.bank.sampling.clone()
         yield
     except BaseException:
         engine.bank.roll_back()
-        if updates is not None:
-            engine.bank.updates.copy_(updates)
+        if counts is not None:
+            engine.bank.updates.copy_(counts[0])
+            engine.bank.sampling.copy_(counts[1])
         if engine.progress.rewrites != before.rewrites:
             before = replace(before, is_stale=True, has_new_layers=True)
-            for number in range(len(engine.layers)):
+            keeps_others = engine.curvature.adam is not None
+            for number in before.without_statistics if keeps_others else range(len(engine.layers)):
                 engine.curvature.forget_moments(number)
         engine.forget_statistics()
         engine.resume(before)

@@ -40,7 +40,7 @@ def validate_group(group: dict[str, Any]) -> None:
     validation.choice("tail", group["tail"], TAILS)
     for name in ("nesterov", "maximize", "capturable"):
         validation.flag(name, group[name])
-    if group["nesterov"] and not group["momentum"]:
+    if group["nesterov"] and group["tail"] == "sgd" and not group["momentum"]:
         raise ValueError(f"nesterov is True, which needs a momentum greater than 0, but momentum is {group['momentum']!r}")
     if group["foreach"] not in (None, True, False):
         raise TypeError(f"foreach must be True, False or None, but is {group['foreach']!r}")
@@ -57,15 +57,17 @@ def validate_group(group: dict[str, Any]) -> None:
         validation.real(f"betas[{i}]", beta, high=1.0)
 
 
-def initial_state(parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
+def initial_state(parameter: nn.Parameter, group: dict[str, Any], has_averages: bool = True) -> dict[str, Tensor]:
     """State of one parameter, complete from the start: checkpoint tools ask for it before the first step.
+
+    Without averages it is a counter alone: those of the parameter are in the eigenbasis of its layer.
 
     The step is counted on the host, as in PyTorch's optimizers, unless it has to be part of a recorded graph. If only the
     device knows which gradients are finite, `Hold` moves the counter there.
     """
     device = parameter.device if group["capturable"] else torch.device("cpu")
     state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
-    for key in MOMENTS[group["tail"]]:
+    for key in MOMENTS[group["tail"]] if has_averages else ():
         state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return state
 
@@ -75,12 +77,18 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def complete(optimizer: Optimizer, betas: tuple[float, float]) -> list[nn.Parameter]:
+def complete(optimizer: Optimizer, betas: tuple[float, float], averaged: Sequence[nn.Parameter] = ()) -> list[nn.Parameter]:
     """Gives groups the options and the state that they lack.
+
+    Args:
+        optimizer: the optimizer.
+        betas: for groups that have none.
+        averaged: parameters whose averages are in the eigenbasis of their layers, and not in their own state.
 
     Returns:
         All parameters.
     """
+    elsewhere = {id(p) for p in averaged}
     for group in optimizer.param_groups:
         for key, value in optimizer.defaults.items():
             if key != "differentiable":  # which the base class adds when it loads, and no group has
@@ -88,6 +96,12 @@ def complete(optimizer: Optimizer, betas: tuple[float, float]) -> list[nn.Parame
         group.setdefault("betas", betas)
         for parameter in group["params"]:
             own = optimizer.state[parameter]
+            if id(parameter) in elsewhere:
+                for key in MOMENTS[group["tail"]]:
+                    own.pop(key, None)
+                if "step" not in own:
+                    own.update(initial_state(parameter, group, has_averages=False))
+                continue
             if not own.keys() >= {"step", *MOMENTS[group["tail"]]}:
                 own.update(initial_state(parameter, group) | own)
     return parameters_of(optimizer)

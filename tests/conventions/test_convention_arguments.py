@@ -69,6 +69,8 @@ def test_preconditioning_leaves_the_optimizer_its_groups(contender: Contender) -
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=10.0)
     groups, before = optimizer.param_groups, optimizer.state_dict()
+    if contender.is_adam:
+        return "n.a.: has no KL clip"
     if contender.is_kfac:
         optimizer = contender(model, lr=10.0)
         scheduler = LambdaLR(optimizer, lambda step: 2.0**step)
@@ -132,7 +134,9 @@ def test_bad_lists_of_parameters(contender: Contender) -> None:
 def test_lr_as_a_tensor(contender: Contender) -> None:
     """Schedulers fill it, a user puts a number in its place, and a checkpoint keeps what it is."""
     variants: list[dict[str, Any]] = [{}, {"maximize": True, "weight_decay": 0.1}]
-    if contender.is_kfac:
+    if contender.is_adam:
+        variants += [{"nesterov": False}, {"foreach": False}]
+    elif contender.is_kfac:
         variants += [{"tail": "adamw"}, {"nesterov": True, "foreach": True}, {"momentum": 0.0, "foreach": False}]
     for options in variants:
         models = [net(), net()]
@@ -173,7 +177,7 @@ BAD = [
 def test_bad_arguments(contender: Contender) -> None:
     for name, value, called in BAD:
         model = net()
-        options = {"tail": "adamw"} if contender.is_kfac else {}
+        options = contender.tails[-1]
         with pytest.raises(ValueError, match=rf"(?i){called}") as error:
             contender(model, **{name: value}, **options)
         assert "1.5" in str(error.value) or isinstance(value, Tensor)

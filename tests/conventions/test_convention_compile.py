@@ -13,7 +13,7 @@ from torch import Tensor, nn
 @convention(18, AdamW=Fails("on a CPU it raises", "supported devices"))
 def test_capturable(contender: Contender) -> None:
     """Counters are tensors, and the numbers are those of a step that is not to be captured."""
-    for options in ({}, {"tail": "adamw"}) if contender.is_kfac else ({},):
+    for options in contender.tails:
         results = []
         for capturable in (False, True):
             model = net()

@@ -292,7 +292,7 @@ def test_a_layer_whose_forward_never_runs(contender: Contender) -> str:
         warnings.simplefilter("always")
         optimizer.step()
     moved = vector(model.second) - before
-    if contender.is_kfac:
+    if contender.is_kfac and not contender.is_adam:
         torch.testing.assert_close(moved, -0.1 * gradient, rtol=1e-10, atol=1e-12)
     assert bool((moved * gradient <= 0).all())
     assert bool((moved != 0).any())

@@ -1,4 +1,4 @@
-"""The table of the 32 conventions: what KFAC, KFACPreconditioner in front of AdamW, and AdamW do under the same tests.
+"""The table of the 32 conventions: what KFAC, KFACAdam, KFACPreconditioner in front of AdamW, and AdamW do under the same tests.
 
 The tests are in test_convention_*.py, which run before this file.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.contenders import ALL, CONVENTIONS, FAILURE, OUTCOMES
+from support.contenders import ALL, CONVENTIONS, FAILURE, OURS, OUTCOMES
 
 
 def test_every_convention_has_a_test() -> None:
@@ -34,12 +34,13 @@ def test_table(request: pytest.FixtureRequest, show: Callable[..., None]) -> Non
     ]
     show("\nConventions of optimizers, as observed:")
     head = ("#", "convention", "test", *ALL)
-    show(f"{head[0]:>2} {head[1]:46} {head[2]:48} {head[3]:14} {head[4]:29} {head[5]}")
+    show(f"{head[0]:>2} {head[1]:46} {head[2]:48} {head[3]:14} {head[4]:14} {head[5]:29} {head[6]}")
     last = 0
     for number, words, name, *cells in rows:
         label, words = ("", "") if number == last else (str(number), words)
-        show(f"{label:>2} {words:46} {name:48} {cells[0]:14} {cells[1]:29} {cells[2]}")
+        show(f"{label:>2} {words:46} {name:48} {cells[0]:14} {cells[1]:14} {cells[2]:29} {cells[3]}")
         last = number
-    short = [str(row[0]) for row in rows if not row[3].startswith("pass")]
-    show(f"KFAC passes {len(rows) - len(short)} of {len(rows)} tests" + (f"; not {', '.join(short)}." if short else "."))
+    for column, ours in enumerate(OURS, 3):
+        short = [str(row[0]) for row in rows if not row[column].startswith("pass")]
+        show(f"{ours} passes {len(rows) - len(short)} of {len(rows)} tests" + (f"; not {', '.join(short)}." if short else "."))
     assert [row[0] for row in rows if FAILURE in " ".join(row[3:])] == []

@@ -13,7 +13,7 @@ from support.helpers import mlp
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from kfac_triton import KFAC, KFACPreconditioner
+from kfac_triton import KFAC, KFACAdam, KFACPreconditioner
 
 CONVENTIONS = {
     1: "is an Optimizer; schedulers accept it",
@@ -49,7 +49,8 @@ CONVENTIONS = {
     31: "every parameter trains",
     32: "layers whose forward never runs",
 }
-ALL = ("KFAC", "KFACPreconditioner", "AdamW")
+ALL = ("KFAC", "KFACAdam", "KFACPreconditioner", "AdamW")
+OURS = ("KFAC", "KFACAdam")
 # (convention, test) -> contender -> outcomes, one a run of the test.
 OUTCOMES: dict[tuple[int, str], dict[str, list[str]]] = {}
 FAILURE = "FAILS"
@@ -57,6 +58,11 @@ FAILURE = "FAILS"
 
 def _kfac(model: nn.Module, params: Iterable[Any] | None, settings: dict[str, Any], options: dict[str, Any]) -> Optimizer:
     return KFAC(model, params, **{"lr": 0.1, "damping": 0.1, **settings, **options})
+
+
+def _kfac_adam(model: nn.Module, params: Iterable[Any] | None, settings: dict[str, Any], options: dict[str, Any]) -> Optimizer:
+    intervals = {"refresh_every": 1 if "capturable" in options else 2, "refresh_warmup": 1}
+    return KFACAdam(model, params, **{"lr": 0.01, **intervals, **settings, **options})
 
 
 def _adamw(model: nn.Module, params: Iterable[Any] | None, settings: dict[str, Any], options: dict[str, Any]) -> Optimizer:
@@ -86,7 +92,17 @@ class Contender:
 
     @property
     def is_kfac(self) -> bool:
-        return self.name == "KFAC"
+        return self.name in OURS
+
+    @property
+    def is_adam(self) -> bool:
+        """Whether its directions have a length of their own: without a KL clip, damping or another rule behind."""
+        return self.name == "KFACAdam"
+
+    @property
+    def tails(self) -> tuple[dict[str, Any], ...]:
+        """Options that change the rule behind the preconditioned gradients."""
+        return ({}, {"tail": "adamw"}) if self.name == "KFAC" else ({},)
 
     @property
     def has_hooks(self) -> bool:
@@ -94,7 +110,7 @@ class Contender:
 
     def variants(self) -> dict[str, dict[str, Any]]:
         """Options that change what the state holds."""
-        if not self.is_kfac:
+        if self.name != "KFAC":
             return {"": {}}
         auto = {"lr": "auto", "loss": nn.CrossEntropyLoss()}
         return {"sgd": {}, "adamw": {"tail": "adamw"}, "ekfac": {"curvature": "ekfac"}, "auto": auto}
@@ -102,6 +118,7 @@ class Contender:
 
 _CONTENDERS = {
     "KFAC": Contender("KFAC", _kfac),
+    "KFACAdam": Contender("KFACAdam", _kfac_adam),
     "KFACPreconditioner": Contender("KFACPreconditioner", _preconditioned),
     "AdamW": Contender("AdamW", _adamw),
 }
@@ -115,13 +132,13 @@ class Fails:
     match: str
 
 
-def convention(number: int, contenders: tuple[str, ...] = ("KFAC", "AdamW"), **fails: Fails) -> Callable[[Any], Any]:
+def convention(number: int, contenders: tuple[str, ...] = (*OURS, "AdamW"), **fails: Fails) -> Callable[[Any], Any]:
     """Runs a test for each contender and records the outcome: what it returns, or "pass".
 
-    A contender with `Fails` must fail in that way; KFAC never has one.
+    A contender with `Fails` must fail in that way; KFAC and KFACAdam never have one.
     """
     assert number in CONVENTIONS
-    assert set(fails) <= set(contenders) - {"KFAC"}
+    assert set(fails) <= set(contenders) - set(OURS)
 
     def decorate(test: Callable[..., str | None]) -> Any:
         name = test.__name__.removeprefix("test_")

@@ -1,0 +1,105 @@
+"""KFACAdam: Adam in the eigenbasis of K-FAC's factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .optimizer import KFAC
+from .settings import Settings
+
+
+_NO_DAMPING = "its steps have no damping and no KL clip: leave it out, or use KFAC"
+_OTHERS = {
+    "ema_decay": "write factor_decay",
+    "inverse_every": "write refresh_every",
+    "warmup": "write refresh_warmup",
+    "inverse": "it follows eigenvectors, and computes no inverses: see refresh",
+    "inverse_tolerance": "it follows eigenvectors, and computes no inverses: see refresh",
+    "momentum": "write betas=(momentum, ...)",
+    "tail": "it is the rule itself",
+    "curvature": "use KFAC for others",
+    "exact_damping": _NO_DAMPING,
+    "damping": _NO_DAMPING,
+    "damping_every": _NO_DAMPING,
+    "damping_range": _NO_DAMPING,
+    "kl_clip": _NO_DAMPING,
+}
+
+
+class KFACAdam(KFAC):
+    r"""Adam in the eigenbasis of K-FAC's factors.
+
+    A layer with the weight matrix W = [weight | bias] has the factors A = E[a a^T] of its inputs and G = E[g g^T] of the
+    gradients of its outputs, both exponential moving averages, with eigenvectors Q_A and Q_G. With R = Q_G^T dW Q_A
+
+        M <- b1 M + (1 - b1) R,    V <- b2 V + (1 - b2) R^2,    N = b1 M / (1 - b1^t) + (1 - b1) R
+        W <- (1 - lr wd) W - lr Q_G [N / (sqrt(D) + eps)] Q_A^T
+
+    where D is V / (1 - b2^t) plus a share of the means of its rows and columns: the noise damping, min(1, c n / rows) for n
+    eigenvectors of an average over `rows` rows. The scales of the factors and of the loss drop out, so there is no damping, no
+    KL clip, and no number of loss terms to know. The learning rate is that of an Adam step: about the size of an update's
+    elements. What K-FAC does not cover (embeddings, norms, parameters of no layer) moves by the same Adam in its own
+    coordinates. No schedule is needed, but a cosine with 5 % warm-up trains better, as with AdamW.
+
+    Args:
+        model: the module to train.
+        params: parameters or parameter groups to optimize, as for any optimizer; None takes all trainable ones. Each group
+            may set its own lr, betas, eps, weight_decay and nesterov.
+        lr: learning rate.
+        betas: decay of M and of V.
+        eps: added to the root of D; the unit is that of a gradient.
+        weight_decay: decoupled weight decay (Loshchilov and Hutter 2019).
+        nesterov: whether N looks ahead; without it N = M / (1 - b1^t).
+        refresh_every: steps between refreshes of the eigenvectors: a number, or a function of the step.
+        refresh_warmup: number of steps at the start in which they are refreshed every time.
+        factor_decay: decay of the factors' moving averages, which are bias-corrected.
+        noise_damping: c; 0 for none.
+        refresh: one step of orthogonal iteration by "qr" or by "products" (matrix products alone, for GPUs), or "eigh" anew;
+            "auto" takes products on a GPU and QR elsewhere. The first time it is eigh.
+        settings: further arguments of `KFAC` by name, from `statistics_every` on (`skip`, `max_factor_size`, `foreach`,
+            `capturable`, `backend`, ...). Those about damping, inverses and the KL clip have no effect.
+
+    Raises:
+        TypeError: if an argument has the wrong type or an unknown name.
+        ValueError: if an argument is outside its range, or the model has no layer that K-FAC covers.
+
+    Example:
+        >>> import torch
+        >>> from kfac_triton import KFACAdam
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> optimizer = KFACAdam(model, lr=0.016)
+        >>> loss = torch.nn.functional.cross_entropy(model(torch.randn(16, 4)), torch.randint(2, (16,)))
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> optimizer.close()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float | Tensor = 0.016,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        nesterov: bool = True,
+        refresh_every: Any = 10,
+        refresh_warmup: int = 100,
+        factor_decay: float = Settings.ema_decay,
+        noise_damping: float = Settings.noise_damping,
+        refresh: str = Settings.refresh,
+        **settings: Any,
+    ) -> None:
+        for name in settings:
+            if name in _OTHERS:
+                raise TypeError(f"{name} is not an argument of KFACAdam; {_OTHERS[name]}")
+        settings.setdefault("norms", "skip")
+        super().__init__(
+            model, params, lr=lr, momentum=0.0, nesterov=nesterov, weight_decay=weight_decay, tail="adamw", betas=betas,
+            eps=eps, kl_clip=None, ema_decay=factor_decay, inverse_every=refresh_every, warmup=refresh_warmup,
+            curvature="adam", noise_damping=noise_damping, refresh=refresh, **settings,
+        )  # fmt: skip
