@@ -1,7 +1,7 @@
 """The operations of K-FAC with checked arguments: tensors in, results written to tensors that the caller owns.
 
 Five do the mathematics and are defined here; the others process many tensors of any shapes at a time, and are in
-`multi_tensor/`, `gradients/` and `first_order/operations.py`. Each has two implementations, a Triton kernel and a reference
+`multi_tensor/`, `gradients/`, `first_order/` and `eigen_adam/`. Each has two implementations, a Triton kernel and a reference
 in plain PyTorch: `backend="auto"` uses the kernel on a GPU if its `can_use` accepts the call, `"triton"` requires it, `"torch"`
 uses the reference.
 """
@@ -28,6 +28,7 @@ from .arguments import (
 from .covariance import launch as covariance_launch
 from .covariance.reference import covariance_ema_reference
 from .covariance.window import ROWS, Window, flatten, window
+from .eigen_adam.operations import adam_direction, adam_moments
 from .factored_newton import launch as factored_newton_launch
 from .factored_newton.reference import factored_newton_refresh_reference
 from .first_order.operations import move
@@ -47,6 +48,8 @@ __all__ = [
     "ROWS",
     "Norm",
     "Window",
+    "adam_direction",
+    "adam_moments",
     "blend",
     "clip",
     "covariance_ema",

@@ -15,6 +15,8 @@ from kfac_triton.kernels import precision, tuning
 from kfac_triton.kernels.covariance import kernel as covariance_kernel
 from kfac_triton.kernels.covariance import launch as covariance_launch
 from kfac_triton.kernels.covariance import plan as covariance_plan
+from kfac_triton.kernels.eigen_adam import kernel as eigen_adam_kernel
+from kfac_triton.kernels.eigen_adam import launch as eigen_adam_launch
 from kfac_triton.kernels.factored_newton import kernel as factored_newton_kernel
 from kfac_triton.kernels.factored_newton import launch as factored_newton_launch
 from kfac_triton.kernels.factored_newton import plan_kernel as factored_newton_plan_kernel
@@ -308,7 +310,24 @@ def _first_order(arch: str) -> Iterator[Case]:
                 yield Case(label, kernel.move_kernel, types, constants, warps, wide=aligned)
 
 
+def _eigen_adam(arch: str) -> Iterator[Case]:
+    del arch
+    kernel, launch, warps = eigen_adam_kernel, eigen_adam_launch, {"num_warps": 4}
+    tile = {"BLOCK_M": launch._BLOCK_M, "BLOCK_N": launch._BLOCK_N}
+    for name, aligned in (("-", True), ("unaligned", False)):
+        constants = tile | {"ALIGNED": aligned}
+        yield Case(f"-/-/sums_kernel/{name}", kernel.sums_kernel, "*i64 *fp64 *fp32", constants, warps, wide=aligned)
+        types = "*i64 *fp64 *fp32 *fp32"
+        yield Case(f"-/-/direction_kernel/{name}", kernel.direction_kernel, types, constants, warps, wide=aligned)
+        constants, types = {"BLOCK": launch._BLOCK, "ALIGNED": aligned}, "*i64 *fp64 *fp32 *u8"
+        yield Case(f"-/-/moments_kernel/{name}", kernel.moments_kernel, types, constants, warps, wide=aligned)
+    constants = tile | {"SPAN": launch._SPAN, "DEPTH": launch._DEPTH, "ADDED": launch._ADDED}
+    types = "*i64 *fp64 *fp32 *fp32 *fp32 *fp32"
+    yield Case("-/-/means_kernel/-", kernel.means_kernel, types, constants, warps)
+
+
 def shipped(arch: str) -> list[Case]:
     """All of them for one architecture."""
-    families = (_covariance, _newton_schulz, _factored_newton, _precondition, _lists, _gradients, _first_order, _norm_fisher)
+    products = (_covariance, _newton_schulz, _factored_newton, _precondition)
+    families = (*products, _lists, _gradients, _first_order, _eigen_adam, _norm_fisher)
     return [case for family in families for case in family(arch)]

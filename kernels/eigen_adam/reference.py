@@ -1,0 +1,78 @@
+"""Adam in the eigenbasis of K-FAC's factors in plain torch: fallback, CPU path and oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+Size = tuple[int, int]
+
+
+def adam_direction_reference(
+    rotated: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    out: list[Tensor],
+    steps: Tensor,
+    noise: Tensor,
+    options: Tensor,
+    sizes: Sequence[Size],
+) -> None:
+    """Plain PyTorch, the kernel's reference. See `kfac_triton.kernels.ops.adam_direction`."""
+    beta1, beta2, eps, nesterov = options.unbind(1)
+    alpha, beta = noise.to(options.dtype).unbind(1)
+    count = (steps + 1).double()
+    ahead = 1 / (1 - beta1**count)
+    ahead, beside = torch.where(nesterov != 0, beta1 * ahead, ahead), torch.where(nesterov != 0, 1 - beta1, 0.0)
+    # N as a sum of M and R: M' is not made here.
+    along = ahead * beta1, ahead * (1 - beta1) + beside
+    factors = torch.stack([*along, beta2, 1 - beta2, (1 - beta2**count).rsqrt(), eps, alpha, beta], 1)
+    for place, (r, mean, square, target) in enumerate(_tiles(rotated, means, squares, out)):
+        m, n = sizes[place]
+        target.zero_()
+        target[:m, :n] = _direction(r[:m, :n], mean[:m, :n], square[:m, :n], factors[place].to(r.dtype))
+
+
+def _tiles(*lists: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """The matrices of all stacks, those of the same place in each list together."""
+    for stacks in zip(*lists, strict=True):
+        yield from zip(*(stack.unbind() for stack in stacks), strict=True)
+
+
+def _direction(r: Tensor, mean: Tensor, square: Tensor, factors: Tensor) -> Tensor:
+    """U of one tile without its padding."""
+    of_mean, of_gradient, keep, gain, of_root, eps, alpha, beta = factors.unbind()
+    new = keep * square + gain * (r * r)
+    # So that neither the sum over the tile nor what damping makes of an element, at most four times its size, overflows.
+    fits = (new <= torch.finfo(new.dtype).max / (4 * new.numel())).all()
+    new += alpha * new.mean(1, keepdim=True)
+    new += beta * new.mean(0, keepdim=True)
+    along = of_mean * mean + of_gradient * r
+    along = torch.where(along == 0, 0.0, along / (new.sqrt_() * of_root + eps))
+    return torch.where(fits, along, torch.nan)
+
+
+def adam_moments_reference(
+    rotated: list[Tensor], means: list[Tensor], squares: list[Tensor], steps: Tensor, accept: Tensor, options: Tensor
+) -> None:
+    """Plain PyTorch, the kernel's reference. See `kfac_triton.kernels.ops.adam_moments`."""
+    update = _update_accepted if steps.device.type == "cpu" else _select_accepted
+    update(list(_tiles(rotated, means, squares)), accept, options)
+    torch.where(accept, steps + 1, steps, out=steps)
+
+
+def _update_accepted(tiles: list[tuple[Tensor, ...]], accept: Tensor, options: Tensor) -> None:
+    for (r, mean, square), accepted, (beta1, beta2, *_) in zip(tiles, accept.tolist(), options.tolist(), strict=True):
+        if accepted:
+            mean.mul_(beta1).add_(r, alpha=1 - beta1)
+            square.mul_(beta2).addcmul_(r, r, value=1 - beta2)
+
+
+def _select_accepted(tiles: list[tuple[Tensor, ...]], accept: Tensor, options: Tensor) -> None:
+    """Without a host read: what is not accepted may be NaN, so it is selected away, not weighted with zero."""
+    for i, (r, mean, square) in enumerate(tiles):
+        (beta1, beta2), others = options[i, :2].to(r.dtype).unbind(), (1 - options[i, :2]).to(r.dtype).unbind()
+        torch.where(accept[i], beta1 * mean + others[0] * r, mean, out=mean)
+        torch.where(accept[i], beta2 * square + others[1] * (r * r), square, out=square)
