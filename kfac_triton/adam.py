@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from .optimizer import KFAC
 from .settings import Settings
 
-
 _NO_DAMPING = "its steps have no damping and no KL clip: leave it out, or use KFAC"
 _OTHERS = {
     "ema_decay": "write factor_decay",

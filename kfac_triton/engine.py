@@ -292,7 +292,9 @@ class Engine:
         may_have_news = self.host_looks or any(known[i] for i in missing) or not any(known)
         if missing and may_have_news and not runtime.is_recording():
             self._notice_missing(outcome.accept.tolist(), outcome.fresh.tolist())
-        self.progress = replace(self.progress, is_stale=True)
+        # Where the host looks, a batch that was dropped altogether does not make inverses stale.
+        has_changed = not self.host_looks or bool(outcome.accept.any())
+        self.progress = replace(self.progress, is_stale=self.progress.is_stale or has_changed)
 
     def _notice_missing(self, accepted: list[bool], fresh: list[bool]) -> None:
         """Notes which layers have statistics now, and warns once for each layer that has a gradient but no statistics."""

@@ -21,7 +21,7 @@ from .state import state_dict as checkpoint
 from .state.layer_state import check_layers, export_layers, rebuild_engine, restore_layers
 from .state.transaction import transaction
 from .steps import first_order, param_groups
-from .steps.adam import adam_options, adam_settings
+from .steps.adam import AdamWork, adam_options, adam_settings
 from .steps.auto import AutoStep, auto_settings
 from .validation import require_module
 
@@ -322,13 +322,16 @@ class KFAC(KFACBase, Optimizer):
             finite = engine.finite
             self._run.dropped += first_order.drop_bad_gradients(self._parameters(), updates, finite, engine.mixed)
             # All memory is allocated before the first parameter changes.
-            if self._is_adam:
-                groups, work = first_order.divided(groups, updates, self.state)
+            adam = AdamWork(groups, updates, self.state, host_looks=finite is None) if self._is_adam else None
+            if adam is not None:
+                groups, work = adam.groups, adam.work
             else:
                 work = [first_order.prepare(group, updates, self.state) for group in groups]
             fused, work = first_order.split(groups, work, finite, backend)
             held = first_order.hold(groups, work, finite, backend)
             engine.commit()
+            if adam is not None:
+                adam.commit()
             for steps in fused:
                 steps.apply()
             for group, (params, gradients, states) in zip(groups, work, strict=True):

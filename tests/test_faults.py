@@ -15,6 +15,7 @@ BAD = [torch.nan, torch.inf, -torch.inf]
 TAILS: dict[str, dict[str, Any]] = {
     "momentum": {"lr": 0.1, "weight_decay": 0.1},
     "adamw": {"tail": "adamw", "lr": 0.01, "weight_decay": 0.1},
+    "adam": {"curvature": "adam", "tail": "adamw", "nesterov": True, "lr": 0.01, "weight_decay": 0.1},
 }
 
 

@@ -60,7 +60,7 @@ def adam_moments_reference(
     """Plain PyTorch, the kernel's reference. See `kfac_triton.kernels.ops.adam_moments`."""
     update = _update_accepted if steps.device.type == "cpu" else _select_accepted
     update(list(_tiles(rotated, means, squares)), accept, options)
-    torch.where(accept, steps + 1, steps, out=steps)
+    steps += accept
 
 
 def _update_accepted(tiles: list[tuple[Tensor, ...]], accept: Tensor, options: Tensor) -> None:

@@ -23,13 +23,14 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels import ops, precision
+from ..kernels import ops, precision, runtime
 from ..kernels.device_tables import device_table, device_vector
 from ..layers.partition import Partition
 from .eigenvectors import Eigenvectors, EigenvectorStack, IdentityBasis
@@ -54,6 +55,18 @@ class _Kind(NamedTuple):
 
     groups: list[int]
     tiles: list[int]
+
+
+class _Before(NamedTuple):
+    """What a refresh overwrites, as it was before the step.
+
+    Attributes:
+        tensors: copies of `EigenAdam._state`.
+        known: see `Eigenvectors`.
+    """
+
+    tensors: list[Tensor]
+    known: list[list[bool]]
 
 
 class EigenAdam:
@@ -112,7 +125,8 @@ class EigenAdam:
         self._noise_weights = torch.tensor(weights, dtype=torch.float64, device=home)
         self._noise_slots = torch.tensor([[a, g] for g, a in self._slots], device=home)
         self._rotated: list[Tensor] = []
-        self._in_weight_space: list[Tensor] | None = None  # the means, while the bases change
+        self._means_of_weights: list[Tensor] = []  # the means, in the coordinates of W, while the bases change
+        self._before: _Before | None = None
 
     def options(self, of_weight: Callable[[nn.Parameter], AdamOptions]) -> Tensor:
         """The options of each tile, (tiles, 4) in double precision, on the device."""
@@ -133,18 +147,16 @@ class EigenAdam:
                 basis = self._bases[store]
                 if isinstance(basis, EigenvectorStack) and has_statistics[slot] and not basis.is_known[place]:
                     new[store].append(place)
-        self._leave_bases()
-        self._eigenvectors.refresh(stores, new)
-        self._forget_tiles({(store, place) for store, places in enumerate(new) for place in places})
-        self._enter_bases()
+        with self._turning(changes_squares=any(new)):
+            self._eigenvectors.refresh(stores, new)
+            self._start_again({(store, place) for store, places in enumerate(new) for place in places})
 
     def rescue(self) -> bool:
         """Refreshes by QR what products did not make orthonormal, as soon as the host knows; whether there was any."""
         overdue = self._eigenvectors.overdue()
         if overdue:
-            self._leave_bases()
-            self._eigenvectors.rescue(self._bank.stacks, overdue)
-            self._enter_bases()
+            with self._turning():
+                self._eigenvectors.rescue(self._bank.stacks, overdue)
         return bool(overdue)
 
     def was_refused(self) -> bool:
@@ -153,7 +165,6 @@ class EigenAdam:
 
     def direct(self, gradients: Sequence[GradientStack], options: Tensor) -> None:
         """Writes U of what is in the gradient stacks to their updates. Averages do not change before `commit`."""
-        self._enter_bases()
         self._options = options
         self._rotated = [self._rotate(i, stack.gradient) for i, stack in enumerate(gradients)]
         noise = self._noise()
@@ -171,7 +182,15 @@ class EigenAdam:
             ops.adam_moments(*lists, steps, flags, options, backend=self._backend)
             if steps is not self.steps:
                 self.steps[device_vector(kind.tiles, self.steps.device)] = steps.to(self.steps)
-        self._rotated = []
+        self._rotated, self._before = [], None
+
+    def roll_back(self) -> None:
+        """Restores what a step has changed that fails before its `commit`."""
+        if self._before is not None:
+            for tensor, old in zip(self._state(changes_squares=True), self._before.tensors, strict=False):
+                tensor.copy_(old)
+            self._eigenvectors.known = self._before.known
+        self._rotated, self._before, self._means_of_weights = [], None, []
 
     def blocks(self) -> list[int]:
         """The block of each tile."""
@@ -179,7 +198,6 @@ class EigenAdam:
 
     def views(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """Views of mean and square of a tile, given its number in the partition, and of its counter."""
-        self._enter_bases()
         place = self._place_of[number]
         group = next(i for i, run in enumerate(self._runs) if run.start <= place < run.stop)
         index = place - self._runs[group].start
@@ -206,16 +224,16 @@ class EigenAdam:
         """Bytes of means and squares."""
         return sum(x.nbytes for x in (*self.means, *self.squares))
 
-    def _forget_tiles(self, changed: set[tuple[int, int]]) -> None:
+    def _start_again(self, changed: set[tuple[int, int]]) -> None:
         """Averages start again where eigh has computed the eigenvectors of a side for the first time."""
-        if not changed or self._in_weight_space is None:
+        if not changed:
             return
         places = self._bank.places
         for place, slots in enumerate(self._slots):
             if any(places[slot] in changed for slot in slots):
                 group = next(i for i, run in enumerate(self._runs) if run.start <= place < run.stop)
                 index = place - self._runs[group].start
-                self._in_weight_space[group][index].zero_()
+                self._means_of_weights[group][index].zero_()
                 self.squares[group][index].zero_()
                 self.steps[place] = 0
 
@@ -240,16 +258,25 @@ class EigenAdam:
         with precision.library_for_gradients(x.device, self._backend):
             return right.right(group.a, left.left(group.g, x, back), back)
 
-    def _leave_bases(self) -> None:
-        if self._in_weight_space is None:
-            self._in_weight_space = [self._rotate(i, mean, back=True) for i, mean in enumerate(self.means)]
+    @contextmanager
+    def _turning(self, changes_squares: bool = False) -> Iterator[None]:
+        """Context in which the bases change; the means are turned with them.
 
-    def _enter_bases(self) -> None:
-        """Also after a step that failed while the bases changed."""
-        if self._in_weight_space is not None:
-            for i, mean in enumerate(self._in_weight_space):
-                self.means[i].copy_(self._rotate(i, mean))
-            self._in_weight_space = None
+        What changes is copied before, for `roll_back`, except into a graph, whose replays do not fail half way.
+        """
+        if self._before is None and not runtime.is_recording():
+            copies = [x.clone() for x in self._state(changes_squares)]
+            self._before = _Before(copies, self._eigenvectors.known)
+        self._means_of_weights = [self._rotate(i, mean, back=True) for i, mean in enumerate(self.means)]
+        yield
+        for i, mean in enumerate(self._means_of_weights):
+            self.means[i].copy_(self._rotate(i, mean))
+        self._means_of_weights = []
+
+    def _state(self, changes_squares: bool) -> list[Tensor]:
+        """What `refresh` changes."""
+        bases = [x for basis in self._bases if isinstance(basis, EigenvectorStack) for x in (basis.vectors, basis.residual)]
+        return [*bases, *self.means, self.steps, *(self.squares if changes_squares else [])]
 
 
 def _parts(partition: Partition, tile: int) -> tuple[int, int]:

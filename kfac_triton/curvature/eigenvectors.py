@@ -199,6 +199,16 @@ class Eigenvectors:
         for group in self._together:
             group.refresh([stores[i].factors for i in group.places])
 
+    @property
+    def known(self) -> list[list[bool]]:
+        """For each stack a copy of `EigenvectorStack.is_known`."""
+        return [list(stack.is_known) for stack in self._stacks]
+
+    @known.setter
+    def known(self, flags: Sequence[Sequence[bool]]) -> None:
+        for stack, own in zip(self._stacks, flags, strict=True):
+            stack.is_known = list(own)
+
     def overdue(self) -> dict[int, list[int]]:
         """Number of a stack -> places of the matrices that products did not make orthonormal, as far as the host knows."""
         return {number: places for group in self._together for number, places in group.overdue().items()}

@@ -15,8 +15,8 @@ def transaction(engine: Engine) -> Iterator[None]:
 
     If anything is raised inside (a device out of memory, an interrupt, an error in a closure), factors, their counters and the
     engine's progress are restored, and the exception is passed on. The statistics of the step are dropped. If inverses or
-    EKFAC's moments had been overwritten, the next step computes inverses from the factors, and the moments start again. Adam's
-    averages in the eigenbasis change in `Engine.commit` only, and eigenvectors that were refreshed are still a basis.
+    EKFAC's moments had been overwritten, the next step computes inverses from the factors, and the moments start again. With
+    curvature="adam" eigenvectors and averages are restored, too.
 
     The old factors are kept in the buffers of the sums, which are not read before the next backward pass: neither keeping nor
     restoring them needs memory.
@@ -30,10 +30,11 @@ def transaction(engine: Engine) -> Iterator[None]:
         if counts is not None:
             engine.bank.updates.copy_(counts[0])
             engine.bank.sampling.copy_(counts[1])
-        if engine.progress.rewrites != before.rewrites:
+        if engine.curvature.adam is not None:
+            engine.curvature.adam.roll_back()
+        elif engine.progress.rewrites != before.rewrites:
             before = replace(before, is_stale=True, has_new_layers=True)
-            keeps_others = engine.curvature.adam is not None
-            for number in before.without_statistics if keeps_others else range(len(engine.layers)):
+            for number in range(len(engine.layers)):
                 engine.curvature.forget_moments(number)
         engine.forget_statistics()
         engine.resume(before)

@@ -15,7 +15,7 @@ from ..curvature.finite_flags import FiniteFlags
 from ..layers.dtensor import local
 from .fused import FusedSteps, Work
 from .hold import Hold, State, portions
-from .param_groups import MOMENTS, changing_moments
+from .param_groups import changing_moments
 
 Group = dict[str, Any]
 
@@ -72,31 +72,6 @@ def prepare(group: Group, updates: dict[nn.Parameter, Tensor | None], states: di
     pairs = [(p, updates.get(p, p.grad)) for p in group["params"] if p.grad is not None]
     moving = [(p, along if along.dtype == p.dtype else along.to(p.dtype)) for p, along in pairs if along is not None]
     return [p for p, _ in moving], [along for _, along in moving], [states[p] for p, _ in moving]
-
-
-def divided(
-    groups: list[Group], updates: dict[nn.Parameter, Tensor | None], states: dict[Any, State]
-) -> tuple[list[Group], list[Work]]:
-    """`prepare` for all groups, where updates are Adam's directions already.
-
-    What moves along them, plainly, comes first for each group, and then what moves by the group's own rule. Weight decay is
-    the same for both.
-
-    Returns:
-        The options of each rule, and the work.
-    """
-    rules, work = [], []
-    for group in groups:
-        along = {**group, "tail": "sgd", "momentum": 0.0, "nesterov": False}
-        for options, has_direction in ((along, True), (group, False)):
-            own = prepare({"params": [p for p in group["params"] if (p in updates) == has_direction]}, updates, states)
-            rules.append(options)
-            work.append(own)
-        for p, state in zip(own[0], own[2], strict=True):
-            # A covered bias whose weight has no gradient is moved by the group's rule.
-            if not state.keys() >= set(MOMENTS[group["tail"]]):
-                state.update({key: torch.zeros_like(p) for key in MOMENTS[group["tail"]]})
-    return rules, work
 
 
 def split(

@@ -1,4 +1,4 @@
-"""The table of the 32 conventions: what KFAC, KFACAdam, KFACPreconditioner in front of AdamW, and AdamW do under the same tests.
+"""The table of the 32 conventions: what our optimizers, KFACPreconditioner in front of AdamW, and AdamW do in the same tests.
 
 The tests are in test_convention_*.py, which run before this file.
 """

@@ -354,7 +354,9 @@ def test_the_number_of_launches_does_not_depend_on_that_of_tiles(monkeypatch: py
     before = problem.state()
     problem.direction("triton")
     assert found == ["moments_kernel", "sums_kernel", "means_kernel", "direction_kernel"]
-    assert all(torch.equal(x, y) for new, old in zip(problem.state(), before, strict=True) for x, y in zip(new, old, strict=True))
+    assert all(
+        torch.equal(x, y) for new, old in zip(problem.state(), before, strict=True) for x, y in zip(new, old, strict=True)
+    )
     found.clear()
     problem.direction("triton")
     lists = problem.rotated, problem.means, problem.squares
@@ -401,7 +403,11 @@ def test_what_the_kernel_cannot_read_is_left_to_the_reference() -> None:
         ("means", [torch.zeros(2, 16, 48)], "means must have 3 stacks"),
         ("squares", [torch.zeros(shape, dtype=torch.float64) for shape in STACKS], r"squares\[0\] must have shape"),
         ("rotated", [torch.zeros(shape).half() for shape in STACKS], r"rotated\[0\] must be float32 or float64"),
-        ("rotated", [torch.zeros(2, 16, 48), torch.zeros(3, 32, 16).double(), torch.zeros(1, 48, 32)], r"rotated\[1\] must have"),
+        (
+            "rotated",
+            [torch.zeros(2, 16, 48), torch.zeros(3, 32, 16).double(), torch.zeros(1, 48, 32)],
+            r"rotated\[1\] must have",
+        ),
         ("steps", torch.zeros(5), r"steps must have shape \(6,\)"),
         ("steps", torch.zeros(TILES, dtype=torch.int64), "steps must be float32"),
         ("noise", torch.zeros(TILES), r"noise must have shape \(6, 2\)"),

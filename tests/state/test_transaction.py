@@ -35,6 +35,10 @@ def _everything(model: nn.Module, optimizer: KFAC) -> list[Tensor]:
     engine = optimizer.engine
     factors = [side for pair in optimizer.factors().values() for side in pair]
     state = [x for p in model.parameters() for x in optimizer.state[p].values() if x is not None]
+    if engine.curvature.adam is not None:
+        for number in range(len(engine.partition.tiles)):
+            state += engine.curvature.adam.views(number)
+        state.append(engine.bank.sampling)
     numbers = torch.tensor([engine.progress.steps, engine.progress.refreshes, len(engine.progress.without_statistics)])
     return [x.detach().clone() for x in (*model.parameters(), *factors, *state, engine.bank.updates, numbers)]
 

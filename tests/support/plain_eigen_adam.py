@@ -1,4 +1,4 @@
-"""Adam in the eigenbasis of given factors, one weight matrix at a time in double precision: what `KFACAdam` is tested against."""
+"""Adam in the eigenbasis of given factors, a weight matrix at a time in double precision: an oracle for `KFACAdam`."""
 
 from __future__ import annotations
 

@@ -25,6 +25,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "diagonals": {"max_factor_size": 8, "inverse_every": 2},
     "seldom": {"statistics_every": 2, "inverse_every": 4, "warmup": 1},
     "adamw": {"tail": "adamw", "lr": 0.01},
+    "adam": {"curvature": "adam", "tail": "adamw", "nesterov": True, "inverse_every": 3, "warmup": 2},
+    "adam, blocks": {"curvature": "adam", "tail": "adamw", "max_factor_size": 8, "oversize": "block", "inverse_every": 2},
 }
 
 
