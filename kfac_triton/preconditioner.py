@@ -32,7 +32,7 @@ class KFACPreconditioner(KFACBase):
 
     Raises:
         TypeError: if an argument has the wrong type or an unknown name.
-        ValueError: if an argument is outside its range, or the model has no layer that K-FAC covers.
+        ValueError: if an argument is outside its range, curvature is "adam", or the model has no layer that K-FAC covers.
 
     Example:
         >>> import torch
@@ -48,7 +48,13 @@ class KFACPreconditioner(KFACBase):
 
     def __init__(self, model: nn.Module, *, lr: float = 0.1, **settings: Any) -> None:
         self.lr = validation.real("lr", lr)
-        self._run = Run(Engine(model, Settings(**settings)))
+        checked = Settings(**settings)
+        if checked.curvature == "adam":
+            raise ValueError(
+                "curvature must be 'kfac' or 'ekfac' for KFACPreconditioner, but is 'adam', whose directions have the length of "
+                "a step of Adam beside plain gradients of what is not covered: use KFACAdam, which moves both by Adam"
+            )
+        self._run = Run(Engine(model, checked))
         self._model = model
         # A weak reference: the optimizer's hook holds the preconditioner, and both should be freed with the optimizer.
         self._attached: list[tuple[weakref.ref[Optimizer], RemovableHandle]] = []
