@@ -65,7 +65,8 @@ class Curvature:
         solves: Sequence[Solve | None]
         if settings.curvature == "adam":
             how = settings.refresh, settings.backend
-            eigenvectors = [*(EigenvectorStack(x.sums, x.sizes, *how) for x in stacks), *map(IdentityBasis, diagonals)]
+            eigenvectors: list[EigenvectorStack | IdentityBasis] = [EigenvectorStack(x.sums, x.sizes, *how) for x in stacks]
+            eigenvectors += map(IdentityBasis, diagonals)
             self.inverses = eigenvectors
             self.adam = EigenAdam(partition, self.bank, eigenvectors, settings.noise_damping, settings.backend)
             solves = [None for _ in self.bank.groups]

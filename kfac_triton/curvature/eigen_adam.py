@@ -170,16 +170,19 @@ class EigenAdam:
         noise = self._noise()
         outs = [torch.empty_like(x) for x in self._rotated]
         for kind, (steps, chosen, some) in self._each_kind(self.steps, options, noise):
-            lists = [[x[i] for i in kind.groups] for x in (self._rotated, self.means, self.squares, outs)]
-            ops.adam_direction(*lists, steps, some, chosen, [self._sizes[i] for i in kind.tiles], backend=self._backend)
-        for i, (stack, out) in enumerate(zip(gradients, outs, strict=True)):
-            stack.update.copy_(self._rotate(i, out, back=True))
+            rotated, means, squares, out = (
+                [x[i] for i in kind.groups] for x in (self._rotated, self.means, self.squares, outs)
+            )
+            sizes = [self._sizes[i] for i in kind.tiles]
+            ops.adam_direction(rotated, means, squares, out, steps, some, chosen, sizes, backend=self._backend)
+        for i, (stack, direction) in enumerate(zip(gradients, outs, strict=True)):
+            stack.update.copy_(self._rotate(i, direction, back=True))
 
     def commit(self, accept: Tensor) -> None:
         """Takes the gradients of the last `direct` into the averages of accepted tiles, flags (tiles,)."""
         for kind, (steps, flags, options) in self._each_kind(self.steps, accept, self._options):
-            lists = [[x[i] for i in kind.groups] for x in (self._rotated, self.means, self.squares)]
-            ops.adam_moments(*lists, steps, flags, options, backend=self._backend)
+            rotated, means, squares = ([x[i] for i in kind.groups] for x in (self._rotated, self.means, self.squares))
+            ops.adam_moments(rotated, means, squares, steps, flags, options, backend=self._backend)
             if steps is not self.steps:
                 self.steps[device_vector(kind.tiles, self.steps.device)] = steps.to(self.steps)
         self._rotated, self._before = [], None
