@@ -50,7 +50,8 @@ def symmetric_update(factor: Tensor, rows: Tensor, alpha: float, beta: float) ->
         factor[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop], beta=beta, alpha=alpha)
         square = factor[start:stop, start:stop]
         square.copy_((square + square.T).mul_(0.5))  # a + b is b + a to the last bit
-        factor[start:stop, stop:].copy_(factor[stop:, start:stop].T)
+        if stop < n:
+            factor[start:stop, stop:].copy_(factor[stop:, start:stop].T)
 
 
 def _row_chunks(source: Tensor, window: Window) -> Sequence[Tensor]:
