@@ -19,16 +19,17 @@ from support.memory_meter import MemoryMeter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kfac_triton import KFAC
+from kfac_triton import KFAC, KFACAdam
 
 CONTESTANTS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD, momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
     "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
+    "KFACAdam": lambda model: KFACAdam(model),
     "K-FAC": lambda model: KFAC(model, lr=0.01, damping=0.1),
     "K-FAC, 16-bit factors": lambda model: KFAC(model, lr=0.01, damping=0.1, factor_dtype="bfloat16"),
 }
 # Of the optimizer's state: what diagnostics() calls it.
-KINDS = ("factors", "sums", "inverses", "gradients")
+KINDS = ("factors", "sums", "inverses", "gradients", "moments")
 
 
 @dataclass(frozen=True)

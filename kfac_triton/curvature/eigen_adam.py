@@ -167,16 +167,15 @@ class EigenAdam:
         """Writes U of what is in the gradient stacks to their updates. Averages do not change before `commit`."""
         self._options = options
         self._rotated = [self._rotate(i, stack.gradient) for i, stack in enumerate(gradients)]
-        noise = self._noise()
-        outs = [torch.empty_like(x) for x in self._rotated]
+        noise, updates = self._noise(), [stack.update for stack in gradients]
         for kind, (steps, chosen, some) in self._each_kind(self.steps, options, noise):
             rotated, means, squares, out = (
-                [x[i] for i in kind.groups] for x in (self._rotated, self.means, self.squares, outs)
+                [x[i] for i in kind.groups] for x in (self._rotated, self.means, self.squares, updates)
             )
             sizes = [self._sizes[i] for i in kind.tiles]
             ops.adam_direction(rotated, means, squares, out, steps, some, chosen, sizes, backend=self._backend)
-        for i, (stack, direction) in enumerate(zip(gradients, outs, strict=True)):
-            stack.update.copy_(self._rotate(i, direction, back=True))
+        for i, update in enumerate(updates):
+            update.copy_(self._rotate(i, update, back=True))
 
     def commit(self, accept: Tensor) -> None:
         """Takes the gradients of the last `direct` into the averages of accepted tiles, flags (tiles,)."""
