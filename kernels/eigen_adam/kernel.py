@@ -4,22 +4,32 @@ from __future__ import annotations
 
 from ..runtime import tl, triton
 
-# The entry of a tile in the table of the first three kernels, int64 (tiles, 9): addresses of its R, M, V and U, all float32; its
-# true rows m and columns n; the rows and columns that are stored; and where its sums begin in `sums`.
+# The entry of a tile in the table of the first three kernels, int64 (tiles, 9): addresses of R, M, V and U, all float32; true
+# rows m and columns n; the rows and columns that are stored; and where its sums begin in `sums`.
 #
 # A tile is divided into blocks of BLOCK_M x BLOCK_N. `sums` has of each tile, one after the other: sums of the rows of each
 # block, (blocks across, rows); sums of the columns, (blocks down, columns); sums of blocks; weighted means of rows and columns.
 
 
 @triton.jit
-def _shape(entry):
-    """True rows and columns, and stored ones."""
-    return (
-        tl.load(entry + 4).to(tl.int32),
-        tl.load(entry + 5).to(tl.int32),
-        tl.load(entry + 6).to(tl.int32),
-        tl.load(entry + 7).to(tl.int32),
-    )
+def _shape(entry, ALIGNED: tl.constexpr):
+    """True rows and columns, and stored ones. ALIGNED: stored columns are multiples of 4.
+
+    With this hint, copies are 16 bytes wide. It has to be given where the number is read: on the result of a call it is lost.
+    """
+    width = tl.load(entry + 7).to(tl.int32)
+    if ALIGNED:
+        width = tl.multiple_of(width, 4)
+    return tl.load(entry + 4).to(tl.int32), tl.load(entry + 5).to(tl.int32), tl.load(entry + 6).to(tl.int32), width
+
+
+@triton.jit
+def _address(entry, ALIGNED: tl.constexpr):
+    """That of a matrix. ALIGNED: it is a multiple of 16."""
+    pointer = tl.load(entry).to(tl.pointer_type(tl.float32))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
@@ -46,13 +56,16 @@ def _places(block, m, n, width, across, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
 
 
 @triton.jit
-def _gradient_and_square(entry, options, at, read, own):
-    """R, and V' = b2 V + (1 - b2) R^2; zero outside of the matrix."""
-    gradient, square = tl.load(entry).to(tl.pointer_type(tl.float32)), tl.load(entry + 2).to(tl.pointer_type(tl.float32))
+def _load(matrix, at, read, own):
+    """Zero outside of the matrix."""
+    return tl.where(own, tl.load(matrix + at, mask=read, other=0.0), 0.0)
+
+
+@triton.jit
+def _weights(options):
+    """b2 and 1 - b2."""
     keep = tl.load(options + 1)
-    r = tl.where(own, tl.load(gradient + at, mask=read, other=0.0), 0.0)
-    v = tl.where(own, tl.load(square + at, mask=read, other=0.0), 0.0)
-    return r, keep.to(tl.float32) * v + (1.0 - keep).to(tl.float32) * (r * r)
+    return keep.to(tl.float32), (1.0 - keep).to(tl.float32)
 
 
 @triton.jit
@@ -68,19 +81,20 @@ def sums_kernel(
     element, at most four times its size, might overflow. ALIGNED: addresses are multiples of 16, and stored columns of 4.
     """
     entry, options = table + tl.program_id(0) * 9, options + tl.program_id(0) * 4
-    m, n, height, width = _shape(entry)
-    if ALIGNED:  # with this hint, copies are 16 bytes wide
-        width = tl.multiple_of(width, 4)
+    m, n, height, width = _shape(entry, ALIGNED)
+    gradient, square = _address(entry, ALIGNED), _address(entry + 2, ALIGNED)
+    keep, gain = _weights(options)
     down, across = tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N)
-    of_rows, of_columns, of_blocks, _, _ = _parts(entry, height, width, down, across)
+    of_rows, of_columns, of_blocks, _of_row_means, _of_column_means = _parts(entry, height, width, down, across)
     most = 3.4028234663852886e38 / (4.0 * m.to(tl.float32) * n.to(tl.float32))
     for block in range(tl.program_id(1), down * across, tl.num_programs(1)):
         rows, columns, at, read, own = _places(block, m, n, width, across, BLOCK_M, BLOCK_N)
-        _, square = _gradient_and_square(entry, options, at, read, own)
-        square = tl.where(square <= most, square, float("nan"))
-        row_sums = tl.sum(square, 1)
+        r = _load(gradient, at, read, own)
+        new = keep * _load(square, at, read, own) + gain * (r * r)
+        new = tl.where(new <= most, new, float("nan"))
+        row_sums = tl.sum(new, 1)
         tl.store(sums + of_rows + block % across * height + rows, row_sums, mask=rows < height)
-        tl.store(sums + of_columns + block // across * width + columns, tl.sum(square, 0), mask=columns < width)
+        tl.store(sums + of_columns + block // across * width + columns, tl.sum(new, 0), mask=columns < width)
         tl.store(sums + of_blocks + block, tl.sum(row_sums, 0))
 
 
@@ -94,12 +108,12 @@ def means_kernel(
     factors,  # float32 (tiles, 4), written: of M and R in N, of the root of V' in that of D, alpha beta mean(V')
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr, DEPTH: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
-    """alpha rowmean(V') and beta colmean(V') of a tile, and what depends on its number of steps.
+    """Weighted means of the rows and columns of V' of a tile, and what depends on its number of steps.
 
     In double precision: one minus a power near one would lose digits in single.
     """
     entry, options, noise = table + tl.program_id(0) * 9, options + tl.program_id(0) * 4, noise + tl.program_id(0) * 2
-    m, n, height, width = _shape(entry)
+    m, n, height, width = _shape(entry, False)
     down, across = tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N)
     of_rows, of_columns, of_blocks, row_means, column_means = _parts(entry, height, width, down, across)
     alpha, beta = tl.load(noise), tl.load(noise + 1)
@@ -122,15 +136,15 @@ def means_kernel(
             k = first + tl.arange(0, ADDED)
             whole += tl.load(sums + of_blocks + k, mask=k < down * across, other=0.0)
         mean = tl.sum(whole, 0) / (m.to(tl.float32) * n.to(tl.float32))
-        count = (tl.load(steps + tl.program_id(0)) + 1.0).to(tl.float64)
+        t = (tl.load(steps + tl.program_id(0)) + 1.0).to(tl.float64)
         beta1, beta2 = tl.load(options), tl.load(options + 1)
-        ahead, beside = 1.0 / (1.0 - tl.exp2(count * tl.log2(beta1))), beta1 * 0.0
+        ahead, beside = 1.0 / (1.0 - tl.exp2(t * tl.log2(beta1))), beta1 * 0.0
         if tl.load(options + 3) != 0.0:
             ahead, beside = ahead * beta1, 1.0 - beta1
         own = factors + tl.program_id(0) * 4
         tl.store(own, (ahead * beta1).to(tl.float32))
         tl.store(own + 1, (ahead * (1.0 - beta1) + beside).to(tl.float32))
-        tl.store(own + 2, (1.0 / tl.sqrt(1.0 - tl.exp2(count * tl.log2(beta2)))).to(tl.float32))
+        tl.store(own + 2, (1.0 / tl.sqrt(1.0 - tl.exp2(t * tl.log2(beta2)))).to(tl.float32))
         tl.store(own + 3, alpha * beta * mean)
 
 
@@ -147,22 +161,23 @@ def direction_kernel(
     All of the matrix is NaN where sums are: the mean over the matrix is in every element of D. ALIGNED: see `sums_kernel`.
     """
     entry, options, own_factors = table + tl.program_id(0) * 9, options + tl.program_id(0) * 4, factors + tl.program_id(0) * 4
-    m, n, height, width = _shape(entry)
-    if ALIGNED:
-        width = tl.multiple_of(width, 4)
+    m, n, height, width = _shape(entry, ALIGNED)
+    gradient, mean = _address(entry, ALIGNED), _address(entry + 1, ALIGNED)
+    square, out = _address(entry + 2, ALIGNED), _address(entry + 3, ALIGNED)
+    keep, gain = _weights(options)
     down, across = tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N)
-    _, _, _, row_means, column_means = _parts(entry, height, width, down, across)
-    mean, out = tl.load(entry + 1).to(tl.pointer_type(tl.float32)), tl.load(entry + 3).to(tl.pointer_type(tl.float32))
+    _of_rows, _of_columns, _of_blocks, row_means, column_means = _parts(entry, height, width, down, across)
     of_mean, of_gradient, of_root = tl.load(own_factors), tl.load(own_factors + 1), tl.load(own_factors + 2)
     shift, eps = tl.load(own_factors + 3), tl.load(options + 2).to(tl.float32)
     for block in range(tl.program_id(1), down * across, tl.num_programs(1)):
         rows, columns, at, read, own = _places(block, m, n, width, across, BLOCK_M, BLOCK_N)
-        r, square = _gradient_and_square(entry, options, at, read, own)
-        along = of_mean * tl.where(own, tl.load(mean + at, mask=read, other=0.0), 0.0) + of_gradient * r
+        r = _load(gradient, at, read, own)
+        new = keep * _load(square, at, read, own) + gain * (r * r)
+        along = of_mean * _load(mean, at, read, own) + of_gradient * r
         by_row = tl.load(sums + row_means + rows, mask=rows < height, other=0.0)
         by_column = tl.load(sums + column_means + columns, mask=columns < width, other=0.0) + shift
         # The exact root: the fast one takes squares below the smallest normal number for zero.
-        root = tl.sqrt_rn(square + by_row[:, None] + by_column[None, :]) * of_root
+        root = tl.sqrt_rn(new + by_row[:, None] + by_column[None, :]) * of_root
         u = tl.where((along == 0.0) & (by_column == by_column)[None, :], 0.0, along / (root + eps))
         tl.store(out + at, tl.where(own, u, 0.0), mask=(rows < height)[:, None] & (columns < width)[None, :])
 
@@ -184,14 +199,13 @@ def moments_kernel(
     if tl.load(accept + tile) == 0:
         return
     row = table + tile * 4
-    gradient, mean = tl.load(row).to(tl.pointer_type(tl.float32)), tl.load(row + 1).to(tl.pointer_type(tl.float32))
-    square, size = tl.load(row + 2).to(tl.pointer_type(tl.float32)), tl.load(row + 3).to(tl.int32)
+    gradient, mean, square = _address(row, ALIGNED), _address(row + 1, ALIGNED), _address(row + 2, ALIGNED)
+    size = tl.load(row + 3).to(tl.int32)
     if ALIGNED:
-        gradient, mean, square = tl.multiple_of(gradient, 16), tl.multiple_of(mean, 16), tl.multiple_of(square, 16)
         size = tl.multiple_of(size, 4)
-    beta1, beta2 = tl.load(options + tile * 4), tl.load(options + tile * 4 + 1)
-    keep, gain = beta1.to(tl.float32), (1.0 - beta1).to(tl.float32)
-    keep_square, gain_square = beta2.to(tl.float32), (1.0 - beta2).to(tl.float32)
+    beta = tl.load(options + tile * 4)
+    keep, gain = beta.to(tl.float32), (1.0 - beta).to(tl.float32)
+    keep_square, gain_square = _weights(options + tile * 4)
     if tl.program_id(1) == 0:
         tl.store(steps + tile, tl.load(steps + tile) + 1.0)
     for start in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):

@@ -119,7 +119,7 @@ def launch_direction(
     grid = len(rows), shares_of_each(blocks, len(rows))
     kernel.sums_kernel[grid](table, options, sums, ALIGNED=aligned, **tile)
     kernel.means_kernel[len(rows), shares_of_each(parts, len(rows))](
-        table, options, noise, steps, sums, factors, SPAN=_SPAN, DEPTH=_DEPTH, _ADDED=_ADDED, **tile
+        table, options, noise, steps, sums, factors, SPAN=_SPAN, DEPTH=_DEPTH, ADDED=_ADDED, **tile
     )
     kernel.direction_kernel[grid](table, options, sums, factors, ALIGNED=aligned, **tile)
 
