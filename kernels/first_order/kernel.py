@@ -10,9 +10,10 @@ def factors_kernel(
     table,  # int64 (parameters,): address of each parameter's counter of steps, float32
     rates,  # float64 (1,): learning rate
     constants,  # float64 (3,): beta1, beta2, weight decay
-    factors,  # float32 (parameters, 4), written: steps with this one, rate, root, factor of the weight decay
+    factors,  # float32 (parameters, 5), written: steps with this one, rate, root, factor of the weight decay, and with
+    # Nesterov's look ahead in Adam the rate of the gradient, beside which the first one is that of the mean
     parameters,
-    ADAM: tl.constexpr, BLOCK: tl.constexpr,
+    ADAM: tl.constexpr, NESTEROV: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What depends on the number of steps. In double precision: one minus a power near one would lose digits in single."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -24,16 +25,20 @@ def factors_kernel(
     if ADAM:
         scaled = rate / (1.0 - tl.exp2(count * tl.log2(tl.load(constants))))
         root = tl.sqrt(1.0 - tl.exp2(count * tl.log2(tl.load(constants + 1))))
-    tl.store(factors + at * 4, steps, mask=inside)
-    tl.store(factors + at * 4 + 1, scaled.to(tl.float32), mask=inside)
-    tl.store(factors + at * 4 + 2, root.to(tl.float32), mask=inside)
+        if NESTEROV:
+            scaled *= tl.load(constants)
+            beside = tl.full((BLOCK,), 1.0, tl.float64) - tl.load(constants)
+            tl.store(factors + at * 5 + 4, (rate * beside).to(tl.float32), mask=inside)
+    tl.store(factors + at * 5, steps, mask=inside)
+    tl.store(factors + at * 5 + 1, scaled.to(tl.float32), mask=inside)
+    tl.store(factors + at * 5 + 2, root.to(tl.float32), mask=inside)
     decay = tl.full((BLOCK,), 1.0, tl.float64) - rate * tl.load(constants + 2)
-    tl.store(factors + at * 4 + 3, decay.to(tl.float32), mask=inside)
+    tl.store(factors + at * 5 + 3, decay.to(tl.float32), mask=inside)
 
 
 @triton.jit
 def _move(
-    parameter, gradient, first, second, at, inside, rate, root, decay, keep, gain, keep_square, gain_square, eps,
+    parameter, gradient, first, second, at, inside, rate, root, decay, beside, keep, gain, keep_square, gain_square, eps,
     ADAM: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Some elements of one parameter."""
@@ -44,7 +49,10 @@ def _move(
     if ADAM:
         mean = keep * tl.load(first + at, mask=inside).to(tl.float32) + gain * along
         square = keep_square * tl.load(second + at, mask=inside).to(tl.float32) + gain_square * along * along
-        x -= rate * mean / (tl.sqrt(square) / root + eps)
+        if NESTEROV:
+            x -= (rate * mean + beside * along) / (tl.sqrt(square) / root + eps)
+        else:
+            x -= rate * mean / (tl.sqrt(square) / root + eps)
         tl.store(first + at, mean.to(DTYPE), mask=inside)
         tl.store(second + at, square.to(DTYPE), mask=inside)
     else:
@@ -60,7 +68,7 @@ def _move(
 def move_kernel(
     table,  # int64 (parameters, 7): addresses of a parameter, its gradient, the two tensors of its state and its counter;
     # number of elements; place in the vectors
-    factors,  # float32 (all parameters, 4), see `factors_kernel`
+    factors,  # float32 (all parameters, 5), see `factors_kernel`
     finite,  # uint8 (all parameters,)
     keep, gain,  # weights of the old and the new in the mean, or the momentum and 1
     keep_square, gain_square, eps,
@@ -75,10 +83,11 @@ def move_kernel(
     place = tl.load(row + 6)
     if tl.load(finite + place) == 0:
         return
-    own = factors + place * 4
+    own = factors + place * 5
     parameter, gradient = tl.load(row).to(tl.pointer_type(DTYPE)), tl.load(row + 1).to(tl.pointer_type(DTYPE))
     first, second = tl.load(row + 2).to(tl.pointer_type(DTYPE)), tl.load(row + 3).to(tl.pointer_type(DTYPE))
     size, rate, root, decay = tl.load(row + 5).to(tl.int32), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
+    beside = tl.load(own + 4) if ADAM and NESTEROV else 0.0
     most = size
     if ALIGNED:
         parameter, gradient = tl.multiple_of(parameter, 16), tl.multiple_of(gradient, 16)
@@ -88,12 +97,12 @@ def move_kernel(
         if most < size:
             at = most + tl.arange(0, 8)
             _move(
-                parameter, gradient, first, second, at, at < size, rate, root, decay, keep, gain, keep_square, gain_square, eps,
-                ADAM, MOMENTUM, NESTEROV, MAXIMIZE, DTYPE,
+                parameter, gradient, first, second, at, at < size, rate, root, decay, beside, keep, gain, keep_square,
+                gain_square, eps, ADAM, MOMENTUM, NESTEROV, MAXIMIZE, DTYPE,
             )  # fmt: skip
     for start in range(tl.program_id(1) * BLOCK, most, tl.num_programs(1) * BLOCK):
         at = start + tl.arange(0, BLOCK)
         _move(
-            parameter, gradient, first, second, at, at < most, rate, root, decay, keep, gain, keep_square, gain_square, eps,
-            ADAM, MOMENTUM, NESTEROV, MAXIMIZE, DTYPE,
+            parameter, gradient, first, second, at, at < most, rate, root, decay, beside, keep, gain, keep_square,
+            gain_square, eps, ADAM, MOMENTUM, NESTEROV, MAXIMIZE, DTYPE,
         )  # fmt: skip

@@ -27,7 +27,10 @@ def move_reference(
             (beta1, beta2), (mean, square) = rule.betas, own
             new = [torch.lerp(mean.float(), g, 1 - beta1), torch.lerp(square.float(), g * g, 1 - beta2)]
             scaled, root = rate / (1 - beta1 ** count.double()), (1 - beta2 ** count.double()).sqrt()
-            moved -= scaled.float() * new[0] / (new[1].sqrt() / root.float() + rule.eps)
+            along = scaled.float() * new[0]
+            if rule.nesterov:
+                along = (beta1 * scaled).float() * new[0] + ((1 - beta1) * rate).float() * g
+            moved -= along / (new[1].sqrt() / root.float() + rule.eps)
         else:
             along = g
             if rule.momentum:

@@ -12,7 +12,7 @@ class Rule:
     Attributes:
         adam: whether it is AdamW.
         momentum: of SGD.
-        nesterov: whether the momentum is Nesterov's.
+        nesterov: whether the momentum of SGD, or the mean of AdamW, looks ahead as Nesterov's does.
         betas: of AdamW.
         eps: of AdamW.
         weight_decay: the decay.

@@ -89,8 +89,9 @@ def split(
         rest.append(own)
         if group["tail"] == "adamw" or group["capturable"]:
             # The rules need this much memory after they have changed their state: it is allocated and freed now.
+            copies = 2 if _is_nesterov_adam(group) else 1
             for places in portions(own[0], group["foreach"] is not False):
-                reserve = [torch.empty_like(own[0][i]) for i in places if own[0][i].is_cuda]
+                reserve = [torch.empty_like(own[0][i]) for i in places if own[0][i].is_cuda for _ in range(copies)]
                 del reserve
     return fused, rest
 
@@ -108,6 +109,9 @@ def hold(groups: list[Group], work: list[Work], finite: FiniteFlags | None, back
 def apply(group: Group, params: list[Tensor], gradients: list[Tensor], states: list[State], held: Hold | None = None) -> None:
     """One step of a group: decoupled weight decay (Loshchilov and Hutter 2019), then SGD with momentum or Adam.
 
+    With `nesterov`, Adam looks ahead as Nesterov's momentum does: in place of the corrected mean M / (1 - b1^t) it goes along
+    b1 M / (1 - b1^t) + (1 - b1) g. PyTorch has no such rule: its NAdam has a schedule of momenta (Dozat 2016).
+
     Args:
         group: options, checked by `validate_group`.
         params: parameters that have a gradient.
@@ -120,7 +124,7 @@ def apply(group: Group, params: list[Tensor], gradients: list[Tensor], states: l
         return
     if group["tail"] == "sgd" and not group["capturable"] and isinstance(group["lr"], Tensor):
         group = {**group, "lr": group["lr"].item()}  # as PyTorch's SGD does, but once
-    if held is None and not group["capturable"]:
+    if held is None and not group["capturable"] and not _is_nesterov_adam(group):
         _apply(group, params, gradients, states)
         return
     on_device = group["capturable"] or group["tail"] == "adamw"
@@ -128,6 +132,10 @@ def apply(group: Group, params: list[Tensor], gradients: list[Tensor], states: l
         some = [params[k] for k in i], [gradients[k] for k in i], [states[k] for k in i]
         with contextlib.nullcontext() if held is None else held.over(some[0], some[2], changing_moments(group)):
             (_apply_on_device if on_device else _apply)(group, *some)
+
+
+def _is_nesterov_adam(group: Group) -> bool:
+    return bool(group["tail"] == "adamw" and group["nesterov"])
 
 
 def _apply(group: Group, params: list[Tensor], gradients: list[Tensor], states: list[State]) -> None:
@@ -184,7 +192,7 @@ def _adamw_on_device(
     means, squares = ([torch.view_as_real(x) if x.is_complex() else x for x in xs] for xs in moments)
     # In double precision, as on the host: one minus a power near one would lose digits in single precision.
     steps = torch.stack([s["step"] for s in states]).to(params[0].device, torch.float64)
-    rates, roots = -lr / (1 - beta1**steps), (1 - beta2**steps).sqrt()
+    corrections, roots = 1 - beta1**steps, (1 - beta2**steps).sqrt()
     torch._foreach_lerp_(means, gradients, 1 - beta1)
     torch._foreach_mul_(squares, beta2)
     torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
@@ -193,8 +201,18 @@ def _adamw_on_device(
         divisors = [x.float() for x in divisors]
     torch._foreach_div_(divisors, roots.unbind())
     torch._foreach_add_(divisors, group["eps"])
-    torch._foreach_div_(divisors, rates.unbind())
+    if group["nesterov"]:
+        means, corrections = _ahead(means, gradients, beta1, corrections), torch.ones_like(corrections)
+    torch._foreach_div_(divisors, (-lr / corrections).unbind())
     torch._foreach_addcdiv_(params, means, divisors)
+
+
+def _ahead(means: list[Tensor], gradients: list[Tensor], beta: float, corrections: Tensor) -> list[Tensor]:
+    """Corrected means with Nesterov's look ahead."""
+    floats = [x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in means]
+    ahead = list(torch._foreach_mul(floats, (beta / corrections).unbind()))
+    torch._foreach_add_(ahead, gradients, alpha=1 - beta)
+    return ahead
 
 
 def _factor(number: float | Tensor, tensors: Sequence[Tensor]) -> Any:

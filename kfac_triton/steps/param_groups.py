@@ -41,7 +41,9 @@ def validate_group(group: dict[str, Any]) -> None:
     for name in ("nesterov", "maximize", "capturable"):
         validation.flag(name, group[name])
     if group["nesterov"] and group["tail"] == "sgd" and not group["momentum"]:
-        raise ValueError(f"nesterov is True, which needs a momentum greater than 0, but momentum is {group['momentum']!r}")
+        raise ValueError(
+            f"nesterov is True, which for tail='sgd' needs a momentum greater than 0, but momentum is {group['momentum']!r}"
+        )
     if group["foreach"] not in (None, True, False):
         raise TypeError(f"foreach must be True, False or None, but is {group['foreach']!r}")
     if group["foreach"] and group["tail"] == "adamw" and isinstance(group["lr"], Tensor) and not group["capturable"]:

@@ -22,6 +22,9 @@ RULES = [
     Rule(adam=True),
     Rule(adam=True, betas=(0.5, 0.7), eps=1e-3, weight_decay=0.3, maximize=True),
     Rule(adam=True, betas=(0.0, 0.0), eps=1e-2),
+    Rule(adam=True, nesterov=True),
+    Rule(adam=True, nesterov=True, betas=(0.5, 0.7), eps=1e-3, weight_decay=0.3, maximize=True),
+    Rule(adam=True, nesterov=True, betas=(0.0, 0.0), eps=1e-2),
 ]
 SHAPES = [(1,), (7,), (40, 60), (16, 8), (3000,), (2, 3, 2, 2)]
 
@@ -60,7 +63,10 @@ def _expected(problem: _Problem, i: int, rate: float, rule: Rule) -> list[Tensor
     if rule.adam:
         (beta1, beta2), (mean, square) = rule.betas, own
         mean, square = beta1 * mean + (1 - beta1) * g, beta2 * square + (1 - beta2) * g**2
-        p = p - rate * (mean / (1 - beta1**count)) / ((square / (1 - beta2**count)).sqrt() + rule.eps)
+        ahead = mean / (1 - beta1**count)
+        if rule.nesterov:
+            ahead = beta1 * ahead + (1 - beta1) * g
+        p = p - rate * ahead / ((square / (1 - beta2**count)).sqrt() + rule.eps)
         return [p, mean, square, step + 1]
     along = g
     if rule.momentum:
@@ -111,9 +117,10 @@ def test_types_that_are_mixed_go_by_themselves(adam: bool) -> None:
     assert [float(x) for x in counters] == [1, 2, 2]
 
 
-def test_the_correction_of_the_bias_keeps_its_digits() -> None:
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_correction_of_the_bias_keeps_its_digits(nesterov: bool) -> None:
     """After the first step with a beta near one: in single precision 1 - beta has four digits."""
-    rule = Rule(adam=True, betas=(0.9, 0.99999), eps=0.0)
+    rule = Rule(adam=True, nesterov=nesterov, betas=(0.9, 0.99999), eps=0.0)
     p, gradient = torch.zeros(4), torch.full((4,), 0.3)
     moments, step = [[torch.zeros(4)], [torch.zeros(4)]], torch.zeros(())
     rate = torch.ones(1, dtype=torch.float64)

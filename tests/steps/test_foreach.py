@@ -33,6 +33,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"tail": "adamw"},
     {"tail": "adamw", "weight_decay": 0.3, "maximize": True},
     {"tail": "adamw", "betas": (0.0, 0.0), "eps": 1e-3},
+    {"tail": "adamw", "nesterov": True, "momentum": 0.0, "weight_decay": 0.3, "maximize": True},
 ]
 
 

@@ -106,6 +106,29 @@ class NoMemory(TorchDispatchMode):
             yield
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_kernels_and_the_rules_beside_them_take_the_steps_of_the_formula(nesterov: bool) -> None:
+    """Adam, in float64 by the formula on the gradients that each step saw; of four types, the kernel moves three."""
+    torch.manual_seed(0)
+    model, rate, beta1, beta2 = Mixed(), 0.1, 0.8, 0.9
+    options: dict[str, Any] = {"tail": "adamw", "betas": (beta1, beta2), "nesterov": nesterov, "momentum": 0.0, "eps": 1e-4}
+    optimizer = KFAC(model, lr=rate, weight_decay=0.3, backend="triton", **options)
+    expected = [(p.detach().double(), 0.0, 0.0) for p in model.beside]
+    for t in (1, 2, 3):
+        _backward(model, optimizer)
+        for i, (p, (x, mean, square)) in enumerate(zip(model.beside, expected, strict=True)):
+            g = p.grad.double()
+            mean, square = beta1 * mean + (1 - beta1) * g, beta2 * square + (1 - beta2) * g**2
+            ahead = mean / (1 - beta1**t)
+            ahead = beta1 * ahead + (1 - beta1) * g if nesterov else ahead
+            x = x * (1 - rate * 0.3) - rate * ahead / ((square / (1 - beta2**t)).sqrt() + 1e-4)
+            expected[i] = x, mean, square
+        optimizer.step()
+    for p, (x, *_) in zip(model.beside, expected, strict=True):
+        tolerance = 8 * torch.finfo(p.dtype).eps
+        torch.testing.assert_close(p.detach().double(), x, rtol=tolerance, atol=tolerance)
+
+
 def test_without_memory_anywhere_nothing_moves(moved: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused are the k-th request in the constructors of all launches of a step, and all later ones, for every k."""
     constructed, requests = launch.Launch.__init__, 0

@@ -25,6 +25,7 @@ TAILS: dict[str, dict[str, Any]] = {
     "rate in a tensor": {"lr": torch.tensor(0.1), "weight_decay": 0.3},
     "adamw": {"tail": "adamw", "lr": 0.01, "weight_decay": 0.3},
     "adamw up": {"tail": "adamw", "lr": 0.01, "weight_decay": 0.3, "maximize": True},
+    "nesterov's adamw": {"tail": "adamw", "nesterov": True, "lr": 0.01, "weight_decay": 0.3},
 }
 # Whether the host looks at what was computed, and whether a graph could record the tail.
 WAYS = {
