@@ -10,12 +10,13 @@ def factors_kernel(
     table,  # int64 (parameters,): address of each parameter's counter of steps, float32
     rates,  # float64 (1,): learning rate
     constants,  # float64 (3,): beta1, beta2, weight decay
-    factors,  # float32 (parameters, 5), written: steps with this one, rate, root, factor of the weight decay, and with
-    # Nesterov's look ahead in Adam the rate of the gradient, beside which the first one is that of the mean
+    factors,  # float32 (parameters, 4), written: steps with this one, rate, root, factor of the weight decay; if Adam has
+    # Nesterov's look ahead, (parameters, 5): the first rate is that of the mean, and the last number that of the gradient
     parameters,
     ADAM: tl.constexpr, NESTEROV: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What depends on the number of steps. In double precision: one minus a power near one would lose digits in single."""
+    WIDTH: tl.constexpr = 5 if ADAM and NESTEROV else 4
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < parameters
     steps = tl.load(tl.load(table + at, mask=inside, other=0).to(tl.pointer_type(tl.float32)), mask=inside, other=0.0) + 1.0
@@ -28,12 +29,12 @@ def factors_kernel(
         if NESTEROV:
             scaled *= tl.load(constants)
             beside = tl.full((BLOCK,), 1.0, tl.float64) - tl.load(constants)
-            tl.store(factors + at * 5 + 4, (rate * beside).to(tl.float32), mask=inside)
-    tl.store(factors + at * 5, steps, mask=inside)
-    tl.store(factors + at * 5 + 1, scaled.to(tl.float32), mask=inside)
-    tl.store(factors + at * 5 + 2, root.to(tl.float32), mask=inside)
+            tl.store(factors + at * WIDTH + 4, (rate * beside).to(tl.float32), mask=inside)
+    tl.store(factors + at * WIDTH, steps, mask=inside)
+    tl.store(factors + at * WIDTH + 1, scaled.to(tl.float32), mask=inside)
+    tl.store(factors + at * WIDTH + 2, root.to(tl.float32), mask=inside)
     decay = tl.full((BLOCK,), 1.0, tl.float64) - rate * tl.load(constants + 2)
-    tl.store(factors + at * 5 + 3, decay.to(tl.float32), mask=inside)
+    tl.store(factors + at * WIDTH + 3, decay.to(tl.float32), mask=inside)
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def _move(
 def move_kernel(
     table,  # int64 (parameters, 7): addresses of a parameter, its gradient, the two tensors of its state and its counter;
     # number of elements; place in the vectors
-    factors,  # float32 (all parameters, 5), see `factors_kernel`
+    factors,  # float32 (all parameters, 4 or 5), see `factors_kernel`
     finite,  # uint8 (all parameters,)
     keep, gain,  # weights of the old and the new in the mean, or the momentum and 1
     keep_square, gain_square, eps,
@@ -83,7 +84,7 @@ def move_kernel(
     place = tl.load(row + 6)
     if tl.load(finite + place) == 0:
         return
-    own = factors + place * 5
+    own = factors + place * (5 if ADAM and NESTEROV else 4)
     parameter, gradient = tl.load(row).to(tl.pointer_type(DTYPE)), tl.load(row + 1).to(tl.pointer_type(DTYPE))
     first, second = tl.load(row + 2).to(tl.pointer_type(DTYPE)), tl.load(row + 3).to(tl.pointer_type(DTYPE))
     size, rate, root, decay = tl.load(row + 5).to(tl.int32), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)

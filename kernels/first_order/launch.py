@@ -124,10 +124,11 @@ class Launch:
     def _compute_factors(self, counters: list[int], rate: Tensor) -> None:
         rule = self._rule
         constants = device_vector((*rule.betas, rule.weight_decay), self._device, torch.float64)
-        self._factors = torch.empty(len(counters), 5, dtype=torch.float32, device=self._device)
+        ahead = rule.adam and rule.nesterov
+        self._factors = torch.empty(len(counters), 5 if ahead else 4, dtype=torch.float32, device=self._device)
         kernel.factors_kernel[(count(len(counters), 128),)](
             device_vector(counters, self._device), rate, constants, self._factors, len(counters),
-            ADAM=rule.adam, NESTEROV=rule.adam and rule.nesterov, BLOCK=128, num_warps=4,
+            ADAM=rule.adam, NESTEROV=ahead, BLOCK=128, num_warps=4,
         )  # fmt: skip
 
     def _compile(self, dtype: torch.dtype, aligned: bool) -> None:

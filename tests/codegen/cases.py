@@ -296,13 +296,13 @@ def _gradients(arch: str) -> Iterator[Case]:
 def _first_order(arch: str) -> Iterator[Case]:
     del arch
     kernel, warps = first_order_kernel, {"num_warps": 4}
-    for name, adam in (("sgd", False), ("adamw", True)):
-        constants: dict[str, Any] = {"ADAM": adam, "BLOCK": 128}
+    for name, adam, nesterov in (("sgd", False, True), ("adamw", True, False), ("nesterov's adamw", True, True)):
+        constants: dict[str, Any] = {"ADAM": adam, "NESTEROV": adam and nesterov, "BLOCK": 128}
         yield Case(f"-/-/factors_kernel/{name}", kernel.factors_kernel, "*i64 *fp64 *fp64 *fp32 i32", constants, warps)
         for dtype, type_, size in (("bf16", tl.bfloat16, 2), ("fp32", tl.float32, 4)):
             for aligned in (True, False):
                 constants = {
-                    "ADAM": adam, "MOMENTUM": not adam, "NESTEROV": not adam, "MAXIMIZE": False,
+                    "ADAM": adam, "MOMENTUM": not adam, "NESTEROV": nesterov, "MAXIMIZE": False,
                     "BLOCK": first_order_launch._BLOCK * 4 // size, "DTYPE": type_, "ALIGNED": aligned,
                 }  # fmt: skip
                 label = f"-/-/move_kernel/{name}, {dtype}{'' if aligned else ', unaligned'}"
