@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -28,30 +29,36 @@ def adam_direction_reference(
     ahead, beside = torch.where(nesterov != 0, beta1 * ahead, ahead), torch.where(nesterov != 0, 1 - beta1, 0.0)
     # N as a sum of M and R: M' is not made here.
     along = ahead * beta1, ahead * (1 - beta1) + beside
-    factors = torch.stack([*along, beta2, 1 - beta2, (1 - beta2**count).rsqrt(), eps, alpha, beta], 1)
-    for place, (r, mean, square, target) in enumerate(_tiles(rotated, means, squares, out)):
-        m, n = sizes[place]
+    factors = torch.stack([*along, beta2, 1 - beta2, (1 - beta2**count).rsqrt(), eps, alpha, beta], 1).to(rotated[0].dtype)
+    first = 0
+    for r, mean, square, target in zip(rotated, means, squares, out, strict=True):
         target.zero_()
-        target[:m, :n] = _direction(r[:m, :n], mean[:m, :n], square[:m, :n], factors[place].to(r.dtype))
+        start = 0
+        for (m, n), alike in itertools.groupby(sizes[first : first + len(r)]):  # tiles of one size are taken together
+            run = slice(start, start := start + len(list(alike)))
+            own = factors[first : first + len(r)][run]
+            target[run, :m, :n] = _direction(r[run, :m, :n], mean[run, :m, :n], square[run, :m, :n], own)
+        first += len(r)
+
+
+def _direction(r: Tensor, mean: Tensor, square: Tensor, factors: Tensor) -> Tensor:
+    """U of tiles without their padding."""
+    of_mean, of_gradient, keep, gain, of_root, eps, alpha, beta = (x.view(-1, 1, 1) for x in factors.unbind(1))
+    new = r.square().mul_(gain).add_(square * keep)
+    # So that neither the sum over the tile nor what damping makes of an element, at most four times its size, overflows.
+    fits = new.amax((1, 2), keepdim=True) <= torch.finfo(new.dtype).max / (4 * r[0].numel())
+    new.add_(alpha * new.mean(2, keepdim=True))
+    new.add_(beta * new.mean(1, keepdim=True))
+    root = new.sqrt_().mul_(of_root).add_(eps)
+    along = torch.mul(mean, of_mean).add_(r * of_gradient)
+    root.masked_fill_(along == 0, 1.0)
+    return along.div_(root).masked_fill_(~fits, torch.nan)
 
 
 def _tiles(*lists: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     """The matrices of all stacks, those of the same place in each list together."""
     for stacks in zip(*lists, strict=True):
         yield from zip(*(stack.unbind() for stack in stacks), strict=True)
-
-
-def _direction(r: Tensor, mean: Tensor, square: Tensor, factors: Tensor) -> Tensor:
-    """U of one tile without its padding."""
-    of_mean, of_gradient, keep, gain, of_root, eps, alpha, beta = factors.unbind()
-    new = keep * square + gain * (r * r)
-    # So that neither the sum over the tile nor what damping makes of an element, at most four times its size, overflows.
-    fits = (new <= torch.finfo(new.dtype).max / (4 * new.numel())).all()
-    new += alpha * new.mean(1, keepdim=True)
-    new += beta * new.mean(0, keepdim=True)
-    along = of_mean * mean + of_gradient * r
-    along = torch.where(along == 0, 0.0, along / (new.sqrt_() * of_root + eps))
-    return torch.where(fits, along, torch.nan)
 
 
 def adam_moments_reference(

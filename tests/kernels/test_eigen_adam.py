@@ -113,15 +113,15 @@ def test_dead_units_do_not_move(backend: str, noise: float) -> None:
     problem = Problem()
     problem.options[:, 2], problem.noise = 0.0, torch.full((TILES, 2), noise)
     for stacks in (problem.rotated, problem.means, problem.squares):
-        first, second, *_ = tiles_of(stacks)
+        first, _, second, *_ = tiles_of(stacks)
         first[3], first[:, 5] = 0.0, 0.0
         second.zero_()
-    first, second, *rest = problem.direction(backend)
+    first, other, second, *rest = problem.direction(backend)
     assert not first[3].count_nonzero()
     assert not first[:, 5].count_nonzero()
     assert first[:3, :5].count_nonzero() == 15
     assert not second.count_nonzero()
-    assert all(x.isfinite().all() for x in (first, *rest))
+    assert all(x.isfinite().all() for x in (first, other, *rest))
 
 
 @both_backends

@@ -10,18 +10,19 @@ from torch import Tensor
 
 from kfac_triton.kernels import ops
 
-STACKS = [(2, 16, 48), (3, 32, 16), (1, 48, 32)]
-SIZES = [(13, 35), (16, 48), (17, 1), (1, 16), (32, 7), (35, 29)]
+STACKS = [(3, 16, 48), (3, 32, 16), (1, 48, 32)]
+SIZES = [(13, 35), (13, 35), (16, 48), (17, 1), (1, 16), (32, 7), (35, 29)]
 TILES = len(SIZES)
 OPTIONS = [  # b1, b2, eps, Nesterov's momentum
     (0.9, 0.95, 1e-8, 1),
+    (0.7, 0.9, 1e-4, 0),
     (0.9, 0.999, 1e-8, 0),
     (0.0, 0.0, 1e-3, 1),
     (0.5, 0.7, 0.1, 0),
     (0.95, 0.99, 1e-8, 1),
     (0.8, 0.95, 0.0, 1),
 ]
-NOISE = [(0.0, 0.0), (1.0, 1.0), (0.3, 0.0), (0.0, 0.7), (0.25, 0.5), (0.6, 0.1)]
+NOISE = [(0.0, 0.0), (0.2, 0.9), (1.0, 1.0), (0.3, 0.0), (0.0, 0.7), (0.25, 0.5), (0.6, 0.1)]
 
 
 class Problem:
@@ -37,7 +38,7 @@ class Problem:
         self.rotated, self.means, self.squares = ([torch.randn(shape, dtype=dtype) for shape in STACKS] for _ in range(3))
         self.squares = [x.square() for x in self.squares]
         self.out = [torch.full_like(x, torch.nan) for x in self.rotated]
-        self.steps = torch.tensor([0.0, 1.0, 2.0, 10.0, 1000.0, 3.0])
+        self.steps = torch.tensor([0.0, 5.0, 1.0, 2.0, 10.0, 1000.0, 3.0])
         self.noise, self.options = torch.tensor(NOISE), torch.tensor(OPTIONS, dtype=torch.float64)
         for stacks in (self.rotated, self.means, self.squares):
             for tile, (m, n) in zip(tiles_of(stacks), SIZES, strict=True):
