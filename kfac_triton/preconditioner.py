@@ -51,8 +51,8 @@ class KFACPreconditioner(KFACBase):
         checked = Settings(**settings)
         if checked.curvature == "adam":
             raise ValueError(
-                "curvature must be 'kfac' or 'ekfac' for KFACPreconditioner, but is 'adam', whose directions have the length of "
-                "a step of Adam beside plain gradients of what is not covered: use KFACAdam, which moves both by Adam"
+                "curvature must be 'kfac' or 'ekfac' for KFACPreconditioner, but is 'adam', whose directions have the length "
+                "of a step of Adam beside plain gradients of what is not covered: use KFACAdam, which moves both by Adam"
             )
         self._run = Run(Engine(model, checked))
         self._model = model
