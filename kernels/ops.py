@@ -41,6 +41,7 @@ from .norm_fisher.norm import Norm
 from .norm_fisher.norm import flatten as flatten_norms
 from .norm_fisher.reference import norm_fisher_diagonal_reference
 from .operators import operator
+from .orthogonal_iteration.operations import orthogonal_iteration
 from .precondition import launch as precondition_launch
 from .precondition.reference import precondition_reference
 
@@ -59,6 +60,7 @@ __all__ = [
     "move",
     "newton_schulz_inverse",
     "norm_fisher_diagonal",
+    "orthogonal_iteration",
     "precondition",
     "restore",
     "scatter",

@@ -45,13 +45,22 @@ def _partial_sums(row, matrix, scratch, i, j):
 @triton.jit
 def prepare_kernel(
     stacks, programs, scratch,
-    BLOCK: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, ROUND: tl.constexpr, KEEP: tl.constexpr, SOME: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One tile of one matrix: T rounded to TF32 (with ROUND), U, and a copy of T (with KEEP).
 
-    The root becomes zero above the diagonal. Without KEEP, the residual is infinite until a step has been taken.
+    The root becomes zero above the diagonal. Without KEEP, the residual is infinite until a step has been taken. With SOME, a
+    matrix whose flag is zero is finished before it begins.
     """
     row, matrix, i, j, n, side = locate(stacks, programs, ALIGNED)
+    if SOME:
+        if tl.load(number_of(row, 26, matrix, tl.float32)) == 0.0:
+            if (i == 0) & (j == 0):
+                state = state_of(row, matrix, scratch)
+                tl.store(state, 0.0)
+                tl.store(state + 2, 0.0)
+                tl.store(state + 4, float("inf"))
+            return
     root, stride = matrix_of(row, 3, matrix, ALIGNED)
     rows, columns = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
     below = rows[:, None] >= columns[None, :]

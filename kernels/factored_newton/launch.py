@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import precision, runtime, tuning
 from ..certificate import COMPUTED
 from ..device_tables import Table, device_table
-from ..tiles import ALIGNMENT, count, padded
+from ..tiles import count, padded
 from . import kernel, tables
 from . import plan_kernel as planning
 from .reference import ITERATE_ABOVE, LARGEST_SCALE, POWER_STEPS, fixed_probes
@@ -37,16 +37,9 @@ def can_use(
 ) -> str | None:
     """Why the kernel cannot serve these stacks; None if it can."""
     for i, (factor, root) in enumerate(zip(factors, roots, strict=True)):
-        n = factor.shape[1]
-        if factor.dtype != torch.float32:
-            return f"factors[{i}] is {factor.dtype}, and the kernel needs float32"
-        if n == 0:
-            return f"the matrices of factors[{i}] are empty"
-        for name, stack in ((f"factors[{i}]", factor), (f"roots[{i}]", root)):
-            if n > 1 and stack.stride(2) != 1:
-                return f"{name} has columns {stack.stride(2)} elements apart, and the kernel needs adjacent ones"
-            if n * max(stack.stride(1), n + ALIGNMENT) >= 2**31:
-                return f"{name} has matrices with more elements than 32 bits can count"
+        reason = tables.why_not(f"factors[{i}]", factor) or tables.why_not(f"roots[{i}]", root)
+        if reason:
+            return reason
     written = {"residuals": residuals, "used": used, "fallbacks": fallbacks, "refused": refused}
     for name, vectors in written.items():
         for i, vector in enumerate(vectors):
@@ -66,20 +59,30 @@ def launch(
     used: Sequence[Tensor] = (),
     fallbacks: Sequence[Tensor] = (),
     refused: Sequence[Tensor] = (),
+    active: Sequence[Tensor] = (),
 ) -> None:
-    """The Triton implementation of `factored_newton_refresh_reference`, for a call that `can_use` accepts."""
+    """The Triton implementation of `factored_newton_refresh_reference`, for a call that `can_use` accepts.
+
+    active: for another kernel's launch, optional flags of each stack, (B,), float32 and contiguous: a matrix whose flag is zero
+    costs nothing. Its root stays, its residual is infinite. Without `accept`.
+    """
     dampings = [damping.contiguous() for damping in dampings]
     lists = [factors, dampings, roots, residuals, *([used, fallbacks, refused] if accept is not None else [])]
+    if active:
+        lists.append(list(active))
     # Two kinds of stacks, because the kind decides how the kernels are compiled. Padded stacks are aligned.
     kinds: dict[bool, list[int]] = {}
     for i, (factor, root) in enumerate(zip(factors, roots, strict=True)):
         if factor.shape[0]:
             kinds.setdefault(tables.is_aligned(factor, root), []).append(i)
     for aligned, members in kinds.items():
-        _refresh([[x[i] for i in members] for x in lists], tolerance, max_steps, accept, aligned)
+        _refresh([[x[i] for i in members] for x in lists], tolerance, max_steps, accept, aligned, bool(active))
 
 
-def _refresh(lists: list[list[Tensor]], tolerance: float, max_steps: int, accept: float | None, aligned: bool) -> None:
+def _refresh(
+    lists: list[list[Tensor]], tolerance: float, max_steps: int, accept: float | None, aligned: bool, some: bool
+) -> None:
+    """Refreshes stacks of one kind. some: whether the last list has the flags of those matrices that are to be refreshed."""
     factors = lists[0]
     device = factors[0].device
     target = runtime.target(device)
@@ -94,7 +97,7 @@ def _refresh(lists: list[list[Tensor]], tolerance: float, max_steps: int, accept
     layout = tables.layout(shapes, block, plan_config["BLOCK"], 2 * half, rounds, keeps)
     addresses = tuple([tuple([x.data_ptr() for x in stack]) for stack in zip(*lists, strict=True)])
     strides = tuple([(*factor.stride()[:2], *root.stride()[:2]) for factor, root in zip(factors, lists[2], strict=True)])
-    stacks = device_table(_rows(shapes, addresses, strides, layout, block, plan_config["BLOCK"], device), device)
+    stacks = device_table(_rows(shapes, addresses, strides, layout, block, plan_config["BLOCK"], some, device), device)
     scratch = torch.empty(layout.size, dtype=torch.float32, device=device)
     matrices = tables.programs(shapes, widest, "rows", device)  # one block each
     bands = tables.programs(shapes, plan_config["BLOCK"], "rows", device)
@@ -107,7 +110,7 @@ def _refresh(lists: list[list[Tensor]], tolerance: float, max_steps: int, accept
     noise = COMPUTED * torch.finfo(torch.float32).eps / 2
     bound = torch.inf if accept is None else accept
     kernel.prepare_kernel[grid](
-        stacks, orders[0], scratch, BLOCK=block, KEEP=keeps, num_warps=config.get("num_warps", 4), **common
+        stacks, orders[0], scratch, BLOCK=block, KEEP=keeps, SOME=some, num_warps=config.get("num_warps", 4), **common
     )  # fmt: skip
     for step in range(max_steps):
         kernel.factor_kernel[grid](stacks, orders[0], scratch, step, **tile)
@@ -135,6 +138,7 @@ def _rows(
     layout: tables.Layout,
     block: int,
     block_of_rows: int,
+    some: bool,
     device: torch.device,
 ) -> Table:
     """The table of stacks.
@@ -146,6 +150,7 @@ def _rows(
         layout: of the scratch memory.
         block: side of a tile.
         block_of_rows: rows of a matrix that a program of the power iteration takes.
+        some: whether the last address of a stack is that of its flags of active matrices.
         device: of the stacks.
     """
     rows, first = [], 0
@@ -158,6 +163,8 @@ def _rows(
             n, padded(n), first, blocks * (blocks + 1) // 2, count(n, block_of_rows),
             fixed_probes(n, torch.float32, device).data_ptr(),
         )  # fmt: skip
+        if some:
+            *kept, row[tables.ACTIVE] = kept
         row[tables.USED : tables.USED + len(kept)] = kept
         row[tables.TRANSPOSED : tables.TRANSPOSED + len(places)] = places
         rows.append(tuple(row))

@@ -22,6 +22,7 @@ from ..tiles import ALIGNMENT, count, padded, tile_order
 FACTOR, FACTOR_BATCH, FACTOR_STRIDE, ROOT, ROOT_BATCH, ROOT_STRIDE, DAMPING, RESIDUAL = range(8)
 N, SIDE, FIRST, TILES, BLOCKS_OF_ROWS, PROBES, USED, FALLBACKS, REFUSED = range(8, 17)
 TRANSPOSED, PRODUCT, ENERGY, ROUNDED, BACKUP, DIAGONAL, PARTIALS, VECTORS, GROWTH = range(17, 26)
+ACTIVE = 26
 STACK_FIELDS = 32
 # State of a matrix, float32: whether it is still running, whether it takes the planned step, whether that step waits for the
 # power iteration, its scale, and the bound on the error so far.
@@ -78,16 +79,22 @@ def _rows(shapes: Shapes, block: int, order: str) -> tuple[tuple[int, ...], ...]
     """Rows of a table of programs, those with the longest sums first, so that no long one starts last.
 
     In T A ("factor") the sum of tile (i, j) has i + 1 terms, in M ("energy") j + 1, in Phi T ("update") i - j + 1. With "rows"
-    a program has a block of rows of M.
+    a program has a block of rows of M. With "square" there is a program for each tile of a whole matrix, as for X T^T, whose
+    sums have j + 1 terms.
     """
     rows = []
     for stack, (batch, n) in enumerate(shapes):
         blocks = count(n, block)
-        tiles = [(i, 0) for i in range(blocks)] if order == "rows" else tile_order(blocks)
+        if order == "rows":
+            tiles = [(i, 0) for i in range(blocks)]
+        elif order == "square":
+            tiles = [(i, j) for j in range(blocks) for i in range(blocks)]
+        else:
+            tiles = tile_order(blocks)
         rows += [(stack, matrix, *tile) for matrix in range(batch) for tile in tiles]
     lengths: dict[str, Callable[[tuple[int, ...]], int]] = {
         "factor": lambda row: row[2], "energy": lambda row: row[3], "update": lambda row: row[2] - row[3],
-        "rows": lambda row: shapes[row[0]][1],
+        "rows": lambda row: shapes[row[0]][1], "square": lambda row: row[3],
     }  # fmt: skip
     length = lengths[order]
     return tuple(sorted(rows, key=lambda row: -length(row)))
@@ -107,7 +114,7 @@ def programs(shapes: Shapes, block: int, order: str, device: torch.device) -> Te
     Args:
         shapes: of the stacks.
         block: side of a tile, or rows of a block.
-        order: which sums the programs compute: "factor", "energy", "update" or "rows".
+        order: which sums the programs compute: "factor", "energy", "update", "rows" or "square".
         device: of the table.
     """
     if runtime.is_recording():
@@ -125,6 +132,20 @@ def is_aligned(factor: Tensor, root: Tensor) -> bool:
     return factor.shape[1] % ALIGNMENT == 0 and all(
         x.data_ptr() % 16 == x.stride(0) % ALIGNMENT == x.stride(1) % ALIGNMENT == 0 for x in (factor, root)
     )
+
+
+def why_not(name: str, stack: Tensor) -> str | None:
+    """Why the kernels cannot read or write a stack of matrices; None if they can."""
+    n = stack.shape[1]
+    if stack.dtype != torch.float32:
+        return f"{name} is {stack.dtype}, and the kernel needs float32"
+    if n == 0:
+        return f"the matrices of {name} are empty"
+    if n > 1 and stack.stride(2) != 1:
+        return f"{name} has columns {stack.stride(2)} elements apart, and the kernel needs adjacent ones"
+    if n * max(stack.stride(1), n + ALIGNMENT) >= 2**31:
+        return f"{name} has matrices with more elements than 32 bits can count"
+    return None
 
 
 @triton.jit

@@ -173,8 +173,9 @@ def _factored_newton(arch: str) -> Iterator[Case]:
         warps = {"num_warps": config.get("num_warps", 4)}
         for kind, aligned in kinds.items():
             common = {"ROUND": split, "ALIGNED": aligned}
-            prepare = {"BLOCK": block, "KEEP": True, **common}
-            yield Case(f"{name}/prepare_kernel/{kind}", kernel.prepare_kernel, tables, prepare, warps)
+            for label, keeps in ((kind, True), (f"{kind}, some", False)):
+                prepare = {"BLOCK": block, "KEEP": keeps, "SOME": not keeps, **common}
+                yield Case(f"{name}/prepare_kernel/{label}", kernel.prepare_kernel, tables, prepare, warps)
             tile: dict[str, Any] = {"BLOCK": block, "BLOCK_K": block_k, "PRECISION": mode, **common}
             for function, extra, types in (
                 (kernel.factor_kernel, {}, f"{tables} i32"),
