@@ -50,6 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ekfac": {"curvature": "ekfac"},
     "exact damping": {"exact_damping": True},
     "adamw": {"tail": "adamw", "lr": 0.01, "weight_decay": 0.1},
+    "adam": {"curvature": "adam", "tail": "adamw", "nesterov": True, "lr": 0.01, "weight_decay": 0.1},
     "clip": {"kl_clip": 1e-4, "nesterov": True},
     "reduce": {"weight_sharing": "reduce"},
     "blocks": {"max_factor_size": 20, "oversize": "block"},

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.profiler import profile
 
 from benchmarks.steps import memory
-from kfac_triton import KFAC, KFACPreconditioner
+from kfac_triton import KFAC, KFACAdam, KFACPreconditioner
 from kfac_triton.kernels import device_tables
 
 LOSS = nn.CrossEntropyLoss()
@@ -183,6 +183,7 @@ LOOPS: dict[str, Callable[[nn.Module], Callable[[int], object]]] = {
     "default": lambda model: _plain(model, KFAC(model)),
     "mc": lambda model: _plain(model, KFAC(model, fisher="mc", loss=LOSS)),
     "ekfac": lambda model: _plain(model, KFAC(model, curvature="ekfac")),
+    "adam": lambda model: _plain(model, KFACAdam(model, lr=1e-3)),
     "preconditioner": _attached,
     "auto": _auto,
     "closure that raises": _raising,

@@ -83,6 +83,7 @@ ENDS: dict[str, tuple[dict[str, Any], Callable[[nn.Module, Any], object]]] = {
     "adamw": ({"tail": "adamw"}, _one_step),
     "mc": ({"fisher": "mc", "loss": LOSS}, _with_fisher),
     "ekfac": ({"curvature": "ekfac"}, _one_step),
+    "adam": ({"curvature": "adam", "tail": "adamw"}, _one_step),
     "factored": ({"inverse": "factored"}, _one_step),
     "auto": ({"lr": "auto", "loss": LOSS}, _one_step),
     "scaler": ({"loss_scale": torch.amp.GradScaler("cpu")}, _one_step),

@@ -11,7 +11,7 @@ from support.helpers import relative_error
 from support.launches import CountedOperators, counted_launches, nobody_waits
 from torch import Tensor, nn
 
-from kfac_triton import KFAC
+from kfac_triton import KFAC, KFACAdam
 from kfac_triton.kernels import device_tables
 
 WIDTH, TOKENS = 16, 6
@@ -124,6 +124,40 @@ def test_a_step_makes_nobody_wait(inverse: str, statistics_every: int) -> None:
             _forget_refused(optimizer)
             with nobody_waits():
                 optimizer.step()
+
+
+def _adam_steps(depth: int, refresh_every: int) -> list[tuple[Counter[str], Counter[str]]]:
+    """Launches and torch operators of two steps of KFACAdam, after those that may wait; every other one refreshes, or all."""
+    torch.manual_seed(0)
+    model, result = Transformer(depth), []
+    with counted_launches() as counts:
+        optimizer = KFACAdam(model, refresh_every=refresh_every, refresh_warmup=0, backend="triton", stats_fraction=1.0)
+        for _ in range(2):
+            _backward(model, optimizer)
+            optimizer.step()
+        for _ in range(2):
+            _backward(model, optimizer)
+            counts.clear()
+            device_tables._copies.cache_clear()
+            with nobody_waits(), CountedOperators() as operators:
+                optimizer.step()
+            result.append((counts.copy(), operators.counts))
+    return result
+
+
+@pytest.mark.parametrize("refresh_every", [1, 2])
+def test_steps_of_kfac_adam_do_not_depend_on_the_depth_and_make_nobody_wait(
+    refresh_every: int, show: Callable[..., None]
+) -> None:
+    few, many = _adam_steps(12, refresh_every), _adam_steps(48, refresh_every)
+    for refreshes, here, there in zip((True, refresh_every == 1), few, many, strict=True):
+        show(
+            f"\nA step of KFACAdam with{'' if refreshes else 'out'} a refresh, transformers of 12 and 48 blocks:",
+            f"  kernel launches {sum(here[0].values())} and {sum(there[0].values())}: {dict(there[0])}",
+            f"  torch operators {sum(here[1].values())} and {sum(there[1].values())}: {dict(there[1].most_common(12))}",
+        )
+        assert here[0] == there[0]
+        assert sum(here[1].values()) == sum(there[1].values())
 
 
 def test_the_guard_has_teeth() -> None:
