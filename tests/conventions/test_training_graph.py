@@ -25,11 +25,12 @@ WITH_KFAC = pytest.param(None, marks=pytest.mark.slow)  # beside an optimizer wh
 CASES = {
     "dropout": Case(lambda: nn.Sequential(nn.Dropout(0.2), nn.Linear(5, 4))),
     "adamw": Case(tiny, options={"tail": "adamw", "weight_decay": 0.1}),
+    "adam": Case(tiny, options={"tail": "adamw", "curvature": "adam", "weight_decay": 0.1}),
 }
 
 
 @pytest.mark.usefixtures("_gpu")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["dropout", "adamw", pytest.param("adam", marks=pytest.mark.slow)])  # with 200 launches
 def test_training_is_that_of_eager_steps(name: str) -> None:
     """Warm-up, replays, eager steps in between; and each loss is a tensor of its own."""
     eager, run = pair(case=CASES[name])
