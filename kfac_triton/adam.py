@@ -37,32 +37,42 @@ class KFACAdam(KFAC):
         M <- b1 M + (1 - b1) R,    V <- b2 V + (1 - b2) R^2,    N = b1 M / (1 - b1^t) + (1 - b1) R
         W <- (1 - lr wd) W - lr Q_G [N / (sqrt(D) + eps)] Q_A^T
 
-    where D is V / (1 - b2^t) plus a share of the means of its rows and columns: the noise damping, min(1, c n / rows) for n
-    eigenvectors of an average over `rows` rows. The scales of the factors and of the loss drop out, so there is no damping, no
-    KL clip, and no number of loss terms to know. The learning rate is that of an Adam step: about the size of an update's
-    elements. What K-FAC does not cover (embeddings, norms, parameters of no layer) moves by the same Adam in its own
-    coordinates. No schedule is needed, but a cosine with 5 % warm-up trains better, as with AdamW.
+    where R^2, the square root and the quotient are those of the elements, and D is V / (1 - b2^t) plus a share of the means of
+    its rows and columns: the noise damping. The share is min(1, c n / rows) for a side with n eigenvectors, where `rows` is the
+    number of rows (examples, tokens, positions) that the moving average of its factor stands for. The scales of the factors and
+    of the loss drop out, so there is no damping and no KL clip, and a number of loss terms that is the same in every step need
+    not be known. The learning rate is that of an Adam step: about the size of the change of an element.
+
+    A factor of which only the diagonal is stored (the tokens of an embedding, a side larger than `max_factor_size`) has the
+    identity as its basis. Norms and parameters of no layer move by the same Adam in their own coordinates, without noise
+    damping, and so do modules that `skip` names. No schedule is needed, but a cosine with 5 % warm-up trains better, as with
+    AdamW. See docs/adam.md.
 
     Args:
         model: the module to train.
         params: parameters or parameter groups to optimize, as for any optimizer; None takes all trainable ones. Each group
-            may set its own lr, betas, eps, weight_decay and nesterov.
-        lr: learning rate.
-        betas: decay of M and of V.
+            may set its own lr, betas, eps, weight_decay and nesterov. The betas, eps and nesterov of a layer are those of its
+            weight's group; lr and weight_decay of each parameter those of its own.
+        lr: learning rate: a number, or a tensor with one element.
+        betas: decay of M and of V, b1 and b2.
         eps: added to the root of D; the unit is that of a gradient.
-        weight_decay: decoupled weight decay (Loshchilov and Hutter 2019).
+        weight_decay: wd, decoupled weight decay (Loshchilov and Hutter 2019).
         nesterov: whether N looks ahead; without it N = M / (1 - b1^t).
-        refresh_every: steps between refreshes of the eigenvectors: a number, or a function of the step.
-        refresh_warmup: number of steps at the start in which they are refreshed every time.
-        factor_decay: decay of the factors' moving averages, which are bias-corrected.
+        refresh_every: steps between refreshes of the eigenvectors: a number, or a function of the step. `change` and error
+            messages call it inverse_every.
+        refresh_warmup: number of steps at the start in which statistics are taken and eigenvectors refreshed every time
+            (`KFAC`'s warmup).
+        factor_decay: decay of the factors' moving averages, which are bias-corrected (`KFAC`'s ema_decay).
         noise_damping: c; 0 for none.
-        refresh: one step of orthogonal iteration by "qr" or by "products" (matrix products alone, for GPUs), or "eigh" anew;
-            "auto" takes products on a GPU and QR elsewhere. The first time it is eigh.
-        settings: further arguments of `KFAC` by name, from `statistics_every` on (`skip`, `max_factor_size`, `foreach`,
-            `capturable`, `backend`, ...). Those about damping, inverses and the KL clip have no effect.
+        refresh: how eigenvectors are refreshed: by one step of orthogonal iteration, with "qr" or with "products" (matrix
+            products alone, for GPUs), or by "eigh"; "auto" is products on a GPU and QR elsewhere. The first eigenvectors of a
+            factor are always computed by eigh.
+        settings: further arguments of `KFAC` by name: `statistics_every`, `fisher`, `loss`, `loss_terms`, `loss_scale`,
+            `stats_fraction`, `max_factor_size`, `oversize`, `skip`, `foreach`, `maximize`, `capturable`, `backend` and others.
+            `norms` is "skip" by default.
 
     Raises:
-        TypeError: if an argument has the wrong type or an unknown name.
+        TypeError: if an argument has the wrong type or an unknown name, or is about damping, inverses or the KL clip.
         ValueError: if an argument is outside its range, or the model has no layer that K-FAC covers.
 
     Example:

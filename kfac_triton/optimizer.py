@@ -37,6 +37,10 @@ class KFAC(KFACBase, Optimizer):
     K-FAC covers linear layers, (transposed) convolutions, embeddings, norms and attention; see docs/layers.md for details. All
     other parameters take the plain gradient. Create the optimizer before the first run of a compiled model.
 
+    With curvature="adam" the factors give eigenbases only, in which covered layers move by Adam: see `KFACAdam`, which is the
+    same with arguments of its own. Then the tail must be "adamw", by which other parameters move, and damping, kl_clip,
+    inverse, inverse_tolerance and momentum have no effect.
+
     Args:
         model: the module to train.
         params: parameters or parameter groups to optimize, as for any optimizer; None takes all trainable ones. Each group
@@ -46,26 +50,32 @@ class KFAC(KFACBase, Optimizer):
             7). `step` then takes a closure that runs the model and returns (outputs, targets), without backward; `loss` is
             required; `weight_decay` is an L2 penalty; momentum, kl_clip and tail have no effect.
         momentum: for tail="sgd", in [0, 1).
-        nesterov: whether momentum is Nesterov's.
+        nesterov: whether momentum is Nesterov's; for tail="sgd", and with curvature="adam".
         weight_decay: decoupled weight decay (Loshchilov and Hutter 2019).
         tail: rule that takes the preconditioned gradients: "sgd" or "adamw".
-        betas: for tail="adamw".
+        betas: for tail="adamw"; with curvature="adam" also those of Adam in the eigenbasis, as are eps and nesterov.
         eps: for tail="adamw".
         damping: Tikhonov damping of the Fisher matrix of the mean loss, split by pi between the factors. Its unit is that of a
             squared gradient of the loss over a squared parameter. A number, or a function of the step.
         kl_clip: bound on `lr^2 <V, dW>`, twice the KL divergence of a step; None for no bound.
         ema_decay: decay of the factors' moving averages, which are bias-corrected.
         statistics_every: steps between statistics: a number, or a function of the step.
-        inverse_every: steps between inverses, likewise. Fresh inverses allow lower damping and longer steps.
+        inverse_every: steps between inverses (or refreshes of eigenvectors), likewise. Fresh inverses allow lower damping and
+            longer steps.
         warmup: number of steps at the start in which both intervals are 1.
         fisher: labels for G: "empirical" takes those of the data; "mc" draws them from the model (true Fisher); "ggn" computes
             the exact generalized Gauss-Newton matrix, with one backward pass for each output. The last two need `loss` and a
             call of `accumulate_fisher(outputs, targets)` between forward and backward.
         fisher_samples: number of labels that "mc" draws in a step.
         loss: the training loss: nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss, or a `kfac_triton.Likelihood`.
-        curvature: "kfac", or "ekfac" (George et al. 2018): eigenbases when inverses are due, their second moments every step.
+        curvature: "kfac"; "ekfac" (George et al. 2018): eigenbases when inverses are due, their second moments every step; or
+            "adam": Adam in the eigenbasis of the factors, without damping (`KFACAdam`).
         exact_damping: whether to damp the Kronecker product, in its eigenbasis, instead of its factors. EKFAC always does.
         weight_sharing: "expand" or "reduce" for positions and tokens (Eschenhagen et al. 2023).
+        noise_damping: with curvature="adam", how much Adam's squares are mixed with the means of their rows and columns: c of
+            the share min(1, c n / rows), see `KFACAdam`; 0 for none.
+        refresh: with curvature="adam", how eigenvectors are refreshed: "qr", "products", "eigh", or "auto", which is products
+            on a GPU and QR elsewhere.
         inverse: "auto", "newton_schulz", "factored", "cholesky" or "eigh".
         inverse_tolerance: error in the energy norm at which iterative inverses stop.
         loss_reduction: "mean" or "sum" of the loss terms.
@@ -350,10 +360,11 @@ class KFAC(KFACBase, Optimizer):
 
         Args:
             include_factors: without them factors start again after loading; steps, schedules, momentum and Adam's averages
-                continue.
+                continue (with curvature="adam" those of parameters that K-FAC does not cover).
             include_inverses: keeps inverses, and EKFAC's moments, if a resumed run could not compute the same ones from the
                 factors (inverse_every above 1, warm inverses, eigenbases). Without them the checkpoint has half the size, and
-                a resumed run has fresher inverses than the uninterrupted one.
+                a resumed run has fresher inverses than the uninterrupted one. With curvature="adam" it also keeps Adam's
+                averages in the eigenbasis, which otherwise start again.
         """
         self._keep_up()
         checkpoint.declare_keys(self, self.engine, self.is_auto)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import kfac_triton
-from kfac_triton import KFAC, KFACPreconditioner, cli
+from kfac_triton import KFAC, KFACAdam, KFACPreconditioner, cli
 from kfac_triton.engine import Engine
 from kfac_triton.kernels import ops
 from kfac_triton.layers import LAYER_TYPES
@@ -106,7 +106,7 @@ def test_the_citation_has_the_version() -> None:
 def test_pages_have_blocks() -> None:
     with_blocks = {page.name for page in PAGES if _blocks(page)}
     assert with_blocks >= {"README.md", "index.md", "curvature.md", "layers.md", "coming_from.md", "damping.md"}
-    assert with_blocks >= {"troubleshooting.md", "checkpoints.md", "mixed_precision.md", "losses.md"}
+    assert with_blocks >= {"troubleshooting.md", "checkpoints.md", "mixed_precision.md", "losses.md", "adam.md", "which.md"}
 
 
 # Of the recipes in docs/losses.md: a word of the block -> rows of A and loss terms of the first and the last layer in a step.
@@ -230,10 +230,11 @@ def test_troubleshooting_names_what_there_is() -> None:
     with KFAC(model, lr="auto", loss=nn.CrossEntropyLoss()) as optimizer:
         optimizer.step(lambda: (model(torch.randn(8, 4)), torch.randint(3, (8,))))
         report = optimizer.diagnostics()
-    known = {*report, *report["layers"]["0"], *inspect.signature(KFAC).parameters, *dir(KFAC)}
+    options = {*inspect.signature(KFAC).parameters, *inspect.signature(KFACAdam).parameters}
+    known = {*report, *report["layers"]["0"], *options, *dir(KFAC)}
     text = re.sub(r"^```.*?^```", "", (ROOT / "docs" / "troubleshooting.md").read_text(), flags=re.DOTALL | re.MULTILINE)
     words = [re.match(r'"?(\w+)', span) for span in re.findall(r"`([^`\n]+)`", text)]
-    others = {"GradScaler", "None", "backward", "ggn", "kfac", "mc", "reset_running_stats", "tail", "torch"}
+    others = {"GradScaler", "KFACAdam", "None", "backward", "ggn", "kfac", "mc", "reset_running_stats", "tail", "torch"}
     assert sorted({word[1] for word in words if word is not None} - known - others) == []
 
 

@@ -1,4 +1,4 @@
-"""Defaults in the API reference as values: `KFAC` takes those of the curvature from `Settings`."""
+"""Defaults in the API reference as values: `KFAC` and `KFACAdam` take those of the curvature from `Settings`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class Defaults(griffe.Extension):
         if pkg.name != "kfac_triton":
             return
         settings = pkg["settings.Settings"]
-        for parameter in pkg["optimizer.KFAC.__init__"].parameters:
-            owner, _, name = str(parameter.default).partition(".")
-            if owner == settings.name:
-                parameter.default = settings[name].value
+        for optimizer in ("optimizer.KFAC", "adam.KFACAdam"):
+            for parameter in pkg[f"{optimizer}.__init__"].parameters:
+                owner, _, name = str(parameter.default).partition(".")
+                if owner == settings.name:
+                    parameter.default = settings[name].value
