@@ -6,6 +6,10 @@ from typing import Any
 
 import griffe
 
+from kfac_triton.settings import Settings
+
+OPTIMIZERS = ("optimizer.KFAC", "adam.KFACAdam")
+
 
 class Defaults(griffe.Extension):
     """Puts the value in the place of `Settings.name`."""
@@ -14,9 +18,9 @@ class Defaults(griffe.Extension):
         """Called once a package is read."""
         if pkg.name != "kfac_triton":
             return
-        settings = pkg["settings.Settings"]
-        for optimizer in ("optimizer.KFAC", "adam.KFACAdam"):
+        for optimizer in OPTIMIZERS:
             for parameter in pkg[f"{optimizer}.__init__"].parameters:
-                owner, _, name = str(parameter.default).partition(".")
-                if owner == settings.name:
-                    parameter.default = settings[name].value
+                owner, _dot, name = str(parameter.default).partition(".")
+                if owner == Settings.__name__:
+                    # Not from the source, where it is an argument of `field`.
+                    parameter.default = repr(getattr(Settings, name))
