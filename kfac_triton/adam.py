@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import validation
 from .optimizer import KFAC
 from .settings import Settings
 
@@ -26,6 +27,15 @@ _OTHERS = {
     "damping_range": _NO_DAMPING,
     "kl_clip": _NO_DAMPING,
 }
+
+
+_NAMES = {"factor_decay": "ema_decay", "refresh_every": "inverse_every", "refresh_warmup": "warmup"}  # those of the settings
+
+
+def _refuse_others(settings: dict[str, Any]) -> None:
+    for name in settings:
+        if name in _OTHERS:
+            raise TypeError(f"{name} is not an argument of KFACAdam; {_OTHERS[name]}")
 
 
 class KFACAdam(KFAC):
@@ -103,12 +113,24 @@ class KFACAdam(KFAC):
         refresh: str = Settings.refresh,
         **settings: Any,
     ) -> None:
-        for name in settings:
-            if name in _OTHERS:
-                raise TypeError(f"{name} is not an argument of KFACAdam; {_OTHERS[name]}")
+        _refuse_others(settings)
+        first = refresh_every(0) if callable(refresh_every) else refresh_every
+        validation.whole("refresh_every", first)
+        validation.whole("refresh_warmup", refresh_warmup, low=0)
+        validation.real("factor_decay", factor_decay, high=1.0)
         settings.setdefault("norms", "skip")
         super().__init__(
             model, params, lr=lr, momentum=0.0, nesterov=nesterov, weight_decay=weight_decay, tail="adamw", betas=betas,
             eps=eps, kl_clip=None, ema_decay=factor_decay, inverse_every=refresh_every, warmup=refresh_warmup,
             curvature="adam", noise_damping=noise_damping, refresh=refresh, **settings,
         )  # fmt: skip
+
+    def change(self, **settings: Any) -> None:
+        """Changes settings between steps, for example `change(refresh_every=20)`; see `KFAC.change`.
+
+        Raises:
+            TypeError: if a name is unknown, fixed at construction, or a value has the wrong type.
+            ValueError: if a value is outside its range. Nothing is changed then.
+        """
+        _refuse_others(settings)
+        super().change(**{_NAMES.get(name, name): value for name, value in settings.items()})

@@ -30,6 +30,9 @@ def diagnostics(engine: Engine) -> dict[str, Any]:
           "dropped_statistics" and "dropped_gradients" (steps with a NaN or Inf), "gradient_norm", "update_norm", "product"
           (`<V, gradient>`), "cosine" (between gradient and V).
 
+        With curvature="adam" there is no damping: "damping", "kl_clip_scale", "condition", "raised" and "pi" are missing,
+        "residual" is ||Q^T Q - I||_F of the eigenvectors, and "fallbacks" counts refreshes of which the products failed.
+
         For a layer with channel groups, sums and norms are over all groups, the other numbers are those of the worst group.
     """
     bank, partition, curvature = engine.bank, engine.partition, engine.curvature
@@ -41,6 +44,7 @@ def diagnostics(engine: Engine) -> dict[str, Any]:
         _over_slots(engine, name) for name in ("damping", "residual", "fallbacks", "raised")
     )
     sums = _tile_sums(engine)
+    has_damping = curvature.adam is None
     layers: dict[str, dict[str, Any]] = {}
     for number, layer in enumerate(engine.layers):
         blocks = partition.blocks_of(number)
@@ -53,12 +57,15 @@ def diagnostics(engine: Engine) -> dict[str, Any]:
             entry[f"size_{name}"] = int(bank.sizes[slots].sum()) // len(blocks)
             entry[f"trace_{name}"] = float(traces[slots].sum())
             entry[f"norm_{name}"] = float(norms[slots].square().sum().sqrt())
-            entry[f"damping_{name}"] = _worst(damping[slots])
-            entry[f"condition_{name}"] = _worst(condition.nan_to_num(nan=torch.inf, posinf=torch.inf))
+            if has_damping:
+                entry[f"damping_{name}"] = _worst(damping[slots])
+                entry[f"condition_{name}"] = _worst(condition.nan_to_num(nan=torch.inf, posinf=torch.inf))
             entry[f"residual_{name}"] = _worst(residual[slots])
             entry[f"fallbacks_{name}"] = int(fallbacks[slots].sum())
-            entry[f"raised_{name}"] = int(raised[slots].sum())
-        entry["pi"] = _worst(curvature.split.pi[blocks]) if curvature.split else 1.0
+            if has_damping:
+                entry[f"raised_{name}"] = int(raised[slots].sum())
+        if has_damping:
+            entry["pi"] = _worst(curvature.split.pi[blocks]) if curvature.split else 1.0
         entry["updates"] = int(bank.updates[[bank.slots[partition.parts_of[block][0][0]] for block in blocks]].min())
         tiles = [tile for block in blocks for tile in partition.tiles_of[block]]
         entry["dropped_statistics"] = int(engine.dropped_statistics[number])
@@ -67,11 +74,11 @@ def diagnostics(engine: Engine) -> dict[str, Any]:
         entry["gradient_norm"], entry["update_norm"], entry["product"] = gradient**0.5, update**0.5, product
         entry["cosine"] = raw / (gradient * update) ** 0.5 if gradient * update > 0 else 0.0
         layers[layer.name] = entry
+    damped = {"damping": engine.progress.damping, "kl_clip_scale": float(engine.kl_clip_scale)} if has_damping else {}
     return {
         "steps": engine.progress.steps,
-        "damping": engine.progress.damping,
+        **damped,
         "refreshes": engine.progress.refreshes,
-        "kl_clip_scale": float(engine.kl_clip_scale),
         "memory": curvature.memory(),
         "loss_terms": list(engine.gate.calls.reported),
         "skipped": dict(engine.skipped),

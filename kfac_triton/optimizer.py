@@ -382,6 +382,12 @@ class KFAC(KFACBase, Optimizer):
         plain, by_parameter, extra = checkpoint.take_layer_state(state_dict)
         layers = checkpoint.layer_states(self, by_parameter)
         param_groups.check_tail(self, plain)
+        tails = {group.get("tail", "adamw") for group in plain["param_groups"]}
+        if self._is_adam and tails != {"adamw"}:
+            raise ValueError(
+                f"state_dict must be of a run with tail='adamw', as curvature='adam' needs, but has tail={min(tails)!r}; start "
+                "from the model's weights alone"
+            )
         check_layers(self.engine, layers)
         if self._run.auto is not None:
             self._run.auto.restore([extra.get(i, {}) for i in range(len(self._parameters()))])

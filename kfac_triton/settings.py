@@ -176,6 +176,8 @@ class Settings:
             TypeError: if a name is unknown, or a setting is fixed at construction.
         """
         for name in settings:
+            if self.curvature == "adam" and name in ("damping", "kl_clip"):
+                raise TypeError(f"{name} has no effect with curvature='adam', which has no damping and no KL clip")
             if name not in CHANGEABLE:
                 known = name in Settings.__dataclass_fields__
                 what = "is fixed at construction: make a new optimizer and load the state_dict" if known else "is not a setting"

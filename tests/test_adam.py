@@ -243,3 +243,46 @@ def test_it_is_a_mode_of_kfac() -> None:
             _backward(model, step)
             optimizer.step()
     assert all(torch.equal(x, y) for x, y in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_settings_are_changed_by_their_names_here() -> None:
+    optimizer = KFACAdam(_model())
+    optimizer.change(refresh_every=3, refresh_warmup=2, factor_decay=0.9, stats_fraction=0.5)
+    settings = optimizer.engine.settings
+    assert (settings.inverse_every, settings.warmup, settings.ema_decay, settings.stats_fraction) == (3, 2, 0.9, 0.5)
+    for name in ("damping", "kl_clip", "ema_decay"):
+        with pytest.raises(TypeError, match=name):
+            optimizer.change(**{name: 0.5})
+    with pytest.raises(TypeError, match="kl_clip has no effect"):
+        KFAC(_model(), curvature="adam", tail="adamw").change(kl_clip=1.0)
+    for name, value in {"refresh_every": 0, "refresh_warmup": -1, "factor_decay": 1.0}.items():
+        with pytest.raises(ValueError, match=name):
+            KFACAdam(_model(), **{name: value})  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_of_another_rule_is_refused_and_one_of_adamw_is_not() -> None:
+    """AdamW's averages of parameters that are not covered are taken; those of the others are in other coordinates."""
+    model, other = _model(), _model()
+    optimizer, adamw = KFACAdam(model), torch.optim.AdamW(other.parameters(), lr=0.01)
+    with pytest.raises(ValueError, match=r"tail='adamw'.*tail='sgd'"):
+        optimizer.load_state_dict(KFAC(other).state_dict())
+    _backward(other, 0)
+    adamw.step()
+    optimizer.load_state_dict(adamw.state_dict())
+    assert torch.equal(optimizer.state[model.scale]["exp_avg"], adamw.state[other.scale]["exp_avg"])
+    assert "exp_avg" not in optimizer.state[model.first.weight]
+    _backward(model, 1)
+    optimizer.step()
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_diagnostics_have_no_damping() -> None:
+    optimizer = KFACAdam(model := _model(torch.float32), lr=1e-3)
+    for step in range(3):
+        _backward(model, step)
+        optimizer.step()
+    found = optimizer.diagnostics()
+    assert not found.keys() & {"damping", "kl_clip_scale"}
+    for layer in found["layers"].values():
+        assert all(bool(torch.isfinite(torch.tensor(float(value)))) for value in layer.values())
+        assert max(layer["residual_A"], layer["residual_G"]) < 1e-4

@@ -89,9 +89,7 @@ def orthogonal_iteration_reference(
         flags.copy_(active)
 
 
-def _basis(
-    factor: Tensor, basis: Tensor, shift: float, mean: Tensor, max_steps: int, accept: float
-) -> tuple[Tensor, Tensor]:
+def _basis(factor: Tensor, basis: Tensor, shift: float, mean: Tensor, max_steps: int, accept: float) -> tuple[Tensor, Tensor]:
     """The Q factor of (A + shift mean I) Q and its orthonormality (B,), infinite where the roots did not come near."""
     y = exact(factor, basis) / mean[:, None, None] + shift * basis
     z = exact(y, _root(exact(basis.mT, y), FIRST_TOLERANCE, max_steps).mT)

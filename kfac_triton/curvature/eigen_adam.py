@@ -134,7 +134,7 @@ class EigenAdam:
         return device_table(rows, self.steps.device, torch.float64)
 
     def refresh(self, restart: bool) -> None:
-        """Refreshes the eigenvectors.
+        """Refreshes the eigenvectors; those that products did not make orthonormal the last time by QR, too.
 
         Args:
             restart: whether some layers have new factors, whose eigenvectors eigh computes. Their averages start again.
@@ -147,7 +147,10 @@ class EigenAdam:
                 basis = self._bases[store]
                 if isinstance(basis, EigenvectorStack) and has_statistics[slot] and not basis.is_known[place]:
                     new[store].append(place)
+        overdue = self._eigenvectors.overdue()
         with self._turning(changes_squares=any(new)):
+            # By QR first: products that fail again keep the result.
+            self._eigenvectors.rescue(stores, overdue)
             self._eigenvectors.refresh(stores, new)
             self._start_again({(store, place) for store, places in enumerate(new) for place in places})
 
