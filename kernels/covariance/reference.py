@@ -43,8 +43,11 @@ def patch_matrix(images: Tensor, window: Window) -> Tensor:
 
 def symmetric_update(factor: Tensor, rows: Tensor, alpha: float, beta: float) -> None:
     """Factor (n, n) <- beta factor + alpha rows^T rows: lower triangle in column blocks, mirrored: bitwise symmetric."""
-    n = factor.shape[-1]
-    block = n if n < 2 * _COLUMN_BLOCK else _COLUMN_BLOCK
+    n, block = factor.shape[-1], _COLUMN_BLOCK
+    if n < 2 * block:
+        factor.addmm_(rows.T, rows, beta=beta, alpha=alpha)
+        factor.copy_((factor + factor.T).mul_(0.5))  # a + b is b + a to the last bit
+        return
     for start in range(0, n, block):
         stop = min(start + block, n)
         factor[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop], beta=beta, alpha=alpha)

@@ -9,10 +9,7 @@ from torch import Tensor
 
 from .diagonals import split
 
-_STRIPE = (
-    1 << 15
-)  # elements of a part of a factor. PyTorch does not divide so few among threads, which would wait for each other
-_TOGETHER = 1 << 16  # elements of a stack that a CPU blends in a few operations; larger temporaries are slow there
+_STRIPE = 1 << 15  # elements of a part of a factor. PyTorch does not divide so few among threads, which would wait for each other
 
 
 def squares_reference(inputs: list[Tensor], out: Tensor) -> None:
@@ -38,8 +35,7 @@ def blend_reference(
     place = 0
     for factor, total in zip(split(factors, sizes), split(sums, sizes), strict=True):
         run = slice(place, place := place + len(factor))
-        is_large = factor.device.type == "cpu" and factor.numel() > _TOGETHER
-        (_blend_one_by_one if is_large else _blend_together)(
+        (_blend_one_by_one if factor.device.type == "cpu" else _blend_together)(
             factor, total, *(vector[run] for vector in (keep, gain, accept, summed, old))
         )
 

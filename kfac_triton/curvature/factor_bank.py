@@ -175,7 +175,8 @@ class FactorBank:
                 old, new, accepted, have_sums = (
                     torch.cat([vector[runs[i]] for i in numbers]).to(device) for vector in (old, new, accepted, have_sums)
                 )
-            if has_kernel and not self._is_compact:  # else one unpacked stack at a time
+            together = has_kernel or stores[0].sums.device.type == "cpu"
+            if together and not self._is_compact:  # else one unpacked stack at a time
                 blend_stores(stores, old, new, accepted, have_sums, step, self._backend)
                 continue
             sizes = [len(store) for store in stores]
