@@ -76,7 +76,7 @@ def _by_hand(x: float, gradients: list[float], group: dict[str, Any]) -> float:
 
 @pytest.mark.parametrize(("dtype", "roundings"), [(torch.float32, 8), (torch.bfloat16, 2), (torch.float16, 2)], ids=str)
 def test_adamw_with_nesterov_in_few_digits(dtype: torch.dtype, roundings: int) -> None:
-    """One step from zero, against the formula on the moments as they are stored: in 16 bits the root and the step are rounded."""
+    """One step from zero, against the formula on the moments as stored: in 16 bits the root and the step are rounded."""
     torch.manual_seed(0)
     group = {**GROUP, "weight_decay": 0.0, "eps": 0.0, "lr": 1.0}
     p, gradient = torch.zeros(2000, dtype=dtype), (torch.randn(2000).sign() * (1 + torch.rand(2000))).to(dtype)
