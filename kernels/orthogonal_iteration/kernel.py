@@ -171,7 +171,7 @@ def judge_kernel(stacks, matrices, scratch, source, is_last, accept, enough, mos
     One nearer to orthonormal than `enough` is accepted, and after the last correction also up to `most`. One that is farther
     than `accept` before a correction, or than `most` after the last one, is given up: it stays active for another attempt.
     """
-    row, matrix, _, _, n, _ = locate(stacks, matrices, False)
+    row, matrix, _, _, _, _ = locate(stacks, matrices, False)
     running = _number(row, 1, matrix, scratch)
     active = _number(row, 0, matrix, scratch)
     if (tl.load(active) == 0.0) | (tl.load(running) == 0.0):

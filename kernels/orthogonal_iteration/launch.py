@@ -6,6 +6,8 @@ programs return at once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,40 +60,36 @@ def launch(
         if factor.shape[0]:
             kinds.setdefault(newton_tables.is_aligned(factor, basis), []).append(i)
     for aligned, members in kinds.items():
-        _Launch(*([x[i] for i in members] for x in (factors, bases, residuals, refused)), aligned).run(
-            (shift, rescue_shift), max_steps, accept
-        )
+        stacks = [(factors[i], bases[i], residuals[i], refused[i]) for i in members]
+        _Launch(stacks, aligned).run((shift, rescue_shift), max_steps, accept)
 
 
 class _Launch:
     """The launches for stacks of one kind, with their tables and scratch memory."""
 
-    def __init__(
-        self, factors: list[Tensor], bases: list[Tensor], residuals: list[Tensor], refused: list[Tensor], aligned: bool
-    ) -> None:
+    def __init__(self, given: list[tuple[Tensor, Tensor, Tensor, Tensor]], aligned: bool) -> None:
+        factors = [stack[0] for stack in given]
         device = factors[0].device
         target = runtime.target(device)
         shapes = newton_tables.shapes_of(factors)
         widest = max(n for _, n in shapes)
         config = dict(tuning.lookup("orthogonal_iteration", widest, target))
         block = config["BLOCK"]
-        lists = zip(factors, bases, residuals, refused, strict=True)
-        addresses = tuple([tuple([x.data_ptr() for x in stack]) for stack in lists])
-        strides = tuple([(*factor.stride()[:2], *basis.stride()[:2]) for factor, basis in zip(factors, bases, strict=True)])
+        addresses = tuple([tuple([x.data_ptr() for x in stack]) for stack in given])
+        strides = tuple([(*factor.stride()[:2], *basis.stride()[:2]) for factor, basis, _, _ in given])
         stacks = device_table(tables.rows(shapes, addresses, strides, block), device)
         scratch = torch.empty(tables.layout(shapes, block).size, dtype=torch.float32, device=device)
         whole, lower = (newton_tables.programs(shapes, block, order, device) for order in ("square", "energy"))
         self._every = newton_tables.programs(shapes, widest, "rows", device)  # one program for each matrix
         self._tiles, self._lower = (stacks, whole, scratch), (stacks, lower, scratch)
         self._matrices = (stacks, self._every, scratch)
-        self._simple = {"BLOCK": block, "ALIGNED": aligned, "num_warps": config.get("num_warps", 4)}
-        self._product = {"ALIGNED": aligned, "enable_fp_fusion": True, **config}
+        self._simple: dict[str, Any] = {"BLOCK": block, "ALIGNED": aligned, "num_warps": config.get("num_warps", 4)}
+        self._product: dict[str, Any] = {"ALIGNED": aligned, "enable_fp_fusion": True, **config}
         self._exact, self._coarse = (precision.resolve(purpose, target) for purpose in (precision.EXACT, precision.COARSE))
-        self._newton = [
-            tables.matrices(scratch, shapes, block, tables.GRAM), tables.numbers(scratch, shapes, tables.DAMPING),
-            tables.matrices(scratch, shapes, block, tables.ROOT), tables.numbers(scratch, shapes, tables.BOUND),
-        ]  # fmt: skip
-        self._active = tables.numbers(scratch, shapes, tables.ACTIVE)
+        self._grams, self._roots = (tables.matrices(scratch, shapes, block, field) for field in (tables.GRAM, tables.ROOT))
+        self._dampings, self._bounds, self._active = (
+            tables.numbers(scratch, shapes, field) for field in (tables.DAMPING, tables.BOUND, tables.ACTIVE)
+        )
 
     def run(self, shifts: tuple[float, ...], max_steps: int, accept: float) -> None:
         """All attempts, then what they leave to the bases."""
@@ -107,10 +105,10 @@ class _Launch:
         whole = (len(self._tiles[1]),)
         kernel.turn_kernel[whole](*self._tiles, shift, PRECISION=self._exact, **self._product)
         self._gram(tables.ACTIVE, tables.TRANSPOSED, tables.PAIR_ACROSS, True)
-        newton.launch(*self._newton, FIRST_TOLERANCE, max_steps, active=self._active)
+        self._find_roots(FIRST_TOLERANCE, max_steps)
         kernel.apply_kernel[whole](*self._tiles, 0, PRECISION=self._exact, **self._product)
         self._gram(tables.ACTIVE, tables.OTHER_ACROSS, tables.OTHER_ACROSS, True)
-        newton.launch(*self._newton, SECOND_TOLERANCE, max_steps, active=self._active)
+        self._find_roots(SECOND_TOLERANCE, max_steps)
         kernel.apply_kernel[whole](*self._tiles, 1, PRECISION=self._exact, **self._product)
         for number in range(CORRECTIONS + 1):
             across = (tables.PAIR_ACROSS, tables.OTHER_ACROSS)[number % 2]
@@ -121,6 +119,9 @@ class _Launch:
             )  # fmt: skip
             if number < CORRECTIONS:
                 kernel.correct_kernel[whole](*self._tiles, number % 2, PRECISION=self._coarse, **self._product)
+
+    def _find_roots(self, tolerance: float, max_steps: int) -> None:
+        newton.launch(self._grams, self._dampings, self._roots, self._bounds, tolerance, max_steps, active=self._active)
 
     def _gram(self, flag: int, left: int, right: int, starts: bool) -> None:
         kernel.gram_kernel[(len(self._lower[1]),)](

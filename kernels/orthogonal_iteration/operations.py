@@ -56,7 +56,7 @@ def orthogonal_iteration(
         f"factors, bases, residuals and refused must describe the same number of stacks, but have {count}, {len(bases)}, "
         f"{len(residuals)} and {len(refused)}",
     )
-    require(0 < shift and 0 < rescue_shift, f"shift and rescue_shift must be positive, but are {shift} and {rescue_shift}")
+    require(shift > 0 and rescue_shift > 0, f"shift and rescue_shift must be positive, but are {shift} and {rescue_shift}")
     require(max_steps >= 1, f"max_steps must be at least 1, but is {max_steps}")
     require(0 < accept <= 0.1, f"accept must be positive and at most 0.1, but is {accept}")
     for i, factor in enumerate(factors):

@@ -4,10 +4,10 @@
     2  B = Q^T Y                           5  T2 = Newton(S), so that T2^T T2 is close to S^-1
     3  T1 = Newton(B)                      6  Q = Z T2^T, and Q <- Q (I + Phi(I - Q^T Q))^T until it is orthonormal
 
-T lower triangular of positive diagonal with T^T T = S^-1 is the inverse of S's Cholesky factor, which makes Z T^T the Q factor of
-Z: Cholesky-QR (Fukaya et al., ScalA 2014). Multiplication with a triangular matrix of positive diagonal does not change the Q
-factor, so that T1 may be far from converged. It is there because Newton's method does not converge from Y^T Y: an eigenvector j
-leaks into column i in the ratio of the eigenvalues, which B has only the square root of, and Z has hardly at all.
+T lower triangular of positive diagonal with T^T T = S^-1 is the inverse of S's Cholesky factor, which makes Z T^T the Q factor
+of Z: Cholesky-QR (Fukaya et al., ScalA 2014). Multiplication with a triangular matrix of positive diagonal does not change the
+Q factor, so that T1 may be far from converged. It is there because Newton's method fails with Y^T Y: eigenvector j leaks into
+column i in the ratio of the eigenvalues, of which B has only the square root, and Z next to nothing.
 Newton's method (see `factored_newton`) starts from diag(S)^-1/2 each time, which is what scales the columns.
 
 The basis is taken only if Q^T Q, measured, is I: no direction can be lost.

@@ -11,7 +11,7 @@ from ..device_tables import Table
 from ..factored_newton import tables
 from ..tiles import count, padded
 
-# Columns of the table of stacks, int64; `locate` and `matrix_of` of `factored_newton.tables` know the same for N, SIDE and FIRST.
+# Columns of the table of stacks, int64. Those up to FIRST are where `locate` and others of `factored_newton.tables` look.
 FACTOR, FACTOR_BATCH, FACTOR_STRIDE, BASIS, BASIS_BATCH, BASIS_STRIDE, RESIDUAL, REFUSED = range(8)
 N, SIDE, FIRST, TILES, MATRICES, LOWER_TILES = range(8, 14)
 # Two pairs of matrices with their transposes: Y, then the basis, and corrections of it; Z, and the other corrections.

@@ -32,6 +32,8 @@ from kfac_triton.kernels.newton_schulz import reference as newton_schulz
 from kfac_triton.kernels.norm_fisher import kernel as norm_fisher_kernel
 from kfac_triton.kernels.norm_fisher import launch as norm_fisher_launch
 from kfac_triton.kernels.norm_fisher import layout as norm_fisher_layout
+from kfac_triton.kernels.orthogonal_iteration import kernel as orthogonal_iteration_kernel
+from kfac_triton.kernels.orthogonal_iteration import launch as orthogonal_iteration_launch
 from kfac_triton.kernels.precondition import kernel as precondition_kernel
 from kfac_triton.kernels.runtime import Target, tl
 
@@ -197,6 +199,32 @@ def _factored_newton(arch: str) -> Iterator[Case]:
             yield Case(f"{name}/grow_kernel/{kind}", *case, rows=rows)
 
 
+def _orthogonal_iteration(arch: str) -> Iterator[Case]:
+    kernel, tables = orthogonal_iteration_kernel, "*i64 *i32 *fp32"
+    exact, coarse = (precision.resolve(purpose, target(arch)) for purpose in (precision.EXACT, precision.COARSE))
+    chunk = {"CHUNK": orthogonal_iteration_launch._CHUNK}
+    for name, _, config in _entries(arch, "orthogonal_iteration"):
+        block, block_k = config.pop("BLOCK"), config.pop("BLOCK_K")
+        warps = {"num_warps": config.get("num_warps", 4)}
+        for kind, aligned in {"aligned": True, "unaligned": False}.items():
+            simple = {"BLOCK": block, "ALIGNED": aligned}
+            yield Case(f"{name}/prepare_kernel/{kind}", kernel.prepare_kernel, tables, simple, warps)
+            yield Case(f"{name}/commit_kernel/{kind}", kernel.commit_kernel, tables, simple | chunk, warps)
+            for function, label, mode, extra, types in (
+                (kernel.turn_kernel, kind, exact, {}, f"{tables} fp32"),
+                (kernel.gram_kernel, kind, exact, {"START": False}, f"{tables} i32 i32 i32"),
+                (kernel.gram_kernel, f"{kind}, start", exact, {"START": True}, f"{tables} i32 i32 i32"),
+                (kernel.apply_kernel, kind, exact, {}, f"{tables} i32"),
+                (kernel.correct_kernel, kind, coarse, {}, f"{tables} i32"),
+            ):
+                yield Case(
+                    f"{name}/{function.__name__}/{label}", function, types,
+                    simple | {"BLOCK_K": block_k, "PRECISION": mode, **extra}, config, rows=block, wide=aligned,
+                )  # fmt: skip
+    yield Case("-/-/start_kernel/-", kernel.start_kernel, f"{tables} fp32", chunk, {})
+    yield Case("-/-/judge_kernel/-", kernel.judge_kernel, f"{tables} i32 i32 fp32 fp32 fp32", chunk, {})
+
+
 def _precondition(arch: str) -> Iterator[Case]:
     mode = precision.resolve(precision.COARSE, target(arch))
     types = f"*fp32 *fp32 *fp32 *fp32 *fp32 i32:16 i32:16 i32:16 {' '.join(['i32:16'] * 8)}"
@@ -329,6 +357,8 @@ def _eigen_adam(arch: str) -> Iterator[Case]:
 
 def shipped(arch: str) -> list[Case]:
     """All of them for one architecture."""
-    products = (_covariance, _newton_schulz, _factored_newton, _precondition)
-    families = (*products, _lists, _gradients, _first_order, _eigen_adam, _norm_fisher)
+    families = (
+        _covariance, _newton_schulz, _factored_newton, _orthogonal_iteration, _precondition, _lists, _gradients, _first_order,
+        _norm_fisher,
+    )  # fmt: skip
     return [case for family in families for case in family(arch)]
