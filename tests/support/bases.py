@@ -21,7 +21,7 @@ def positive_qr(y: Tensor) -> Tensor:
 
 
 def random_basis(count: int, n: int) -> Tensor:
-    return positive_qr(torch.randn(count, n, n, dtype=F64))
+    return positive_qr(torch.randn(count, n, n, dtype=F64)).contiguous()  # the library's has adjacent rows
 
 
 def turned(basis: Tensor, angle: float) -> Tensor:
