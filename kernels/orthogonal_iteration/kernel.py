@@ -76,6 +76,7 @@ def start_kernel(stacks, matrices, scratch, least, CHUNK: tl.constexpr):
     mean, bad = _totals(_partials(row, matrix, scratch), tl.load(row + 11).to(tl.int32), CHUNK)
     active = (bad == 0.0) & (mean >= least) & (mean < float("inf"))
     tl.store(_number(row, 0, matrix, scratch), tl.where(active, 1.0, 0.0))
+    tl.store(_number(row, 1, matrix, scratch), 0.0)
     tl.store(_number(row, 2, matrix, scratch), 1.0)
     tl.store(_number(row, 5, matrix, scratch), tl.where(active, 1.0 / mean, 0.0))
     tl.store(_number(row, 6, matrix, scratch), 0.0)
@@ -90,7 +91,7 @@ def turn_kernel(
     row, matrix, i, j, n, side = locate(stacks, programs, ALIGNED)
     if tl.load(_number(row, 0, matrix, scratch)) == 0.0:
         return
-    if (i == 0) & (j == 0):  # of a second attempt: the first one has ended with zero
+    if (i == 0) & (j == 0):
         tl.store(_number(row, 1, matrix, scratch), 1.0)
     factor, factor_stride = matrix_of(row, 0, matrix, ALIGNED)
     transposed = scratch_matrix(row, 17, matrix, scratch, n, side)
@@ -119,15 +120,22 @@ def gram_kernel(
     left, right: which matrices of the scratch memory L and R are, as columns of the table of stacks.
     """
     row, matrix, i, j, n, side = locate(stacks, programs, ALIGNED)
-    if tl.load(_number(row, flag, matrix, scratch)) == 0.0:
+    one_if_set = tl.load(_number(row, flag, matrix, scratch))
+    if one_if_set == 0.0:
         return
     one, other = scratch_matrix(row, left, matrix, scratch, n, side), scratch_matrix(row, right, matrix, scratch, n, side)
     rows, columns = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
     sums = tl.zeros((BLOCK, BLOCK), tl.float32)
     for k in range(0, n, BLOCK_K):
         inner = k + tl.arange(0, BLOCK_K)
-        x = load_tile(one, side, rows, inner, n)
-        sums = multiply(x, load_tile(other, side, columns, inner, n), sums, False, PRECISION)
+        x, y = load_tile(one, side, rows, inner, n), load_tile(other, side, columns, inner, n)
+        if START:
+            sums = multiply(x, y, sums, False, PRECISION)
+        else:
+            # A tensor core cuts its sums off: those of X^T X would be too small by n / 8 roundings, each of them in the same
+            # direction, and the basis too long. It sums a few terms therefore, and the rest is rounded to nearest. The factor,
+            # of which the compiler does not know that it is one, keeps it from adding to the tensor core's sums after all.
+            sums += one_if_set * multiply(x, y, tl.zeros((BLOCK, BLOCK), tl.float32), False, PRECISION)
     store_mirrored(scratch_matrix(row, 22, matrix, scratch, n, side), side, rows, columns, sums, n)
     on_diagonal = rows[:, None] == columns[None, :]
     if START:

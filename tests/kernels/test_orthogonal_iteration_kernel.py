@@ -38,7 +38,7 @@ def stack(kinds: str, n: int) -> Bases:
 
 def mixed() -> list[Bases]:
     """Sizes of one tile and of several, aligned and odd, unequal batches."""
-    return [stack("turned, zero", 32), stack("repeated", 16), stack("converged, unrelated", 27), stack("sparse", 7)]
+    return [stack("turned, zero", 48), stack("repeated", 16), stack("converged", 34), stack("sparse", 7)]
 
 
 def wider() -> list[Bases]:
@@ -63,7 +63,7 @@ def test_they_are_the_reference(stacks: Callable[[], list[Bases]]) -> None:
 @pytest.mark.parametrize("options", [{"max_steps": 1}, {"max_steps": 3, "rescue_shift": 100.0}])
 def test_they_are_the_reference_where_some_attempts_fail(options: dict[str, float]) -> None:
     """Accepted at once, by the second attempt, and refused."""
-    stacks = [stack("turned, converged, unrelated", 32), stack("thin, converged", 27)]
+    stacks = [stack("turned, converged", 48), stack("thin, converged", 35)]
     expected = step(stacks, **options)
     refused = torch.cat([x.refused for x in expected])
     assert not refused.all()
@@ -72,7 +72,7 @@ def test_they_are_the_reference_where_some_attempts_fail(options: dict[str, floa
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
 def test_what_is_not_finite_harms_no_other(bad: float) -> None:
-    stacks = [stack("turned, converged, zero, turned", 32), stack("converged", 16)]
+    stacks = [stack("converged, turned, zero, turned", 48), stack("converged", 34)]
     clean = step(stacks, "triton")
     stacks[0].factor[1, 3, 9] = bad
     stacks[0].basis[3, 0, 5] = bad
@@ -86,16 +86,15 @@ def test_what_is_not_finite_harms_no_other(bad: float) -> None:
 
 
 def test_what_is_refused_keeps_its_basis_and_its_residual_is_measured() -> None:
-    indefinite = symmetric(torch.linspace(-5, 6, 27, dtype=F64)[None], random_basis(1, 27)).float()
-    before = Bases(torch.cat([indefinite, indefinite]), random_basis(2, 27).float())
-    before.basis[1] *= 1.5
-    (after,) = step([before], "triton")
+    before = stack("turned", 38)
+    before.basis[:, :, 3] = before.basis[:, :, 5]
+    (after,) = step([before], "triton", max_steps=5)
     assert after.refused.all()
     assert torch.equal(after.basis, before.basis)
     torch.testing.assert_close(after.residual.double(), orthonormality(before.basis), rtol=1e-5, atol=3e-6)
 
 
-@pytest.mark.parametrize(("n", "side"), [(9, 16), (20, 32), (40, 48)])
+@pytest.mark.parametrize(("n", "side"), [(9, 16), (40, 48), (66, 80)])
 def test_padding_stays_exact(n: int, side: int) -> None:
     inner = Bases(*example("turned", 2, n))
     factor, basis = torch.zeros(2, side, side), torch.eye(side).repeat(2, 1, 1)
@@ -123,14 +122,14 @@ def test_a_call_for_all_is_a_call_for_each() -> None:
 
 def test_parts_of_wider_stacks() -> None:
     """Neither what lies around nor the matrices between are read or written."""
-    before = stack("turned, converged", 26)
+    before = stack("turned, converged", 34)
     (expected,) = step([before], "triton")
-    wide_factor, wide_basis = torch.full((4, 32, 32), torch.nan), torch.full((3, 32, 35), torch.nan)
-    wide_factor[::2, :26, :26], wide_basis[1:, :26, :26] = before.factor, before.basis
-    part = Bases(wide_factor[::2, :26, :26], wide_basis[1:, :26, :26])
+    wide_factor, wide_basis = torch.full((4, 40, 40), torch.nan), torch.full((3, 40, 43), torch.nan)
+    wide_factor[::2, :34, :34], wide_basis[1:, :34, :34] = before.factor, before.basis
+    part = Bases(wide_factor[::2, :34, :34], wide_basis[1:, :34, :34])
     ops.orthogonal_iteration([part.factor], [part.basis], [part.residual], [part.refused], backend="triton")
     assert same(part, expected)
-    wide_basis[1:, :26, :26] = torch.nan
+    wide_basis[1:, :34, :34] = torch.nan
     assert wide_basis.isnan().all()
 
 
@@ -146,7 +145,7 @@ def test_launches_depend_on_the_steps_alone(sizes: tuple[int, ...], max_steps: i
     once = {"start_kernel": 1, "commit_kernel": 1, "prepare_kernel": 1 + roots}
     products = {"turn_kernel": 2, "gram_kernel": 13, "apply_kernel": 4, "judge_kernel": 8, "correct_kernel": 6}
     assert counts == once | products | newton_steps | {"grow_kernel": 6 * roots, "conclude_kernel": roots}
-    assert max_steps != 9 or sum(counts.values()) == 213
+    assert max_steps != 9 or sum(counts.values()) == 212
 
 
 def test_empty_stacks_are_left_out() -> None:
@@ -214,7 +213,7 @@ def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_tensor_cores_lose_nothing(kind: str, tensor_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Orthonormal within the same bound, and the emulation in PyTorch is what the kernels do."""
-    before = Bases(*(x.float() for x in example(kind, 3, 48)))
+    before = Bases(*(x.float() for x in example(kind, 1, 48)))
     (after,) = step([before], "triton")
     emulated_tf32.use(monkeypatch)
     (expected,) = step([before])
@@ -239,7 +238,7 @@ def test_tuning_has_tiles_for_every_shipped_architecture() -> None:
 
 
 def test_a_step_is_a_function_of_its_inputs() -> None:
-    before: list[Bases] = [stack("turned", 32)]
+    before: list[Bases] = [stack("turned", 40)]
     first, second = step(before, "triton"), step(before, "triton")
     assert same(*first, *second)
     kept: Tensor = before[0].basis
