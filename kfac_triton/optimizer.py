@@ -72,6 +72,7 @@ class KFAC(KFACBase, Optimizer):
             "adam": Adam in the eigenbasis of the factors, without damping (`KFACAdam`).
         exact_damping: whether to damp the Kronecker product, in its eigenbasis, instead of its factors. EKFAC always does.
         weight_sharing: "expand" or "reduce" for positions and tokens (Eschenhagen et al. 2023).
+        bias: "joint", a column of W; or, with curvature="adam" only, "separate": it is not covered.
         noise_damping: with curvature="adam", how much Adam's squares are mixed with the means of their rows and columns: c of
             the share min(1, c n / rows), see `KFACAdam`; 0 for none.
         refresh: with curvature="adam", how eigenvectors are refreshed: "qr", "products", "eigh", or "auto", which is products
@@ -153,6 +154,7 @@ class KFAC(KFACBase, Optimizer):
         curvature: str = Settings.curvature,
         exact_damping: bool = Settings.exact_damping,
         weight_sharing: str = Settings.weight_sharing,
+        bias: str = Settings.bias,
         noise_damping: float = Settings.noise_damping,
         refresh: str = Settings.refresh,
         inverse: str = Settings.inverse,
@@ -184,7 +186,7 @@ class KFAC(KFACBase, Optimizer):
             damping=damping, kl_clip=kl_clip, ema_decay=ema_decay, statistics_every=statistics_every,
             inverse_every=inverse_every, warmup=warmup, fisher=fisher, fisher_samples=fisher_samples, loss=loss,
             curvature=curvature, exact_damping=exact_damping, weight_sharing=weight_sharing, inverse=inverse, calls=calls,
-            noise_damping=noise_damping, refresh=refresh,
+            bias=bias, noise_damping=noise_damping, refresh=refresh,
             inverse_tolerance=inverse_tolerance, loss_reduction=loss_reduction, loss_terms=loss_terms, batch_dim=batch_dim,
             loss_scale=loss_scale, stats_fraction=stats_fraction, max_stats_tokens=max_stats_tokens,
             max_kept_bytes=max_kept_bytes, max_factor_size=max_factor_size, oversize=oversize, factor_dtype=factor_dtype,

@@ -14,6 +14,7 @@ from .kernels.runtime import BACKENDS
 
 LOSS_REDUCTIONS = ("mean", "sum")
 LOSS_TERMS = ("auto", "examples", "tokens")
+BIASES = ("joint", "separate")
 REFRESHES = ("auto", "qr", "products", "eigh")
 METHODS = ("auto", "newton_schulz", "factored", "cholesky", "eigh")
 ROWS = ("auto", "all", "nonzero")
@@ -115,6 +116,7 @@ class Settings:
     curvature: str = _choice("kfac", "ekfac", "adam")
     exact_damping: bool = field(default=False, metadata=_checked_by(validation.flag))
     weight_sharing: str = _choice("expand", "reduce")
+    bias: str = _choice(*BIASES)
     noise_damping: float = field(default=0.3, metadata=_checked_by(validation.real))
     refresh: str = _choice(*REFRESHES)
     inverse: str = _choice(*METHODS)
@@ -151,6 +153,11 @@ class Settings:
                 f"fisher is {self.fisher!r}, which needs the distribution that the model's outputs parametrize (logits): pass "
                 "loss=nn.CrossEntropyLoss() or the loss that you train with, and call accumulate_fisher(outputs, targets) "
                 "between forward and backward"
+            )
+        if self.bias == "separate" and self.curvature != "adam":
+            raise ValueError(
+                f"bias is 'separate', for which curvature must be 'adam', but is {self.curvature!r}: elsewhere a bias is "
+                "always a column of its layer's matrix"
             )
         if self.curvature == "adam" and self.exact_damping:
             raise ValueError("curvature is 'adam', which has no damping: exact_damping must be False, but is True")

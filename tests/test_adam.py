@@ -58,7 +58,7 @@ def test_what_is_not_covered_moves_by_adam_in_its_own_coordinates(nesterov: bool
     options: dict[str, Any] = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-3, "nesterov": nesterov}
     optimizer = KFACAdam(model, weight_decay=0.1, maximize=maximize, skip="embedding", **options)
     assert [layer.name for layer in optimizer.engine.layers] == ["first", "second"]
-    others = [model.embedding.weight, model.norm.weight, model.norm.bias, model.scale]
+    others = [model.embedding.weight, model.first.bias, model.norm.weight, model.norm.bias, model.scale]
     gradients: list[list[Tensor]] = [[] for _ in others]
     wanted = [p.detach().clone() for p in others]
     for step in range(4):
@@ -136,7 +136,7 @@ def test_covered_parameters_keep_no_averages_of_their_own() -> None:
     model = _model(torch.float32)
     optimizer = KFACAdam(model)
     for name, p in model.named_parameters():
-        covered = not name.startswith(("norm", "scale"))
+        covered = name in ("embedding.weight", "first.weight", "second.weight")
         assert ("exp_avg" in optimizer.state[p]) == (not covered), name
     memory = optimizer.diagnostics()["memory"]
     tiles = [mean.nbytes for mean in optimizer.engine.curvature.adam.means]  # type: ignore[union-attr]
@@ -182,6 +182,15 @@ def _step(model: nn.Module, optimizer: KFACAdam, step: int) -> Tensor:
     return loss
 
 
+@pytest.mark.parametrize("bias", ["joint", "separate"])
+def test_part_of_a_packed_projection_is_not_covered_alone(bias: str) -> None:
+    model = nn.MultiheadAttention(4, 2, batch_first=True)
+    optimizer = KFACAdam(nn.Sequential(nn.Linear(4, 4), model), skip="1.q", bias=bias)
+    assert [layer.name for layer in optimizer.engine.layers] == ["0", "1.out_proj"]
+    assert "packed" in optimizer.diagnostics()["skipped"]["1.k"]
+    assert "exp_avg" in optimizer.state[model.in_proj_weight]
+
+
 def test_a_gradient_that_overflows_when_it_is_squared_is_left_out() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
@@ -196,7 +205,7 @@ def test_a_gradient_that_overflows_when_it_is_squared_is_left_out() -> None:
         before = copy.deepcopy(model.state_dict())
         optimizer.step()
         moved = {name: not torch.equal(value, before[name]) for name, value in model.state_dict().items()}
-        assert moved == {"0.weight": True, "0.bias": True, "1.weight": step != 1, "1.bias": step != 1}
+        assert moved == {"0.weight": True, "0.bias": True, "1.weight": step != 1, "1.bias": True}
     assert optimizer.diagnostics()["layers"]["1"]["dropped_gradients"] == 1
     for _ in range(5):
         optimizer.zero_grad()
@@ -224,6 +233,8 @@ def test_arguments_of_others_are_refused_in_words() -> None:
         KFAC(model, curvature="adam")
     with pytest.raises(ValueError, match="exact_damping must be False"):
         KFAC(model, curvature="adam", tail="adamw", exact_damping=True)
+    with pytest.raises(ValueError, match="curvature must be 'adam'"):
+        KFAC(model, bias="separate")
     with pytest.raises(ValueError, match="use KFACAdam"):
         KFACPreconditioner(model, curvature="adam")
     assert not any(module._forward_hooks for module in model.modules())
@@ -235,7 +246,7 @@ def test_it_is_a_mode_of_kfac() -> None:
         KFACAdam(models[0], lr=0.02, refresh_every=2, refresh_warmup=3, factor_decay=0.9),
         KFAC(
             models[1], lr=0.02, curvature="adam", tail="adamw", nesterov=True, betas=(0.9, 0.95), weight_decay=0.01,
-            inverse_every=2, warmup=3, ema_decay=0.9, norms="skip",
+            inverse_every=2, warmup=3, ema_decay=0.9, norms="skip", bias="separate",
         ),
     ]  # fmt: skip
     for model, optimizer in zip(models, optimizers, strict=True):

@@ -284,7 +284,7 @@ def test_every_argument_reaches_the_engine_or_the_groups() -> None:
         "weight_sharing": "reduce", "inverse": "eigh", "inverse_tolerance": 0.14, "loss_reduction": "sum",
         "loss_terms": "tokens", "batch_dim": 1, "calls": "joint", "loss_scale": 16.0, "rows": "nonzero", "stats_fraction": 0.5,
         "max_stats_tokens": 6, "max_kept_bytes": 8, "max_factor_size": 7, "oversize": "block", "factor_dtype": "bfloat16",
-        "norms": "full", "noise_damping": 0.15, "refresh": "qr",
+        "norms": "full", "bias": "joint", "noise_damping": 0.15, "refresh": "qr",
         "skip": "none", "include": "*e*", "split": {"layer": 2}, "capturable": False, "backend": "torch",
     }  # fmt: skip
     options = {

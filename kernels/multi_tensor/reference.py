@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .diagonals import split
 
-_STRIPE = 1 << 15  # elements of a part of a factor. PyTorch does not divide so few among threads, which would wait for each other
+_STRIPE = (
+    1 << 15
+)  # elements of a part of a factor. PyTorch does not divide so few among threads, which would wait for each other
 
 
 def squares_reference(inputs: list[Tensor], out: Tensor) -> None:

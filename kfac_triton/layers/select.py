@@ -34,6 +34,9 @@ def select_layers(
         split=settings.split,
         batch_dim=settings.batch_dim,
     )
+    if settings.bias == "separate":
+        for layer in layers:
+            layer.has_bias = False
     if parameters is not None:
         chosen = {id(p) for p in parameters}
         skipped |= {x.name: "its weight is not optimized" for x in layers if id(x.weight) not in chosen}
@@ -41,6 +44,9 @@ def select_layers(
     # Factors of complex layers would have to be Hermitian. Ours are real, which would drop the imaginary parts.
     skipped |= {layer.name: "its weight is complex" for layer in layers if layer.weight.is_complex()}
     layers = [layer for layer in layers if not layer.weight.is_complex()]
+    if settings.curvature == "adam":
+        layers, partly = covered_as_a_whole(layers)
+        skipped |= partly
     refuse_sharded(layers)
     if not layers:
         reasons = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in skipped.items())
@@ -49,6 +55,21 @@ def select_layers(
             + (f": {reasons}" if reasons else "; use another optimizer")
         )
     return layers, skipped
+
+
+def covered_as_a_whole(layers: list[Layer]) -> tuple[list[Layer], dict[str, str]]:
+    """The layers without those of which other rows of a packed parameter are not covered, and why these are left out.
+
+    A rule that keeps its averages for each layer cannot move some rows of a parameter by another rule.
+    """
+    rows: dict[int, int] = {}
+    for layer in layers:
+        for p in layer.parameters():
+            part = layer.part_of(p)
+            rows[id(p)] = rows.get(id(p), 0) + (len(p) if part is None else part.stop - part.start)
+    partly = {layer.name for layer in layers if any(rows[id(p)] < len(p) for p in layer.parameters())}
+    reasons = dict.fromkeys(sorted(partly), "other rows of its packed parameters are not covered")
+    return [layer for layer in layers if layer.name not in partly], reasons
 
 
 def are_tokens(model: nn.Module, settings: Settings) -> bool:

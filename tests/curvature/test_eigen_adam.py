@@ -103,13 +103,14 @@ def _moved(layer: Any, before: dict[int, Tensor], blocks: list[Tensor]) -> dict[
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("refresh", "every", "nesterov"), [("qr", 1, True), ("qr", 3, True), ("eigh", 2, False)])
-def test_steps_against_a_plain_implementation(name: str, refresh: str, every: int, nesterov: bool) -> None:
+@pytest.mark.parametrize("bias", ["joint", "separate"])
+def test_steps_against_a_plain_implementation(name: str, refresh: str, every: int, nesterov: bool, bias: str) -> None:
     make, draw, rows = CASES[name]
     torch.manual_seed(0)
     model = make().double()
     options: dict[str, Any] = {"nesterov": nesterov, "noise_damping": 0.4, "betas": (0.8, 0.9)}
     optimizer = KFACAdam(
-        model, lr=LR, weight_decay=DECAY, refresh_every=every, refresh_warmup=2, refresh=refresh, eps=1e-6, **options
+        model, lr=LR, weight_decay=DECAY, refresh_every=every, refresh_warmup=2, refresh=refresh, eps=1e-6, bias=bias, **options
     )
     assert len(optimizer.engine.layers) == len(rows)
     plain = [[PlainEigenAdam(eps=1e-6, **options) for _ in range(layer.groups)] for layer in optimizer.engine.layers]
