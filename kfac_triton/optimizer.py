@@ -232,8 +232,8 @@ class KFAC(KFACBase, Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group. K-FAC covers the layers of its weights from then on; other layers keep their factors."""
         param_groups.validate_group({"betas": self._betas, **self.defaults, **param_group})
-        if self._is_adam and {**self.defaults, **param_group}["tail"] != "adamw":
-            raise ValueError("curvature is 'adam', so the tail of every group must be 'adamw', which moves what is not covered")
+        if self._is_adam:
+            param_groups.require_adam([{**self.defaults, **param_group}], "it moves what is not covered")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault("betas", self._betas)
@@ -384,12 +384,8 @@ class KFAC(KFACBase, Optimizer):
         plain, by_parameter, extra = checkpoint.take_layer_state(state_dict)
         layers = checkpoint.layer_states(self, by_parameter)
         param_groups.check_tail(self, plain)
-        tails = {group.get("tail", "adamw") for group in plain["param_groups"]}
-        if self._is_adam and tails != {"adamw"}:
-            raise ValueError(
-                f"state_dict must be of a run with tail='adamw', as curvature='adam' needs, but has tail={min(tails)!r}; start "
-                "from the model's weights alone"
-            )
+        if self._is_adam:
+            param_groups.require_adam(plain["param_groups"], "load a checkpoint of KFACAdam, or make a KFAC for this one")
         check_layers(self.engine, layers)
         if self._run.auto is not None:
             self._run.auto.restore([extra.get(i, {}) for i in range(len(self._parameters()))])

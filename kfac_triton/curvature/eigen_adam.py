@@ -188,6 +188,7 @@ class EigenAdam:
             if steps is not self.steps:
                 self.steps[device_vector(kind.tiles, self.steps.device)] = steps.to(self.steps)
         self._rotated, self._before = [], None
+        self._eigenvectors.settle()
 
     def roll_back(self) -> None:
         """Restores what a step has changed that fails before its `commit`."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels import ops
+from ..kernels import ops, runtime
 from .async_flags import AsyncFlags
 from .diagonal import DiagonalBasis
 from .factor_stack import FactorStack
@@ -180,6 +180,7 @@ class Eigenvectors:
             if stack.method == "products":
                 members[stack.vectors.device, stack.vectors.dtype].append(i)
         self._together = [_Together(places, stacks) for places in members.values()]
+        self._overdue: dict[int, list[int]] = {}
 
     def refresh(self, stores: Sequence[FactorStack], new: Sequence[Sequence[int]]) -> None:
         """Refreshes all of them.
@@ -210,8 +211,20 @@ class Eigenvectors:
             stack.is_known = list(own)
 
     def overdue(self) -> dict[int, list[int]]:
-        """Number of a stack -> places of the matrices that products did not make orthonormal, as far as the host knows."""
-        return {number: places for group in self._together for number, places in group.overdue().items()}
+        """Number of a stack -> places of the matrices that products did not make orthonormal, as far as the host knows.
+
+        The same ones are returned until `settle`, because a step that rescues them may fail.
+        """
+        if runtime.is_recording():
+            return {}
+        for group in self._together:
+            for number, places in group.overdue().items():
+                self._overdue[number] = sorted({*self._overdue.get(number, ()), *places})
+        return dict(self._overdue)
+
+    def settle(self) -> None:
+        """Those that were overdue have been rescued, in a step that did not fail."""
+        self._overdue.clear()
 
     def rescue(self, stores: Sequence[FactorStack], overdue: dict[int, list[int]]) -> None:
         """Refreshes those by QR. A basis that were merely kept would soon be as far from its factor as never refreshed."""

@@ -99,7 +99,7 @@ def restore_layers(engine: Engine, states: dict[str, LayerState]) -> None:
     known = {number for number, state in numbers.items() if bool((state[UPDATES] > 0).all())}
     keeps_inverses = len(complete) == len(engine.layers)
     if engine.curvature.adam is not None:  # each layer's basis and averages are independent of the others
-        keeps_inverses = complete >= known
+        keeps_inverses = bool(complete) and complete >= known
     elif not keeps_inverses:
         complete = set()
     for number, state in numbers.items():
@@ -119,7 +119,8 @@ def restore_layers(engine: Engine, states: dict[str, LayerState]) -> None:
     if not numbers:
         return
     any_of_them = next(iter(numbers.values()))
-    progress = engine.progress.with_statistics(known).at_step(int(any_of_them[STEPS]))
+    missing = engine.progress.without_statistics | (numbers.keys() - known)  # the state may be of a run before its first step
+    progress = replace(engine.progress, without_statistics=missing).with_statistics(known).at_step(int(any_of_them[STEPS]))
     if keeps_inverses:
         damping, is_stale = any_of_them[REFRESHED].tolist()
         progress = replace(progress, damping=damping, is_stale=bool(is_stale), has_new_layers=False)

@@ -59,6 +59,17 @@ def validate_group(group: dict[str, Any]) -> None:
         validation.real(f"betas[{i}]", beta, high=1.0)
 
 
+def require_adam(groups: Sequence[dict[str, Any]], advice: str) -> None:
+    """Refuses groups that curvature="adam" cannot move; one without a tail takes the default.
+
+    Raises:
+        ValueError: if the tail of a group is not "adamw".
+    """
+    tails = [group.get("tail", "adamw") for group in groups]
+    if set(tails) - {"adamw"}:
+        raise ValueError(f"curvature is 'adam', so the tail of every group must be 'adamw', but is {tails}: {advice}")
+
+
 def initial_state(parameter: nn.Parameter, group: dict[str, Any], has_averages: bool = True) -> dict[str, Tensor]:
     """State of one parameter, complete from the start: checkpoint tools ask for it before the first step.
 
