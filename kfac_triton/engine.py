@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -25,14 +24,12 @@ from .cuda_graphs import require_recordable_settings
 from .curvature.curvature import Curvature
 from .curvature.eigen_adam import AdamOptions
 from .curvature.factor_update import FactorUpdate
-from .curvature.finite_flags import FiniteFlags
-from .curvature.gradient_plan import GradientPlan, LearningRate
-from .curvature.preconditioning import kl_clip_scale, rate_vector, unmoved, updates_of_layers
+from .curvature.gradient_plan import LearningRate
 from .fisher.losses import likelihood_of
 from .kernels import runtime
-from .kernels.device_tables import device_vector
 from .layers.partition import Partition
 from .layers.select import are_tokens, batch_dim_of, frozen_weights, refuse_sharded, require_backend, select_layers
+from .preconditioned_gradients import PreconditionedGradients
 from .progress import Progress
 from .settings import Settings
 from .validation import require_module
@@ -43,7 +40,7 @@ from .warning import warn_of_missing_statistics
 EAGER = "a K-FAC step decides on the host what is due, and batches its own kernel launches: compile the model instead"
 
 
-class Engine:
+class Engine(PreconditionedGradients):
     """K-FAC for one model: hooks, factors, inverses and the preconditioned gradient.
 
     Args:
@@ -85,15 +82,8 @@ class Engine:
         self._fisher_pass: FisherPass | None = None
         if likelihood is not None and settings.fisher != "empirical":
             self._fisher_pass = FisherPass(likelihood, settings.fisher, settings.fisher_samples, self.gate)
-        self.kl_clip_scale = torch.ones((), dtype=torch.float32, device=self.bank.home)
         self.dropped_statistics = torch.zeros(len(self.layers), dtype=torch.long, device=self.bank.home)
-        self.dropped_gradients = torch.zeros(len(self.partition.tiles), dtype=torch.long, device=self.bank.home)
-        # About the last step: a flag on the device for each parameter whether its gradient was finite (None where the host
-        # looks), and the parameters of which some rows take the plain gradient, as their layer has no statistics yet.
-        self.finite: FiniteFlags | None = None
-        self.mixed: set[nn.Parameter] = set()
-        self.plan: GradientPlan | None = None
-        self._accept: Tensor | None = None  # with curvature="adam", tiles whose averages take the gradient of this step
+        super().__init__(self.bank.home, len(self.partition.tiles))
         self._warned: set[int] = set()
         self._warned_of_hooks: set[int] = set()
         self.progress = Progress(settings.damping_at(0), frozenset(range(len(self.layers))))
@@ -197,18 +187,6 @@ class Engine:
         self.resume(self.progress.at_step(steps + 1))
         return updates
 
-    def commit(self) -> None:
-        """Takes the gradients of this step into Adam's averages, right before parameters move; nothing without them."""
-        if self.curvature.adam is not None and self._accept is not None:
-            self.curvature.adam.commit(self._accept)
-            self._accept = None
-
-    def moved_by_averages(self) -> list[nn.Parameter]:
-        """The parameters whose first-order averages are in the engine: with curvature="adam" all that it covers."""
-        if self.curvature.adam is None:
-            return []
-        return list(dict.fromkeys(p for layer in self.layers for p in layer.parameters()))
-
     def resume(self, progress: Progress) -> None:
         """Continues from this progress: it determines schedules, intervals, and whether the next passes leave statistics."""
         self.progress, settings = progress, self.settings
@@ -311,60 +289,6 @@ class Engine:
         # With new layers, the current certificates belong to no factors, or to those that a checkpoint has replaced.
         self.curvature.refresh(self.progress.damping, restart=self.progress.has_new_layers)
         self.progress = self.progress.refreshed()
-
-    def _preconditioned_gradients(
-        self, learning_rate: LearningRate, options: Tensor | None
-    ) -> dict[nn.Parameter, Tensor | None]:
-        # Without a basis Adam's is the identity: then it is plain Adam.
-        missing = frozenset() if self.curvature.adam is not None else self.progress.without_statistics
-        usable = [layer.weight.grad is not None and i not in missing for i, layer in enumerate(self.layers)]
-        raw = [layer for layer, is_usable in zip(self.layers, usable, strict=True) if not is_usable]
-        if self.uses_kernels and len({stack.gradient.device for stack in self.curvature.gradients}) == 1:
-            result, self.finite = self._by_plan(usable, learning_rate, options)
-        else:
-            result = self._one_by_one(usable, learning_rate, options)
-        self.mixed = {p for layer in raw for p in (layer.weight, layer.bias) if p in result}
-        return result
-
-    def _by_plan(
-        self, usable: list[bool], learning_rate: LearningRate, options: Tensor | None
-    ) -> tuple[dict[nn.Parameter, Tensor | None], FiniteFlags]:
-        """In a few launches for all layers, where kernels are used."""
-        if self.plan is None or not self.plan.fits(usable):
-            self.plan = GradientPlan(self.partition, self.curvature.gradients, usable, self.settings.backend)
-        solve = functools.partial(self.curvature.solve, self.progress.damping, options)
-        result = self.plan.step(solve, learning_rate, self.settings.kl_clip, self.kl_clip_scale, self.dropped_gradients)
-        self._accept_unless(self.plan.zeros, usable)
-        return result
-
-    def _accept_unless(self, stays: Tensor, usable: list[bool]) -> None:
-        """Notes for `commit` which tiles have a finite gradient; stays: flags of those that are not to be updated."""
-        if self.curvature.adam is not None:
-            blocks = self.partition.blocks
-            known = [usable[blocks[block].layer_number] for block in self.curvature.adam.blocks()]
-            self._accept = device_vector(known, stays.device, torch.bool) & ~stays
-
-    def _one_by_one(
-        self, usable: list[bool], learning_rate: LearningRate, options: Tensor | None
-    ) -> dict[nn.Parameter, Tensor | None]:
-        """Layer by layer in PyTorch: in any precision, and on several devices."""
-        blocks, stacks = self.partition.blocks, self.curvature.gradients
-        of_blocks = [usable[block.layer_number] for block in blocks]
-        products = self.curvature.precondition(of_blocks, self.progress.damping, options)
-        order = [number for stack in stacks for number in stack.tiles]
-        weights = [blocks[self.partition.tiles[number].block].layer.weight for number in order]
-        broken = ~torch.isfinite(products)
-        stays, are_finite = unmoved(broken, weights)
-        self._accept_unless(stays, usable)
-        rates = rate_vector([learning_rate(weight) for weight in weights], products)
-        self.kl_clip_scale = kl_clip_scale(products.masked_fill(stays, 0.0), rates, self.settings.kl_clip)
-        self.dropped_gradients.index_add_(0, torch.cat([stack.places for stack in stacks]), broken.long())
-        updates: dict[int, Tensor] = {}
-        for stack, flags in zip(stacks, stays.split([len(stack.tiles) for stack in stacks]), strict=True):
-            stack.finish(self.kl_clip_scale, flags)
-            updates.update(zip(stack.tiles, stack.update, strict=True))
-        result, self.finite = updates_of_layers(self.partition, self.layers, usable, updates, are_finite, self.host_looks)
-        return result
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Module name -> copies of the bias-corrected factors (A, G); see `KFACBase.factors`."""

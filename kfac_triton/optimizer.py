@@ -8,25 +8,24 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import Optimizer
 
 from . import cuda_graphs
 from .autocast import without_autocast
-from .base import KFACBase, Run
+from .base import Run
 from .engine import EAGER, Engine
 from .fisher.likelihood import Likelihood
 from .layers import BatchDim, Choice
 from .settings import Schedule, Settings
 from .state import state_dict as checkpoint
-from .state.layer_state import check_layers, export_layers, rebuild_engine, restore_layers
 from .state.transaction import transaction
+from .stateful import StatefulKFAC
 from .steps import first_order, param_groups
 from .steps.adam import AdamWork, adam_options, adam_settings
-from .steps.auto import AutoStep, auto_settings
+from .steps.auto import auto_settings
 from .validation import require_module
 
 
-class KFAC(KFACBase, Optimizer):
+class KFAC(StatefulKFAC):
     r"""Kronecker-factored approximate curvature (Martens and Grosse 2015), followed by SGD with momentum or AdamW.
 
     A layer with the weight matrix W = [weight | bias] and its gradient dW has the preconditioned gradient
@@ -221,14 +220,6 @@ class KFAC(KFACBase, Optimizer):
             self._run.auto = self._auto_from({"damping_every": damping_every, "damping_range": damping_range, "states": []})
         checkpoint.declare_keys(self, self.engine, is_auto)
 
-    @property
-    def is_auto(self) -> bool:
-        """Whether the quadratic model chooses the steps: lr="auto"."""
-        return self._run.auto is not None
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return param_groups.parameters_of(self)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group. K-FAC covers the layers of its weights from then on; other layers keep their factors."""
         param_groups.validate_group({"betas": self._betas, **self.defaults, **param_group})
@@ -243,32 +234,6 @@ class KFAC(KFACBase, Optimizer):
         if hasattr(self, "_run"):  # not while the base class builds its first groups
             self._run.known = self._parameters()
             self._cover_anew()
-
-    def _keep_up(self) -> None:
-        """Keeps up with groups or parameters that were replaced, and with a model that was moved to another device."""
-        if len(self._parameters()) != len(self._run.known):  # Lightning's finetuning callback assigns groups when it resumes
-            self._run.known = self._complete()
-            self._cover_anew()
-        self._run.known = param_groups.rekey_swapped(self, self._run.known)
-        if self.engine.changed_device():
-            param_groups.move_state(self)
-            self._cover_anew()
-
-    def _cover_anew(self) -> None:
-        """Selects the layers again; those that were covered before keep their state."""
-        run = self._run
-        run.engine = rebuild_engine(self._model, run.engine, self._parameters())
-        run.dropped = run.dropped.to(run.engine.bank.home)
-        self._complete()
-        if run.auto is not None:
-            run.auto = self._auto_from(run.auto.arguments())
-        checkpoint.declare_keys(self, self.engine, self.is_auto)
-
-    def _complete(self) -> list[nn.Parameter]:
-        return param_groups.complete(self, self._betas, self.engine.moved_by_averages())
-
-    def _auto_from(self, arguments: dict[str, Any]) -> AutoStep:
-        return AutoStep.from_arguments(self._model, self.engine, self._parameters(), arguments)
 
     @torch.compiler.disable(reason=EAGER)
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -356,70 +321,3 @@ class KFAC(KFACBase, Optimizer):
         """
         own = {"dropped_gradients": int(self._run.dropped)}
         return super().diagnostics() | own | (self._run.auto.diagnostics() if self._run.auto is not None else {})
-
-    def state_dict(self, *, include_factors: bool = True, include_inverses: bool = True) -> dict[str, Any]:
-        """The state dict of any optimizer, with factors in the state of each covered weight (float32 for weights of 16 bits).
-
-        Args:
-            include_factors: without them factors start again after loading; steps, schedules, momentum and Adam's averages
-                continue (with curvature="adam" those of parameters that K-FAC does not cover).
-            include_inverses: keeps inverses, and EKFAC's moments, if a resumed run could not compute the same ones from the
-                factors (inverse_every above 1, warm inverses, eigenbases). Without them the checkpoint has half the size, and
-                a resumed run has fresher inverses than the uninterrupted one. With curvature="adam" it also keeps Adam's
-                averages in the eigenbasis, which otherwise start again.
-        """
-        self._keep_up()
-        checkpoint.declare_keys(self, self.engine, self.is_auto)
-        extra = self._run.auto.export() if self._run.auto is not None else []
-        layers = export_layers(self.engine, include_inverses) if include_factors else None
-        return checkpoint.add_layer_state(super().state_dict(), self, layers, extra)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads the result of `state_dict`; the next step computes inverses that are not in it from the factors.
-
-        Raises:
-            ValueError: if the state does not fit, a newer version wrote it, or a factor is not finite; nothing is changed then.
-        """
-        self._keep_up()
-        plain, by_parameter, extra = checkpoint.take_layer_state(state_dict)
-        layers = checkpoint.layer_states(self, by_parameter)
-        param_groups.check_tail(self, plain)
-        if self._is_adam:
-            param_groups.require_adam(plain["param_groups"], "load a checkpoint of KFACAdam, or make a KFAC for this one")
-        check_layers(self.engine, layers)
-        if self._run.auto is not None:
-            self._run.auto.restore([extra.get(i, {}) for i in range(len(self._parameters()))])
-        super().load_state_dict(plain)
-        if (step := checkpoint.saved_step(state_dict)) is not None:
-            self.engine.resume(self.engine.progress.at_step(step))
-        restore_layers(self.engine, layers)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles. They include the model, so that a copy has its own layers to hook."""
-        return {
-            **super().__getstate__(),
-            "model": self._model,
-            "settings": self.engine.settings,
-            "layers": export_layers(self.engine),
-            "closed": self.engine.closed,
-            "betas": self._betas,
-            "dropped": self._run.dropped,
-            "auto": self._run.auto.arguments() if self._run.auto is not None else None,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """For copies and pickles. The base class also calls it in `load_state_dict`, with state and groups alone."""
-        super().__setstate__({key: state[key] for key in ("defaults", "state", "param_groups") if key in state})
-        if "model" in state:
-            self._betas, self._model = state["betas"], state["model"]
-            known = param_groups.parameters_of(self)
-            self._is_adam = state["settings"].curvature == "adam"
-            self._run = Run(Engine(self._model, state["settings"], known), known, state["dropped"])
-        self._run.known = self._complete()
-        if "model" in state:
-            restore_layers(self.engine, state["layers"])
-            if state["auto"] is not None:
-                self._run.auto = self._auto_from(state["auto"])
-            if state["closed"]:
-                self.close()
-        checkpoint.declare_keys(self, self.engine, self.is_auto)
