@@ -41,8 +41,8 @@ def _refuse_others(settings: dict[str, Any]) -> None:
 class KFACAdam(KFAC):
     r"""Adam in the eigenbasis of K-FAC's factors.
 
-    A layer with the weight matrix W has the factors A = E[a a^T] of its inputs and G = E[g g^T] of the gradients of its
-    outputs, both exponential moving averages, with eigenvectors Q_A and Q_G. With R = Q_G^T dW Q_A
+    A layer with the weight matrix W = [weight | bias] has the factors A = E[a a^T] of its inputs and G = E[g g^T] of the
+    gradients of its outputs, both exponential moving averages, with eigenvectors Q_A and Q_G. With R = Q_G^T dW Q_A
 
         M <- b1 M + (1 - b1) R,    V <- b2 V + (1 - b2) R^2,    N = b1 M / (1 - b1^t) + (1 - b1) R
         W <- (1 - lr wd) W - lr Q_G [N / (sqrt(D) + eps)] Q_A^T
@@ -54,9 +54,10 @@ class KFACAdam(KFAC):
     not be known. The learning rate is that of an Adam step: about the size of the change of an element.
 
     A factor of which only the diagonal is stored (the tokens of an embedding, a side larger than `max_factor_size`) has the
-    identity as its basis. Biases, norms and parameters of no layer move by the same Adam in their own coordinates, without
-    noise damping, and so do modules that `skip` names. No schedule is needed, but a cosine with 5 % warm-up trains better, as
-    with AdamW. See docs/adam.md.
+    identity as its basis. Norms and parameters of no layer move by the same Adam in their own coordinates, without noise
+    damping, and so do modules that `skip` names. So do biases, too: the last column of W is part of the geometry, but its
+    update is not taken (see `bias`). No schedule is needed, but a cosine with 5 % warm-up trains better, as with AdamW. See
+    docs/adam.md.
 
     Args:
         model: the module to train.
@@ -73,8 +74,8 @@ class KFACAdam(KFAC):
             (`KFAC`'s warmup).
         factor_decay: decay of the factors' moving averages, which are bias-corrected (`KFAC`'s ema_decay).
         noise_damping: c; 0 for none.
-        bias: "separate", or "joint" for W = [weight | bias], where a ends with a 1. On an autoencoder with saturating units,
-            joint biases made training much slower; elsewhere there was no difference.
+        bias: "separate" moves biases by Adam in their own coordinates, "joint" along the last column of the update of W. On an
+            autoencoder with saturating units, joint biases made training much slower.
         refresh: how eigenvectors are refreshed: by one step of orthogonal iteration, with "qr" or with "products" (matrix
             products alone, for GPUs), or by "eigh"; "auto" is products on a GPU and QR elsewhere. The first eigenvectors of a
             factor are always computed by eigh.

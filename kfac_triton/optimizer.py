@@ -71,7 +71,8 @@ class KFAC(StatefulKFAC):
             "adam": Adam in the eigenbasis of the factors, without damping (`KFACAdam`).
         exact_damping: whether to damp the Kronecker product, in its eigenbasis, instead of its factors. EKFAC always does.
         weight_sharing: "expand" or "reduce" for positions and tokens (Eschenhagen et al. 2023).
-        bias: "joint", a column of W; or, with curvature="adam" only, "separate": it is not covered.
+        bias: "joint": a bias moves along the last column of W's update; or, with curvature="adam" only, "separate": it moves by
+            Adam in its own coordinates.
         noise_damping: with curvature="adam", how much Adam's squares are mixed with the means of their rows and columns: c of
             the share min(1, c n / rows), see `KFACAdam`; 0 for none.
         refresh: with curvature="adam", how eigenvectors are refreshed: "qr", "products", "eigh", or "auto", which is products

@@ -54,10 +54,14 @@ class PreconditionedGradients:
             self._accept = None
 
     def moved_by_averages(self) -> list[nn.Parameter]:
-        """The parameters whose first-order averages are in the engine: with curvature="adam" all that it covers."""
+        """The parameters whose first-order averages are in the engine, with curvature="adam"."""
         if self.curvature.adam is None:
             return []
-        return list(dict.fromkeys(p for layer in self.layers for p in layer.parameters()))
+        return list(dict.fromkeys(p for layer in self.layers for p in self._moved_with(layer)))
+
+    def _moved_with(self, layer: Layer) -> list[nn.Parameter]:
+        """The parameters of a layer that move along the preconditioned gradient."""
+        return [layer.weight] if self.settings.bias == "separate" else layer.parameters()
 
     def _preconditioned_gradients(
         self, learning_rate: LearningRate, options: Tensor | None
@@ -70,6 +74,9 @@ class PreconditionedGradients:
             result, self.finite = self._by_plan(usable, learning_rate, options)
         else:
             result = self._one_by_one(usable, learning_rate, options)
+        if self.settings.bias == "separate":
+            moved = {id(p) for layer in self.layers for p in self._moved_with(layer)}
+            result = {p: update for p, update in result.items() if id(p) in moved}
         self.mixed = {p for layer in raw for p in (layer.weight, layer.bias) if p in result}
         return result
 

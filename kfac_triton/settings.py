@@ -156,8 +156,8 @@ class Settings:
             )
         if self.bias == "separate" and self.curvature != "adam":
             raise ValueError(
-                f"bias is 'separate', for which curvature must be 'adam', but is {self.curvature!r}: elsewhere a bias is "
-                "always a column of its layer's matrix"
+                f"bias is 'separate', for which curvature must be 'adam', but is {self.curvature!r}: elsewhere a bias moves "
+                "with its layer's matrix"
             )
         if self.curvature == "adam" and self.exact_damping:
             raise ValueError("curvature is 'adam', which has no damping: exact_damping must be False, but is True")

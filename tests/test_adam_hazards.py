@@ -96,7 +96,7 @@ def test_a_checkpoint_of_kfac_is_refused_unless_its_tail_is_adamw() -> None:
         saved = KFAC(source, tail=tail, lr=0.01)
         train(source, saved, range(steps))
         model = net()
-        optimizer = KFACAdam(model, bias="joint")
+        optimizer = KFACAdam(model)
         train(model, optimizer, range(10, 12))
         before = vector(model)
         if tail == "sgd":

@@ -34,9 +34,6 @@ def select_layers(
         split=settings.split,
         batch_dim=settings.batch_dim,
     )
-    if settings.bias == "separate":
-        for layer in layers:
-            layer.has_bias = False
     if parameters is not None:
         chosen = {id(p) for p in parameters}
         skipped |= {x.name: "its weight is not optimized" for x in layers if id(x.weight) not in chosen}
