@@ -28,10 +28,7 @@ def run(total: int, sides: tuple[int, ...], show: Callable[..., None]) -> None:
             refused[kind] += int(after.refused.sum())
             worst = max(worst, float(distance.max()))
             off = max(off, float((distance - after.residual).abs().max()))
-    show(
-        f"{done.total()} steps, {refused.total()} refused {dict(+refused)}, worst orthonormality {worst:.1e}, "
-        f"residual off by {off:.1e}"
-    )
+    show(f"{done.total()} steps, {refused.total()} refused {dict(+refused)}, worst {worst:.1e}, residual off by {off:.1e}")
     assert worst < MOST
     assert off < 2e-5
     assert refused.total() <= 0.001 * total
