@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.runs import backward, net, train, vector
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfac_triton import KFAC, KFACAdam
 from kfac_triton.kernels import ops
@@ -111,6 +111,25 @@ def test_a_checkpoint_of_kfac_is_refused_unless_its_tail_is_adamw() -> None:
         train(model, optimizer, range(steps, steps + 1))
         assert bool(vector(model).isfinite().all())
         assert not torch.equal(vector(model), before)
+
+
+@pytest.mark.parametrize("bias", ["separate", "joint"])
+def test_tiles_of_two_diagonals_take_the_same_averages_from_kernels(bias: str) -> None:
+    """Nothing is rotated there: averages must not take the buffer that updates are scattered into for the gradient."""
+    averages = {}
+    for backend in ("torch", "triton"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 3))
+        optimizer = KFACAdam(model, lr=0.02, max_factor_size=8, refresh="products", backend=backend, bias=bias)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(12, 20)).square().mean().backward()
+            optimizer.step()
+        adam = optimizer.engine.curvature.adam
+        assert adam is not None
+        averages[backend] = [*adam.means, *adam.squares, vector(model)]
+    for kernels, plain in zip(averages["triton"], averages["torch"], strict=True):
+        torch.testing.assert_close(kernels, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
 
 
 def _counts(optimizer: KFACAdam) -> set[float]:

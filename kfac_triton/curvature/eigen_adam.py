@@ -169,7 +169,9 @@ class EigenAdam:
     def direct(self, gradients: Sequence[GradientStack], options: Tensor) -> None:
         """Writes U of what is in the gradient stacks to their updates. Averages do not change before `commit`."""
         self._options = options
-        self._rotated = [self._rotate(i, stack.gradient) for i, stack in enumerate(gradients)]
+        rotated = [self._rotate(i, stack.gradient) for i, stack in enumerate(gradients)]
+        # Between two diagonals nothing turns, and kernels write what parameters move along into the stacks of the gradients.
+        self._rotated = [x.clone() if x is own.gradient else x for x, own in zip(rotated, gradients, strict=True)]
         noise, updates = self._noise(), [stack.update for stack in gradients]
         for kind, (steps, chosen, some) in self._each_kind(self.steps, options, noise):
             rotated, means, squares, out = (
