@@ -11,8 +11,10 @@ import torch
 from integrations import hf_runs, lightning_runs, small_net
 from torch import Tensor, nn
 
-from kfac_triton import KFAC
-from kfac_triton.integrations import kfac_factory
+from kfac_triton import KFAC, KFACAdam
+from kfac_triton.integrations import kfac_adam_factory, kfac_factory
+
+FACTORIES = {KFAC: kfac_factory, KFACAdam: kfac_adam_factory}
 
 
 @pytest.fixture
@@ -33,7 +35,14 @@ def trainer_of(tmp_path: Path) -> Callable[..., Any]:
                 self.losses.append(loss.item())
             return loss
 
-    def make(model: nn.Module, data: list[Any], optimizer: KFAC | None = None, options: Any = None, **arguments: Any) -> Any:
+    def make(
+        model: nn.Module,
+        data: list[Any],
+        optimizer: KFAC | None = None,
+        options: Any = None,
+        method: type[KFAC] = KFAC,
+        **arguments: Any,
+    ) -> Any:
         plain: dict[str, Any] = {"max_steps": hf_runs.STEPS, "max_grad_norm": 0.0}
         schedule: dict[str, Any] = {"lr_scheduler_type": "linear", "warmup_steps": 5}
         quiet: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
@@ -41,7 +50,7 @@ def trainer_of(tmp_path: Path) -> Callable[..., Any]:
         args = TrainingArguments(str(tmp_path), **{**plain, **schedule, **quiet, **order, **arguments})
         made: dict[str, Any] = {"optimizers": (optimizer, None)}
         if optimizer is None:
-            made = {"optimizer_cls_and_kwargs": (kfac_factory, options)}
+            made = {"optimizer_cls_and_kwargs": (FACTORIES[method], options)}
         trainer = Noting(model, args, train_dataset=data, eval_dataset=data[: hf_runs.BATCH], **made)
         trainer.losses = []
         return trainer
@@ -55,10 +64,10 @@ def module_of() -> Callable[..., Any]:
     import lightning
 
     class Automatic(lightning.LightningModule):
-        def __init__(self, options: dict[str, Any]) -> None:
+        def __init__(self, method: type[KFAC], options: dict[str, Any]) -> None:
             super().__init__()
             self.net = small_net.net()
-            self.options = options
+            self.method, self.options = method, options
             self.losses: list[float] = []
 
         def loss_of(self, batch: list[Tensor]) -> Tensor:
@@ -72,14 +81,17 @@ def module_of() -> Callable[..., Any]:
         def validation_step(self, batch: list[Tensor], number: int) -> None:
             self.log("validation", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
 
+        def optimizer(self) -> KFAC:
+            return small_net.make(self.method, self, **self.options)
+
         def configure_optimizers(self) -> Any:
-            optimizer = KFAC(self, **self.options)
+            optimizer = self.optimizer()
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lightning_runs.decay)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     class Manual(Automatic):
-        def __init__(self, options: dict[str, Any]) -> None:
-            super().__init__(options)
+        def __init__(self, method: type[KFAC], options: dict[str, Any]) -> None:
+            super().__init__(method, options)
             self.automatic_optimization = False
 
         def training_step(self, batch: list[Tensor], number: int) -> None:
@@ -104,8 +116,8 @@ def module_of() -> Callable[..., Any]:
 
     kinds: dict[str, type[Automatic]] = {"automatic": Automatic, "manual": Manual, "auto": Auto, "drawing": Drawing}
 
-    def make(kind: str = "automatic", seed: int | None = None, **options: Any) -> Any:
-        module = kinds[kind]({**small_net.OPTIONS, **options})
+    def make(kind: str = "automatic", seed: int | None = None, method: type[KFAC] = KFAC, **options: Any) -> Any:
+        module = kinds[kind](method, options)
         if seed is not None:
             torch.manual_seed(seed)
             for p in module.parameters():

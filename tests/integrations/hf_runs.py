@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_triton import KFAC
+from kfac_triton import KFAC, KFACAdam
 
 STEPS, BATCH, LENGTH, WORDS = 50, 8, 12, 13
 OPTIONS: dict[str, Any] = {"lr": 0.3, "damping": 0.03, "kl_clip": 1e-2, "weight_decay": 1e-2}
-TOKENS: dict[str, Any] = {**OPTIONS, "loss_terms": "tokens", "skip": "*wpe"}
+SEQUENCES: dict[str, Any] = {"loss_terms": "tokens", "skip": "*wpe"}
+TOKENS: dict[str, Any] = {**OPTIONS, **SEQUENCES}
+# With old eigenvectors in every other step, so that a run that is resumed after an odd one needs those of the checkpoint.
+ADAM: dict[str, Any] = {"lr": 0.016, "weight_decay": 1e-2, "refresh_every": 2, "refresh_warmup": 1}
 NO_DECAY = (".bias", "ln_1.weight", "ln_2.weight", "ln_f.weight", "norm.weight")
 
 Loop = tuple[list[float], nn.Module, KFAC]
@@ -27,6 +30,10 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         logits = self.net(x)
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def options_of(method: type[KFAC], **more: Any) -> dict[str, Any]:
+    return {**(ADAM if method is KFACAdam else OPTIONS), **more}
 
 
 def classifier(seed: int = 1) -> nn.Module:
@@ -107,18 +114,20 @@ def plain(
     clip: float = 0.0,
     mean: bool = True,
     bfloat16: bool = False,
+    method: type[KFAC] = KFAC,
 ) -> Loop:
     """(losses of the batches, model, optimizer) of the loop without a trainer.
 
     Args:
         model: returns the loss.
         steps: the batches of each step.
-        options: of KFAC.
+        options: of the optimizer.
         clip: of the gradient's norm, if not 0.
         mean: a step's loss is the mean of its batches' losses; else the mean over all of its tokens, as the model knows it.
         bfloat16: runs the forward pass under autocast.
+        method: the class of the optimizer.
     """
-    optimizer = KFAC(model, groups(model), **options)
+    optimizer = method(model, groups(model), **options)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_and_linear)
     losses = []
     for parts in steps:

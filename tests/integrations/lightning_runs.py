@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from integrations.small_net import OPTIONS, batches, loss_of, net
+from integrations.small_net import batches, loss_of, make, net
 from torch import nn
 
 from kfac_triton import KFAC
@@ -24,11 +24,12 @@ def plain(
     clip: float | None = None,
     schedule: Callable[[int], float] = decay,
     bfloat16: bool = False,
+    method: type[KFAC] = KFAC,
     **options: Any,
 ) -> tuple[list[float], nn.Module]:
     """Losses of the batches, and the model, of the loop without a trainer."""
     model = net()
-    optimizer = KFAC(model, **OPTIONS, **options)
+    optimizer = make(method, model, **options)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     losses = []
     for number, (x, y) in enumerate(list(batches(count)) * epochs, 1):

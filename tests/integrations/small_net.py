@@ -1,4 +1,4 @@
-"""A net, its data and its loss, for trainers to be compared with the plain loop."""
+"""A net, its data, its loss and its optimizers, for trainers to be compared with the plain loop."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from kfac_triton import KFAC, KFACAdam
+
 STEPS, BATCH = 50, 16
 OPTIONS: dict[str, Any] = {"lr": 0.3, "damping": 0.03, "kl_clip": 1e-2, "weight_decay": 1e-3}
+# With old eigenvectors in every other step, so that a run that is resumed after an odd one needs those of the checkpoint.
+ADAM: dict[str, Any] = {"lr": 0.06, "weight_decay": 1e-3, "refresh_every": 2, "refresh_warmup": 1}
 
 
 def net() -> nn.Sequential:
@@ -27,3 +31,13 @@ def batches(count: int) -> DataLoader:
 
 def loss_of(logits: Tensor, y: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), y)
+
+
+def make(method: type[KFAC], model: nn.Module, params: Any = None, **options: Any) -> KFAC:
+    """The optimizer with options that train this net."""
+    return method(model, params, **{**(ADAM if method is KFACAdam else OPTIONS), **options})
+
+
+def label(value: Any) -> str | None:
+    """Names options in the id of a test; pytest itself names the rest."""
+    return str(value) if isinstance(value, dict) else None

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.small_net import OPTIONS, STEPS, batches, loss_of, net
+from integrations.small_net import OPTIONS, STEPS, batches, label, loss_of, make, net
 from torch import nn
 
-from kfac_triton import KFAC
+from kfac_triton import KFAC, KFACAdam
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error:no statistics came:UserWarning")]
 
@@ -33,10 +33,17 @@ def accelerator_of() -> Iterator[Callable[..., Any]]:
     GradientState._reset_state()
 
 
-def plain(count: int, accumulate: int = 1, clip: float | None = None, bfloat16: bool = False, **options: Any) -> Any:
+def plain(
+    count: int,
+    accumulate: int = 1,
+    clip: float | None = None,
+    bfloat16: bool = False,
+    method: type[KFAC] = KFAC,
+    **options: Any,
+) -> Any:
     """(losses of the batches, model) of the loop without a trainer."""
     model = net()
-    optimizer = KFAC(model, **OPTIONS, **options)
+    optimizer = make(method, model, **options)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.1 * step))
     losses = []
     optimizer.zero_grad()
@@ -55,13 +62,15 @@ def plain(count: int, accumulate: int = 1, clip: float | None = None, bfloat16: 
     return losses, model
 
 
-def prepared(accelerator: Any, count: int, seed: int | None = None, **options: Any) -> tuple[Any, Any, Any, Any]:
+def prepared(
+    accelerator: Any, count: int, seed: int | None = None, method: type[KFAC] = KFAC, **options: Any
+) -> tuple[Any, Any, Any, Any]:
     model = net()
     if seed is not None:
         torch.manual_seed(seed)
         for p in model.parameters():
             p.data.normal_()
-    optimizer = KFAC(model, **OPTIONS, **options)
+    optimizer = make(method, model, **options)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.1 * step))
     return accelerator.prepare(model, optimizer, batches(count), scheduler)
 
@@ -96,23 +105,28 @@ def require_same(losses: list[float], model: nn.Module, truth: Any) -> None:
     assert apart == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"inverse_every": 10, "statistics_every": 2}, {"curvature": "ekfac"}], ids=str)
-def test_as_the_plain_loop(accelerator_of: Callable[..., Any], options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(KFAC, {}), (KFAC, {"inverse_every": 10, "statistics_every": 2}), (KFAC, {"curvature": "ekfac"}), (KFACAdam, {})],
+    ids=label,
+)
+def test_as_the_plain_loop(accelerator_of: Callable[..., Any], method: type[KFAC], options: dict[str, Any]) -> None:
     """prepare() loads the optimizer's own state into it, before there are factors."""
     accelerator = accelerator_of()
-    parts = prepared(accelerator, STEPS, **options)
+    parts = prepared(accelerator, STEPS, method=method, **options)
     losses = run(accelerator, parts)
-    require_same(losses, parts[0], plain(STEPS, **options))
+    require_same(losses, parts[0], plain(STEPS, method=method, **options))
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
-def test_accumulation_and_clipping(accelerator_of: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("method", [KFAC, KFACAdam])
+def test_accumulation_and_clipping(accelerator_of: Callable[..., Any], method: type[KFAC]) -> None:
     """The wrapper leaves out steps and zero_grad of ours between; a clip of 0.1 changes the run."""
     accelerator = accelerator_of(gradient_accumulation_steps=2)
-    parts = prepared(accelerator, 2 * STEPS)
+    parts = prepared(accelerator, 2 * STEPS, method=method)
     losses = run(accelerator, parts, clip=0.1)
-    require_same(losses, parts[0], plain(2 * STEPS, accumulate=2, clip=0.1))
-    assert losses != plain(2 * STEPS, accumulate=2)[0]
+    require_same(losses, parts[0], plain(2 * STEPS, accumulate=2, clip=0.1, method=method))
+    assert losses != plain(2 * STEPS, accumulate=2, method=method)[0]
     assert parts[1].optimizer.engine.progress.steps == STEPS
 
 
@@ -137,37 +151,41 @@ def test_a_remainder_is_scaled_as_a_whole_step(accelerator_of: Callable[..., Any
         torch.testing.assert_close(4 * G, twin.factors()[name][1], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("options", [{}, {"inverse_every": 10}], ids=str)
-def test_save_state_and_load_state(accelerator_of: Callable[..., Any], tmp_path: Path, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("method", "options"), [(KFAC, {}), (KFAC, {"inverse_every": 10}), (KFACAdam, {})], ids=label)
+def test_save_state_and_load_state(
+    accelerator_of: Callable[..., Any], tmp_path: Path, method: type[KFAC], options: dict[str, Any]
+) -> None:
     """Half a run, saved; the other half from other weights, that load overwrites."""
     accelerator = accelerator_of()
-    parts = prepared(accelerator, STEPS, **options)
+    parts = prepared(accelerator, STEPS, method=method, **options)
     first = run(accelerator, parts, stop=STEPS // 2)
     accelerator.save_state(str(tmp_path))
 
     accelerator = accelerator_of()
-    parts = prepared(accelerator, STEPS, seed=9, **options)
+    parts = prepared(accelerator, STEPS, seed=9, method=method, **options)
     accelerator.load_state(str(tmp_path))
     second = run(accelerator, parts, skip=STEPS // 2)
-    require_same(first + second, parts[0], plain(STEPS, **options))
+    require_same(first + second, parts[0], plain(STEPS, method=method, **options))
 
 
-def test_bfloat16(accelerator_of: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("method", [KFAC, KFACAdam])
+def test_bfloat16(accelerator_of: Callable[..., Any], method: type[KFAC]) -> None:
     """The forward pass runs under autocast; factors have 32 bits."""
     accelerator = accelerator_of(mixed_precision="bf16")
-    parts = prepared(accelerator, STEPS)
+    parts = prepared(accelerator, STEPS, method=method)
     losses = run(accelerator, parts)
-    require_same(losses, parts[0], plain(STEPS, bfloat16=True))
-    assert losses != plain(STEPS)[0]
+    require_same(losses, parts[0], plain(STEPS, bfloat16=True, method=method))
+    assert losses != plain(STEPS, method=method)[0]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     assert {x.dtype for pair in parts[1].optimizer.factors().values() for x in pair} == {torch.float32}
 
 
-def test_a_scaler_and_a_step_that_it_skips(accelerator_of: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("method", [KFAC, KFACAdam])
+def test_a_scaler_and_a_step_that_it_skips(accelerator_of: Callable[..., Any], method: type[KFAC]) -> None:
     """As the run without it, and without the batch whose gradients overflow: scales are powers of two, so no digit is lost."""
     accelerator = accelerator_of()
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # accelerate makes it for a GPU alone
-    model, optimizer, loader, scheduler = prepared(accelerator, STEPS, loss_scale=accelerator.scaler)
+    model, optimizer, loader, scheduler = prepared(accelerator, STEPS, method=method, loss_scale=accelerator.scaler)
     losses = []
     for number, (x, y) in enumerate(loader):
         for bad in (True, False) if number == 20 else (False,):
@@ -179,7 +197,7 @@ def test_a_scaler_and_a_step_that_it_skips(accelerator_of: Callable[..., Any]) -
             optimizer.zero_grad()
             losses += [] if bad else [loss.item()]
     assert accelerator.scaler.get_scale() == 512
-    require_same(losses, model, plain(STEPS))
+    require_same(losses, model, plain(STEPS, method=method))
 
 
 def test_lr_auto(accelerator_of: Callable[..., Any]) -> None:

@@ -14,6 +14,7 @@ from integrations.hf_runs import (
     LENGTH,
     NO_DECAY,
     OPTIONS,
+    SEQUENCES,
     STEPS,
     TOKENS,
     WORDS,
@@ -22,6 +23,7 @@ from integrations.hf_runs import (
     gpt2,
     groups,
     llama,
+    options_of,
     pairs,
     plain,
     require_same,
@@ -29,32 +31,47 @@ from integrations.hf_runs import (
     singly,
     vectors,
 )
+from integrations.small_net import label
 from torch import nn
 
-from kfac_triton import KFAC
+from kfac_triton import KFAC, KFACAdam
 from kfac_triton.integrations import hf
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error:no statistics came:UserWarning")]
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])
-@pytest.mark.parametrize("more", [{}, {"inverse_every": 10, "statistics_every": 2}, {"tail": "adamw", "lr": 0.01}], ids=str)
-def test_as_the_plain_loop(trainer_of: Callable[..., Any], make: Callable[..., Any], more: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        (KFAC, {}),
+        (KFAC, {"inverse_every": 10, "statistics_every": 2}),
+        (KFAC, {"tail": "adamw", "lr": 0.01}),
+        (KFACAdam, {}),
+    ],
+    ids=label,
+)
+def test_as_the_plain_loop(
+    trainer_of: Callable[..., Any], make: Callable[..., Any], method: type[KFAC], more: dict[str, Any]
+) -> None:
     """Tied embeddings, Hugging Face Conv1D, a warm-up and decay of the learning rate, evaluation in between."""
-    data, options = sentences(STEPS), {**TOKENS, **more}
-    trainer = trainer_of(make(), data, options=options, eval_strategy="steps", eval_steps=20)
+    data, options = sentences(STEPS), options_of(method, **SEQUENCES, **more)
+    trainer = trainer_of(make(), data, options=options, method=method, eval_strategy="steps", eval_steps=20)
     trainer.train()
-    require_same(trainer.losses, trainer.model, plain(make(), singly(data), options, mean=False))
+    assert type(trainer.optimizer.optimizer) is method
+    require_same(trainer.losses, trainer.model, plain(make(), singly(data), options, mean=False, method=method))
     assert trainer.losses[-1] < 0.6 * trainer.losses[0]
 
 
-def test_the_groups_are_the_trainer_s(trainer_of: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [KFAC, KFACAdam])
+def test_the_groups_are_the_trainer_s(trainer_of: Callable[..., Any], tmp_path: Path, method: type[KFAC]) -> None:
     """Whatever makes the optimizer: the same parameters decay."""
     from transformers import Trainer, TrainingArguments
 
     model = gpt2()
     model.transformer.h[0].requires_grad_(False)
-    ours = trainer_of(model, sentences(1), options={**TOKENS, "weight_decay": 0.25}).create_optimizer()
+    options = options_of(method, **SEQUENCES, weight_decay=0.25)
+    ours = trainer_of(model, sentences(1), options=options, method=method).create_optimizer()
     args = TrainingArguments(str(tmp_path), use_cpu=True, weight_decay=0.25, optim="adamw_torch")
     theirs = Trainer(model, args).create_optimizer()
     names = {id(p): name for name, p in model.named_parameters()}
@@ -65,13 +82,14 @@ def test_the_groups_are_the_trainer_s(trainer_of: Callable[..., Any], tmp_path: 
     assert all(name.endswith(NO_DECAY) for name in read[0][1][0])
 
 
-def test_a_model_of_ones_own_with_accumulation_and_clipping(trainer_of: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("method", [KFAC, KFACAdam])
+def test_a_model_of_ones_own_with_accumulation_and_clipping(trainer_of: Callable[..., Any], method: type[KFAC]) -> None:
     """The trainer divides the loss; a clip of 0.1 changes the run."""
-    data = vectors(2 * STEPS)
-    trainer = trainer_of(classifier(), data, options=OPTIONS, gradient_accumulation_steps=2, max_grad_norm=0.1)
+    data, options = vectors(2 * STEPS), options_of(method)
+    trainer = trainer_of(classifier(), data, options=options, method=method, gradient_accumulation_steps=2, max_grad_norm=0.1)
     trainer.train()
-    require_same(trainer.losses, trainer.model, plain(classifier(), pairs(data), OPTIONS, clip=0.1))
-    assert trainer.losses != plain(classifier(), pairs(data), OPTIONS)[0]
+    require_same(trainer.losses, trainer.model, plain(classifier(), pairs(data), options, clip=0.1, method=method))
+    assert trainer.losses != plain(classifier(), pairs(data), options, method=method)[0]
     assert trainer.optimizer.optimizer.engine.progress.steps == STEPS
     assert sum(trainer.losses[-5:]) < 0.5 * sum(trainer.losses[:5])
 
@@ -84,15 +102,19 @@ def test_an_optimizer_of_ones_own(trainer_of: Callable[..., Any]) -> None:
     require_same(trainer.losses, trainer.model, plain(classifier(), singly(data), OPTIONS))
 
 
-@pytest.mark.parametrize("more", [{}, {"inverse_every": 10}, {"curvature": "ekfac"}], ids=str)
-def test_checkpoint_and_resume(trainer_of: Callable[..., Any], tmp_path: Path, more: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("method", "more"), [(KFAC, {}), (KFAC, {"inverse_every": 10}), (KFAC, {"curvature": "ekfac"}), (KFACAdam, {})], ids=label
+)
+def test_checkpoint_and_resume(
+    trainer_of: Callable[..., Any], tmp_path: Path, method: type[KFAC], more: dict[str, Any]
+) -> None:
     """Half a run, saved; the other half from other weights, that the checkpoint overwrites."""
-    data, options = sentences(STEPS), {**TOKENS, **more}
-    first = trainer_of(gpt2(), data, options=options, save_strategy="steps", save_steps=STEPS // 2)
+    data, options = sentences(STEPS), options_of(method, **SEQUENCES, **more)
+    first = trainer_of(gpt2(), data, options=options, method=method, save_strategy="steps", save_steps=STEPS // 2)
     first.train()
-    second = trainer_of(gpt2(seed=9), data, options=options)
+    second = trainer_of(gpt2(seed=9), data, options=options, method=method)
     second.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
-    truth = plain(gpt2(), singly(data), options, mean=False)
+    truth = plain(gpt2(), singly(data), options, mean=False, method=method)
     require_same(first.losses, first.model, truth)
     require_same(first.losses[: STEPS // 2] + second.losses, second.model, truth)
 
@@ -143,10 +165,13 @@ def test_head_by_hand(trainer_of: Callable[..., Any]) -> None:
     torch.testing.assert_close(G.double(), total / terms * positions / terms, rtol=1e-4, atol=1e-6)
 
 
-def test_a_scaler_and_a_step_that_it_skips(trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", [KFAC, KFACAdam])
+def test_a_scaler_and_a_step_that_it_skips(
+    trainer_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, method: type[KFAC]
+) -> None:
     """The trainer calls zero_grad of the model, which K-FAC does not see: the next step's statistics are dropped, no more."""
-    options: dict[str, Any] = dict(OPTIONS)
-    trainer = trainer_of(classifier(), vectors(STEPS), options=options)
+    options = options_of(method)
+    trainer = trainer_of(classifier(), vectors(STEPS), options=options, method=method)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # accelerate makes it for a GPU alone
     trainer.accelerator.scaler = options["loss_scale"] = scaler
     compute_loss = trainer.compute_loss
@@ -156,11 +181,12 @@ def test_a_scaler_and_a_step_that_it_skips(trainer_of: Callable[..., Any], monke
     assert scaler.get_scale() == 512
     optimizer = trainer.optimizer.optimizer
     assert optimizer.engine.progress.steps == STEPS - 1
-    assert [layer["dropped_statistics"] for layer in optimizer.diagnostics()["layers"].values()] == [1, 1, 1]
+    layers = 2 if method is KFACAdam else 3  # which moves the norm by plain Adam
+    assert [layer["dropped_statistics"] for layer in optimizer.diagnostics()["layers"].values()] == [1] * layers
     assert sum(trainer.losses[-5:]) < 0.5 * sum(trainer.losses[:5])
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning")
 def test_the_example_of_the_docstring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert doctest.testmod(hf) == (0, 9)
+    assert doctest.testmod(hf) == (0, 14)

@@ -10,47 +10,56 @@ from typing import Any
 import pytest
 import torch
 from integrations.lightning_runs import decay, plain, require_same, trainer
-from integrations.small_net import OPTIONS, STEPS, batches, net
+from integrations.small_net import OPTIONS, STEPS, batches, label, net
 from torch import nn
 from torch.utils.data import DataLoader
 
-from kfac_triton import KFAC
+from kfac_triton import KFAC, KFACAdam
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error:no statistics came:UserWarning")]
 
 
 @pytest.mark.parametrize("kind", ["automatic", "manual"])
-@pytest.mark.parametrize("options", [{}, {"inverse_every": 10, "statistics_every": 2}, {"curvature": "ekfac"}], ids=str)
-def test_as_the_plain_loop(module_of: Callable[..., Any], tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(KFAC, {}), (KFAC, {"inverse_every": 10, "statistics_every": 2}), (KFAC, {"curvature": "ekfac"}), (KFACAdam, {})],
+    ids=label,
+)
+def test_as_the_plain_loop(
+    module_of: Callable[..., Any], tmp_path: Path, kind: str, method: type[KFAC], options: dict[str, Any]
+) -> None:
     """Automatic optimization runs forward, zero_grad and backward in a closure of step; validation leaves no statistics."""
-    module = module_of(kind, **options)
+    module = module_of(kind, method=method, **options)
     trainer(tmp_path, enable_checkpointing=False, val_check_interval=20).fit(module, batches(STEPS), batches(3))
-    require_same(module.losses, module.net, plain(STEPS, **options))
+    require_same(module.losses, module.net, plain(STEPS, method=method, **options))
     assert sum(module.losses[-5:]) < 0.5 * sum(module.losses[:5])
 
 
-def test_accumulation_and_clipping(module_of: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [KFAC, KFACAdam])
+def test_accumulation_and_clipping(module_of: Callable[..., Any], tmp_path: Path, method: type[KFAC]) -> None:
     """Lightning divides the loss, and clips in the closure; a clip of 0.1 changes the run."""
-    module = module_of()
+    module = module_of(method=method)
     options = {"enable_checkpointing": False, "accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
     trainer(tmp_path, **options).fit(module, batches(2 * STEPS))
-    require_same(module.losses, module.net, plain(2 * STEPS, accumulate=2, clip=0.1))
-    assert module.losses != plain(2 * STEPS, accumulate=2)[0]
+    require_same(module.losses, module.net, plain(2 * STEPS, accumulate=2, clip=0.1, method=method))
+    assert module.losses != plain(2 * STEPS, accumulate=2, method=method)[0]
     assert module.optimizers().optimizer.engine.progress.steps == STEPS
 
 
 @pytest.mark.parametrize("kind", ["automatic", "manual"])
-@pytest.mark.parametrize("options", [{}, {"inverse_every": 10}], ids=str)
-def test_checkpoint_and_resume(module_of: Callable[..., Any], tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("method", "options"), [(KFAC, {}), (KFAC, {"inverse_every": 10}), (KFACAdam, {})], ids=label)
+def test_checkpoint_and_resume(
+    module_of: Callable[..., Any], tmp_path: Path, kind: str, method: type[KFAC], options: dict[str, Any]
+) -> None:
     """An epoch, saved; the second from other weights, that the checkpoint overwrites."""
-    first = module_of(kind, **options)
+    first = module_of(kind, method=method, **options)
     one = trainer(tmp_path)
     one.fit(first, batches(STEPS // 2))
 
-    second = module_of(kind, seed=9, **options)
+    second = module_of(kind, seed=9, method=method, **options)
     two = trainer(tmp_path, max_epochs=2)
     two.fit(second, batches(STEPS // 2), ckpt_path=one.checkpoint_callback.best_model_path, weights_only=True)
-    require_same(first.losses + second.losses, second.net, plain(STEPS // 2, epochs=2, **options))
+    require_same(first.losses + second.losses, second.net, plain(STEPS // 2, epochs=2, method=method, **options))
 
 
 def test_bfloat16(module_of: Callable[..., Any], tmp_path: Path) -> None:
@@ -76,7 +85,7 @@ def test_a_scaler_and_a_step_that_it_skips(module_of: Callable[..., Any], tmp_pa
     train = module.training_step
     module.training_step = lambda batch, batch_idx: train(batch, batch_idx) * (torch.inf if batch_idx == 20 else 1.0)
     # Without the scheduler, which Lightning moves on at a skipped step, too.
-    module.configure_optimizers = lambda: KFAC(module, **module.options)
+    module.configure_optimizers = module.optimizer
     data = list(batches(STEPS))
     data.insert(20, data[20])
     options = {"enable_checkpointing": False, "plugins": [InSinglePrecision("16-mixed", "cpu", scaler)]}
