@@ -297,3 +297,20 @@ def test_diagnostics_have_no_damping() -> None:
     for layer in found["layers"].values():
         assert all(bool(torch.isfinite(torch.tensor(float(value)))) for value in layer.values())
         assert max(layer["residual_A"], layer["residual_G"]) < 1e-4
+
+
+def test_without_eps_what_has_no_gradient_stays() -> None:
+    """A token that never comes, an output that counts for nothing: covered or not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 3), nn.LayerNorm(3)).double()
+    optimizer = KFACAdam(model, lr=0.05, weight_decay=0.0, eps=0.0, skip="Embedding")
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randint(5, (16,)))[:, :2].square().sum(1).mean().backward()
+        optimizer.step()
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    embedding, _, _, scale, shift = (p.detach() for p in model.parameters())
+    assert torch.equal(embedding[5], before[0][5])
+    assert not torch.equal(embedding[4], before[0][4])
+    assert torch.equal(torch.stack([scale[2], shift[2]]), torch.stack([before[3][2], before[4][2]]))

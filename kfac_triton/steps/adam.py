@@ -93,6 +93,8 @@ class AdamWork:
         divisors = list(torch._foreach_div(squares, [1 - beta2**count for count in counts]))
         torch._foreach_sqrt_(divisors)
         torch._foreach_add_(divisors, group["eps"])
+        if not group["eps"]:  # what has never had a gradient stays where it is
+            torch._foreach_add_(divisors, [(x == 0).to(x.dtype) for x in divisors])
         torch._foreach_div_(ahead, divisors)
         self._averages += [(kept[0], means), (kept[1], squares)]
         return [torch.view_as_complex(x) if p.is_complex() else x.to(p.dtype) for p, x in zip(params, ahead, strict=True)]

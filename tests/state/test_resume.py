@@ -267,6 +267,20 @@ def test_between_any_two_steps(intervals: tuple[int, int], inverse: str) -> None
         assert other.engine.progress.refreshes == optimizer.engine.progress.refreshes - refreshes, f"saved after {step} steps"
 
 
+@pytest.mark.parametrize("name", ["old inverses", "ekfac, old", "adamw", "adam", "adam, blocks"])
+def test_back_to_the_start(name: str) -> None:
+    """A state of before the first step, in an optimizer that has taken steps since: the next statistics are the first again."""
+    model = net()
+    optimizer = KFAC(model, **SETTINGS[name])
+    start = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, range(5))
+    once = vector(model)
+    model.load_state_dict(start[0])
+    optimizer.load_state_dict(start[1])
+    train(model, optimizer, range(5))
+    assert torch.equal(vector(model), once)
+
+
 def test_another_damping_than_that_of_the_saved_inverses_makes_new_ones() -> None:
     model = net()
     optimizer = KFAC(model, damping=0.1, statistics_every=9, inverse_every=2)
