@@ -22,7 +22,7 @@ $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 demo: $(VENV)/.installed-demo  ## train the MNIST autoencoder with K-FAC, Adam and SGD; table and picture
 	$(BIN)/kfac-triton demo --output demo.png $(DEMO)
 
-race: $(VENV)/.installed-demo  ## K-FAC against tuned AdamW on three problems: twenty minutes, goes on where it stopped; table and picture
+race: $(VENV)/.installed-demo  ## KFACAdam and K-FAC against AdamW, SGD, Muon (SOAP, Shampoo if given) on six problems: an hour and a half, goes on where it stopped; table and picture
 	$(BIN)/python -m benchmarks.convergence $(RACE)
 
 # Files of tests run side by side in processes, each with PyTorch in its memory. PROCESSES=0 is one process, which --pdb needs.

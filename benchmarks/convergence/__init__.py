@@ -1,1 +1,1 @@
-"""`make race`: K-FAC against tuned AdamW on three small problems, over three seeds."""
+"""`make race`: KFACAdam, K-FAC and their peers at equal tuning budgets, on small problems, over three seeds."""

@@ -11,18 +11,19 @@ from torch import nn
 from kfac_triton.capture.gate import LEAST_ROWS, auto_stride
 from kfac_triton.layers import meeting_all
 
-from .contest import CONTEST, KFAC_NAME, Config
+from .contest import CONTEST
+from .optimizers import KFAC_NAME, Config
 from .problems import Problem
 
 EVERYTHING, CONTROL = "everything", "control: damping 2 % higher"
 DEFAULT = "the default"  # which takes all rows of layers that the other choices reduce, such as a ViT's head
 
-_TEXT = CONTEST["text"][KFAC_NAME].fixed
+_TEXT = CONTEST["text-large"][KFAC_NAME].fixed
 # Configurations of the race's grid: of two to four that were tried on seed 0 with all rows and whole factors, those with the
 # lowest loss. The wide transformer has the settings of text; with two blocks, half the learning rate was worse there.
 BASE: dict[str, Config] = {
-    "text": _TEXT | {"lr": 6e-3, "damping": 1e-3, "ema_decay": 0.8},
-    "vit": CONTEST["vit"][KFAC_NAME].fixed | {"lr": 6e-3, "damping": 3e-4, "weight_sharing": "expand"},
+    "text-large": _TEXT | {"lr": 6e-3, "damping": 1e-3, "ema_decay": 0.8},
+    "vit-large": CONTEST["vit-large"][KFAC_NAME].fixed | {"lr": 6e-3, "damping": 3e-4, "weight_sharing": "expand"},
     "wide": _TEXT | {"lr": 6e-3, "damping": 1e-3, "ema_decay": 0.8},
 }
 _WHOLE: Config = {"stats_fraction": 1.0, "max_stats_tokens": None, "max_factor_size": None, "oversize": "block"}

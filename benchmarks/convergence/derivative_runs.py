@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from kfac_triton import KFAC
 
-from .contest import Config, Entry
+from .contest import Entry
 from .derivative_problems import DerivativeProblem
 from .log import LogError, sources
+from .optimizers import Config
 
 ADAM, FIXED, AUTO = "Adam", "K-FAC", "K-FAC, lr=auto"
 TUNING_SEED = 0

@@ -21,10 +21,10 @@ import torch
 from kfac_triton.cli.arguments import NO_FILE, at_least, writable_file
 from kfac_triton.cli.output import COLORS, progress, table, tidy
 
-from .contest import Config
 from .derivative_problems import PROBLEMS, QUICK, DerivativeProblem
 from .derivative_runs import ADAM, CONTEST, KFAC_PART, TUNING_SEED, DerivativeLog, DerivativeRun, horizon, train
 from .log import LogError
+from .optimizers import Config
 from .table import number, settings
 
 INTERRUPTED = 130

@@ -1,7 +1,7 @@
 """K-FAC with fewer rows and smaller factors against K-FAC with everything: what it costs in loss.
 
     python -m benchmarks.convergence.fewer_rows                          # an hour on one core; continues if it was interrupted
-    python -m benchmarks.convergence.fewer_rows --problem text --seeds 0 1
+    python -m benchmarks.convergence.fewer_rows --problem wide --seeds 0 1
 
 Each choice trains from the same weights on the same batches as the reference; differences are taken within a seed. Choices run
 one after another, each with all seeds. If the program is stopped, the tables contain the choices that are finished.
@@ -18,15 +18,16 @@ from kfac_triton.cli.output import table
 
 from . import images
 from .choices import CONTROL, EVERYTHING, Choice, choices
-from .contest import KFAC_NAME
 from .differences import Differences, differences
 from .log import Log, LogError
-from .problems import FULL, QUICK, QUICK_WIDE, WIDE, Problem
-from .race import Race, kfac_horizons, progress_over
+from .optimizers import KFAC_NAME
+from .problems import BY_NAME, Problem
+from .progress import progress_over
+from .race import Race
 from .table import number, reached
 from .training import Run
 
-NAMES = ("text", "vit", "wide")
+NAMES = ("text-large", "vit-large", "wide")
 INTERRUPTED = 130
 _COLUMNS = ["choice", "rows : size", "largest block", "final loss of each seed", "difference", "of the spread"]
 
@@ -50,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Make the runs that are not in the log, then print a table for each problem; exit status 130 if interrupted."""
     command_line = parser()
     arguments = command_line.parse_args(argv)
-    problems = [
-        p for p in ((*QUICK, QUICK_WIDE) if arguments.quick else (*FULL, WIDE)) if p.name in (arguments.problem or NAMES)
-    ]
+    problems = [BY_NAME[name] for name in NAMES if name in (arguments.problem or NAMES)]
+    if arguments.quick:
+        problems = [problem.miniature() for problem in problems]
     try:
         if not all(problem.is_text for problem in problems):
             images.digits()
@@ -92,8 +93,8 @@ def finished(race: Race, problem: Problem, compared: Sequence[Choice]) -> tuple[
 
 
 def horizon(problem: Problem) -> int:
-    """Steps of each run: the horizon that K-FAC is tuned on in the race."""
-    return kfac_horizons(problem)[0]
+    """Steps of each run: half of the problem's."""
+    return max(1, round(problem.steps / 2))
 
 
 def render(problem: Problem, compared: Sequence[Choice], runs: Sequence[Sequence[Run]]) -> str:

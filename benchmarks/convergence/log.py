@@ -16,11 +16,12 @@ import torch
 
 import kfac_triton
 
-from .contest import KFAC_NAME, Config
+from . import peers
+from .optimizers import KEYS, OURS, Config
 from .problems import Problem
 from .training import Run
 
-FORMAT = 1
+FORMAT = 2
 
 
 class LogError(ValueError):
@@ -85,10 +86,11 @@ class Log:
                     lines.append(
                         f"{count} runs of {problem.name} in {self.path} were made on {where}, threads {threads}: ignored."
                     )
-            if other := sum(run.optimizer == KFAC_NAME and run.sources != sources() for run in usable):
+            others = Counter(run.optimizer for run in usable if run.sources != sources_of(run.optimizer))
+            for name, count in others.items():
                 lines.append(
-                    f"{other} runs of K-FAC on {problem.name} in {self.path} are of other sources of kfac_triton and are used "
-                    "as they are; --rerun kfac makes them again."
+                    f"{count} runs of {name} on {problem.name} in {self.path} are of other sources and are used as they are; "
+                    f"--rerun {KEYS[name]} makes them again."
                 )
         return lines
 
@@ -124,6 +126,13 @@ def sources() -> str:
     folder = Path(kfac_triton.__file__).parent
     files = sorted(path for path in folder.rglob("*.py") if path.relative_to(folder).parts[0] not in ("cli", "kernels"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
+def sources_of(optimizer: str) -> str:
+    """What a contestant's code is known by: a fingerprint, or of PyTorch's optimizers its version."""
+    if optimizer in OURS:
+        return sources()
+    return peers.sources(optimizer) if optimizer in peers.places() else f"PyTorch {torch.__version__}"
 
 
 def _key(run: Run) -> str:

@@ -1,9 +1,11 @@
-"""The three networks of the race, of nothing but common layers.
+"""The networks of the race, of nothing but common layers; its autoencoder is that of the demo.
 
-Outputs are logits with the classes in dimension 1, as `F.cross_entropy` takes them.
+Outputs are logits with the classes in dimension 1, as `F.cross_entropy` takes them. The last layer is called `head`.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -141,3 +143,46 @@ class ResNet(nn.Module):
         """Images `[N, 1, H, W]` to logits `[N, classes]`."""
         x = self.blocks(F.relu(self.norm(self.stem(images))))
         return self.head(x.mean(dim=(2, 3)))
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them.
+
+    Args:
+        widths: features of the images, of each hidden layer, and the number of classes.
+    """
+
+    def __init__(self, widths: tuple[int, ...]):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Flatten()]
+        for inputs, outputs in pairwise(widths[:-1]):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(widths[-2], widths[-1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `[N, 1, H, W]` to logits `[N, classes]`."""
+        return self.head(self.body(images))
+
+
+class ConvNet(nn.Module):
+    """3 x 3 convolutions without normalization, each followed by ReLU and max pooling, and a linear head.
+
+    Args:
+        channels: of each convolution.
+        side: of the images.
+        classes: number of classes.
+    """
+
+    def __init__(self, channels: tuple[int, ...], side: int, classes: int = 10):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise((1, *channels)):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+            side //= 2
+        self.body = nn.Sequential(*layers, nn.Flatten())
+        self.head = nn.Linear(channels[-1] * side**2, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `[N, 1, side, side]` to logits `[N, classes]`."""
+        return self.head(self.body(images))

@@ -1,25 +1,35 @@
-"""The race's picture: for each problem its loss over steps, and below over seconds."""
+"""The race's picture: a panel for each problem, with each contestant's loss over the steps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from kfac_triton.cli.output import tidy
 
-from .contest import ADAMW, KFAC_NAME
+from .optimizers import ADAMW, KFAC_ADAM, KFAC_NAME, MUON, OURS, SGD, SHAMPOO, SOAP
 from .problems import Problem
-from .race import Outcome
-from .training import Run
+from .race import DEFAULT, Outcome, Standing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Standing = tuple[Problem, dict[str, Outcome]]
-COLORS = {ADAMW: ("#1f5f99",), KFAC_NAME: ("#c0392b", "#e59866")}
+# Colors of Okabe and Ito, which the colour-blind can tell apart; the dashes tell the same without colors.
+STYLES = {
+    ADAMW: ("#000000", "-"),
+    SGD: ("#999999", (0, (1, 1))),
+    MUON: ("#0072b2", (0, (6, 1.5))),
+    SOAP: ("#009e73", (0, (3, 1, 1, 1))),
+    SHAMPOO: ("#cc79a7", (0, (6, 1, 1, 1, 1, 1))),
+    KFAC_NAME: ("#e69f00", "-"),
+    KFAC_ADAM: ("#d55e00", "-"),
+    KFAC_ADAM + DEFAULT: ("#d55e00", (0, (2, 1.5))),
+}
+COLUMNS = 3
+EARLY = 0.15  # part of the steps whose losses may lie above a panel
 
 
 def draw(standings: Sequence[Standing], path: Path) -> None:
@@ -32,37 +42,53 @@ def draw(standings: Sequence[Standing], path: Path) -> None:
     # Imported here: matplotlib is an extra.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * len(standings), 7.2), layout="constrained")
-    panels = figure.subplots(2, len(standings), squeeze=False)
-    for (problem, outcomes), (by_steps, by_seconds) in zip(standings, panels.T, strict=True):
-        by_steps.set_title(problem.title, fontsize=10)
-        by_steps.set(xlabel="steps", ylabel=problem.loss_name)
-        by_seconds.set(xlabel="seconds of training", ylabel=problem.loss_name)
-        _draw_problem(by_steps, by_seconds, outcomes)
-        if not problem.is_text:
-            by_steps.set_yscale("log")
-            by_seconds.set_yscale("log")
-        by_steps.legend(frameon=False, fontsize=9)
+    columns = min(COLUMNS, len(standings))
+    rows = math.ceil(len(standings) / columns)
+    figure = Figure(figsize=(max(6.4, 4.2 * columns), 3.3 * rows + 0.7), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, (problem, outcomes) in zip(panels, standings, strict=False):
+        _draw_problem(axes, problem, outcomes)
+    for axes in list(panels)[len(standings) :]:
+        axes.set_axis_off()
+    handles = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    names = [name for name in STYLES if name in handles]
+    ncols = len(names) if columns == COLUMNS else 4
+    figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=ncols, frameon=False)
     figure.savefig(path, format="png", dpi=130)
 
 
-def _draw_problem(by_steps: Axes, by_seconds: Axes, outcomes: dict[str, Outcome]) -> None:
+def _draw_problem(axes: Axes, problem: Problem, outcomes: dict[str, Outcome]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    shown: list[float] = []
     for name, outcome in outcomes.items():
-        colors = dict(zip(sorted({horizon for _, horizon in outcome.finals}), COLORS[name], strict=False))
-        labelled = set()
-        for (_, horizon), run in outcome.finals.items():
-            label = None if horizon in labelled else f"{name}, {horizon} steps"
-            labelled.add(horizon)
-            losses = [loss if math.isfinite(loss) else math.nan for loss in run.losses]
-            by_steps.plot(run.steps, losses, color=colors[horizon], label=label, linewidth=1.3, alpha=0.85)
-            by_seconds.plot(run.seconds, losses, color=colors[horizon], linewidth=1.3, alpha=0.85)
-    for axes in (by_steps, by_seconds):
-        target = _target(list(outcomes[ADAMW].finals.values())) if ADAMW in outcomes else math.inf
-        if math.isfinite(target):
-            axes.axhline(target, color=COLORS[ADAMW][0], linewidth=0.9, linestyle=":")
-        tidy(axes)
+        color, dashes = STYLES[name]
+        steps, losses = mean_curve(outcome)
+        width = 2.4 if name.removesuffix(DEFAULT) in OURS else 1.4
+        axes.plot(steps, losses, color=color, linestyle=dashes, linewidth=width, label=name)
+        shown += [loss for step, loss in zip(steps, losses, strict=True) if step >= EARLY * problem.steps]
+    if ADAMW in outcomes:
+        axes.axhline(mean_curve(outcomes[ADAMW])[1][-1], color=STYLES[ADAMW][0], linewidth=0.8, linestyle=":", label="_")
+    finite = [loss for loss in shown if math.isfinite(loss)]
+    if finite:
+        axes.set_ylim(min(finite) * 0.93, _quantile(finite, 0.97) * 1.05)
+    if not problem.is_text:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(0, problem.steps)
+    axes.set_title(f"{problem.name}: {problem.title}", fontsize=10)
+    axes.set(xlabel="steps", ylabel=problem.loss_name)
+    tidy(axes)
 
 
-def _target(runs: Sequence[Run]) -> float:
-    """AdamW's final loss, the median over the seeds."""
-    return median(run.final for run in runs)
+def mean_curve(outcome: Outcome) -> tuple[list[int], list[float]]:
+    """Mean over the seeds at each evaluation; it ends where a run diverged."""
+    runs = list(outcome.finals.values())
+    length = min(sum(map(math.isfinite, run.losses)) for run in runs)
+    return runs[0].steps[:length], [fmean(run.losses[i] for run in runs) for i in range(length)]
+
+
+def _quantile(values: Sequence[float], part: float) -> float:
+    return sorted(values)[round(part * (len(values) - 1))]

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from .contest import ADAMW, KFAC_HORIZONS, KFAC_NAME, TUNING_SEED, Config, Entry
-from .log import Log, sources
+from .contest import TUNING_SEED, Config, Entry
+from .log import Log, sources_of
 from .problems import Problem
-from .training import Run, train, warm_up
+from .progress import Progress
+from .tasks import Task, perform, performed_side_by_side
+from .training import Run
 
-
-def kfac_horizons(problem: Problem) -> list[int]:
-    """K-FAC's horizons in steps, the one that it is tuned on first."""
-    return [max(1, round(part * problem.steps)) for part in KFAC_HORIZONS]
-
-
-def horizons(problem: Problem, optimizer: str) -> list[int]:
-    """Horizons that a contestant races over, the one that it is tuned on first."""
-    return [problem.steps] if optimizer == ADAMW else kfac_horizons(problem)
+DEFAULT = ", default"  # after the name of a contestant whose fixed settings are shown beside its tuned ones
+Entries = dict[str, Entry]
 
 
 @dataclass(frozen=True)
@@ -34,13 +26,13 @@ class Outcome:
         trials: The tuning runs, in the order of the grid.
         winner: The configuration with the lowest loss at the end of its tuning run.
         edges: Where the winner sits at an end of the grid, in words.
-        finals: (seed, horizon) to run.
+        finals: Seed to run.
     """
 
     trials: list[Run]
     winner: Config
     edges: list[str]
-    finals: dict[tuple[int, int], Run] = field(default_factory=dict)
+    finals: dict[int, Run] = field(default_factory=dict)
 
     @property
     def tuning_steps(self) -> int:
@@ -48,46 +40,7 @@ class Outcome:
         return sum(run.horizon for run in self.trials)
 
 
-class Progress:
-    """One bar over all steps of the race, and a line for every finished run; nothing if quiet, no bar without tqdm."""
-
-    def __init__(self, total: int, quiet: bool):
-        self.quiet = quiet
-        self._bar: Any = None
-        if not quiet:
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                return
-            self._bar = tqdm(total=total, unit="step", smoothing=0.05)
-
-    def start(self, title: str) -> None:
-        """Name the run that begins."""
-        if self._bar is not None:
-            self._bar.set_description_str(title)
-
-    def step(self) -> None:
-        """A step is done."""
-        if self._bar is not None:
-            self._bar.update()
-
-    def skip(self, steps: int) -> None:
-        """Steps that need not be done: found in the log, or given up by a diverged run."""
-        if self._bar is not None:
-            self._bar.total -= steps
-            self._bar.refresh()
-
-    def say(self, line: str) -> None:
-        """Print a line above the bar; standard output is for results alone."""
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
-        elif not self.quiet:
-            print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        if self._bar is not None:
-            self._bar.close()
+Standing = tuple[Problem, dict[str, Outcome]]
 
 
 class Race:
@@ -98,70 +51,99 @@ class Race:
         device: Where to train.
         log: Where finished runs are kept.
         progress: Where steps are shown.
+        jobs: Number of processes that share the runs.
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device, log: Log, progress: Progress):
+    def __init__(self, seeds: Sequence[int], device: torch.device, log: Log, progress: Progress, jobs: int = 1):
         self.seeds = seeds
         self.device = device
         self.log = log
         self.progress = progress
-        self._warm: set[tuple[str, str]] = set()
+        self.jobs = jobs
 
-    def compete(self, problem: Problem, entries: dict[str, Entry]) -> dict[str, Outcome]:
-        """Tune each contestant, then run the winners at every seed and horizon, side by side in time at each seed."""
-        outcomes = {optimizer: self._tune(problem, optimizer, entry) for optimizer, entry in entries.items()}
-        for seed in self.seeds:
-            for optimizer, outcome in outcomes.items():
-                for horizon in horizons(problem, optimizer):
-                    outcome.finals[seed, horizon] = self.run(problem, optimizer, outcome.winner, seed, horizon)
-        return outcomes
-
-    def _tune(self, problem: Problem, optimizer: str, entry: Entry) -> Outcome:
-        """Every configuration over the whole horizon: a schedule cut short says little about its end."""
-        horizon = horizons(problem, optimizer)[0]
-        trials = [self.run(problem, optimizer, config, TUNING_SEED, horizon) for config in entry.configs()]
-        winner = min(trials, key=lambda run: run.final).config
-        outcome = Outcome(trials, winner, entry.edges(winner))
-        facts = {"seed": TUNING_SEED, "configurations": len(trials), "steps": outcome.tuning_steps, "winner": winner}
-        self.log.note_tuning(problem, optimizer, facts)
-        return outcome
+    def compete(self, contest: Sequence[tuple[Problem, Entries]]) -> list[Standing]:
+        """Tune everybody everywhere, then run the winners at every seed, side by side in time at each seed."""
+        self._complete(trial for problem, entries in contest for trial in _trials(problem, entries))
+        standings = [(problem, self._judge(problem, entries)) for problem, entries in contest]
+        self._complete(final for problem, outcomes in standings for final in _finals(problem, outcomes, self.seeds))
+        for problem, outcomes in standings:
+            for final in _finals(problem, outcomes, self.seeds):
+                for name, outcome in outcomes.items():
+                    if (_contestant(name), outcome.winner) == (final.optimizer, final.config):
+                        outcome.finals[final.seed] = self._from_log(final)
+        return standings
 
     def run(self, problem: Problem, optimizer: str, config: Config, seed: int, horizon: int) -> Run:
         """One run, from the log or made and logged."""
-        found = self.log.find(problem, optimizer, config, seed, horizon, self.device)
-        if found is not None:
-            self.progress.skip(horizon)
-            return found
-        if (problem.name, optimizer) not in self._warm:
-            warm_up(problem, optimizer, config, self.device)
-            self._warm.add((problem.name, optimizer))
-        self.progress.start(f"{problem.name}, {optimizer}, seed {seed}")
-        run = train(problem, optimizer, config, seed, horizon, self.device, self.progress.step)
-        run.sources = sources() if optimizer == KFAC_NAME else torch.__version__
+        task = Task(problem, optimizer, config, seed, horizon)
+        self._complete([task])
+        return self._from_log(task)
+
+    def _judge(self, problem: Problem, entries: Entries) -> dict[str, Outcome]:
+        """The winners of tuning. A contestant's default settings follow it as if they were one more contestant."""
+        outcomes: dict[str, Outcome] = {}
+        for name, entry in entries.items():
+            trials = [self._from_log(task) for task in _trials(problem, {name: entry})]
+            winner = min(trials, key=lambda run: run.final).config
+            outcomes[name] = Outcome(trials, winner, entry.edges(winner))
+            facts = {"seed": TUNING_SEED, "configurations": len(trials), "steps": outcomes[name].tuning_steps, "winner": winner}
+            self.log.note_tuning(problem, name, facts)
+            if entry.default is not None:
+                fixed = self._from_log(Task(problem, name, entry.default, TUNING_SEED, problem.steps))
+                outcomes[name + DEFAULT] = Outcome([fixed], fixed.config, [])
+        return outcomes
+
+    def _complete(self, tasks: Iterable[Task]) -> None:
+        """Make the runs that are not in the log."""
+        missing: list[Task] = []
+        for task in tasks:
+            if self._find(task) is None and task not in missing:
+                missing.append(task)
+            else:
+                self.progress.skip(task.horizon)
+        if self.jobs > 1 and len(missing) > 1:
+            for task, run in performed_side_by_side(missing, self.device, self.jobs):
+                self.progress.step(task.horizon)
+                self._keep(task, run)
+            return
+        for task in missing:
+            self.progress.start(f"{task.problem.name}, {task.optimizer}, seed {task.seed}")
+            run = perform(task, self.device, self.progress.step)
+            self.progress.skip(task.horizon - run.steps[-1])
+            self._keep(task, run)
+
+    def _keep(self, task: Task, run: Run) -> None:
+        run.sources = sources_of(run.optimizer)
         self.log.add(run)
-        self.progress.skip(horizon - run.steps[-1])
-        settings = ", ".join(f"{name} {value}" for name, value in config.items())
+        settings = ", ".join(f"{name} {value}" for name, value in run.config.items())
         self.progress.say(
-            f"{problem.name}, seed {seed}, {optimizer} ({settings}): {problem.loss_name} {run.final:.4g} "
+            f"{run.problem}, seed {run.seed}, {run.optimizer} ({settings}): {task.problem.loss_name} {run.final:.4g} "
             f"after {run.steps[-1]} steps, {run.ms_per_step:.0f} ms each"
         )
+
+    def _find(self, task: Task) -> Run | None:
+        return self.log.find(task.problem, task.optimizer, task.config, task.seed, task.horizon, self.device)
+
+    def _from_log(self, task: Task) -> Run:
+        run = self._find(task)
+        assert run is not None, "it has been completed"
         return run
 
 
-def total_steps(problem: Problem, entries: dict[str, Entry], seeds: Sequence[int]) -> int:
-    """Steps of the whole race on a problem as `Race` counts them, with the winner's tuning run counted twice."""
-    total = 0
-    for optimizer, entry in entries.items():
-        lengths = horizons(problem, optimizer)
-        total += len(entry.configs()) * lengths[0] + len(seeds) * sum(lengths)
-    return total
+def _trials(problem: Problem, entries: Entries) -> list[Task]:
+    """Every configuration over the whole horizon: a schedule cut short says little about its end."""
+    return [Task(problem, n, config, TUNING_SEED, problem.steps) for n, entry in entries.items() for config in entry.configs()]
 
 
-@contextmanager
-def progress_over(total: int, quiet: bool) -> Iterator[Progress]:
-    """A progress that is closed at the end, whatever happens."""
-    progress = Progress(total, quiet)
-    try:
-        yield progress
-    finally:
-        progress.close()
+def _finals(problem: Problem, outcomes: dict[str, Outcome], seeds: Iterable[int]) -> list[Task]:
+    return [Task(problem, _contestant(n), o.winner, seed, problem.steps) for seed in seeds for n, o in outcomes.items()]
+
+
+def _contestant(name: str) -> str:
+    return name.removesuffix(DEFAULT)
+
+
+def total_steps(problem: Problem, entries: Entries, seeds: Sequence[int]) -> int:
+    """Steps of the whole race on a problem as `Race` counts them, with a winner's tuning run counted twice."""
+    runs = sum(len(entry.configs()) + len(seeds) * (1 if entry.default is None else 2) for entry in entries.values())
+    return runs * problem.steps

@@ -1,19 +1,22 @@
-"""What the curves say: steps and seconds to AdamW's final loss, their ratios, and the table of them."""
+"""What the curves say: steps and seconds to AdamW's final loss, relative to AdamW's, and the table of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
+from textwrap import wrap
 
 from kfac_triton.cli.demo.training import steps_to
 from kfac_triton.cli.output import table
 
-from .contest import ADAMW, KFAC_NAME, Config
-from .problems import Problem
-from .race import Outcome, horizons
+from .optimizers import ADAMW, Config
+from .problems import HELD_OUT, Problem
+from .race import DEFAULT, Outcome
 from .training import Run
+
+WIDTH = 80
+NEVER = "-"
 
 
 def reached(run: Run, target: float) -> tuple[int, float] | None:
@@ -22,133 +25,66 @@ def reached(run: Run, target: float) -> tuple[int, float] | None:
     return None if number is None else (run.steps[number - 1], run.seconds[number - 1])
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """AdamW and K-FAC at one seed; the target is AdamW's final loss.
+def shares(run: Run, adamw: Run) -> tuple[float, float]:
+    """Steps and seconds until AdamW's final loss, as shares of all of AdamW's at the same seed.
 
-    AdamW's own steps and seconds count until it is first at or below the target: its end, or earlier.
+    Infinite if the run does not get there, and not a number if AdamW diverged.
     """
-
-    adamw: Run
-    kfac: Run
-
-    @property
-    def comparable(self) -> bool:
-        """Whether AdamW has a finite loss to compare with."""
-        return math.isfinite(self.adamw.final)
-
-    @property
-    def steps_ratio(self) -> float:
-        """K-FAC's steps over AdamW's; infinite if K-FAC does not get there, not a number without a target."""
-        return self._ratio(0)
-
-    @property
-    def seconds_ratio(self) -> float:
-        """K-FAC's seconds over AdamW's, in the same way."""
-        return self._ratio(1)
-
-    def _ratio(self, which: int) -> float:
-        theirs, ours = reached(self.adamw, self.adamw.final), reached(self.kfac, self.adamw.final)
-        if not self.comparable or theirs is None or theirs[which] <= 0:
-            return math.nan
-        return math.inf if ours is None else ours[which] / theirs[which]
-
-
-def compare(adamw: Outcome, kfac: Outcome) -> dict[int, list[Comparison]]:
-    """K-FAC's horizon to the comparisons, one a seed."""
-    theirs = {seed: run for (seed, _), run in adamw.finals.items()}
-    found: dict[int, list[Comparison]] = {}
-    for (seed, horizon), run in kfac.finals.items():
-        found.setdefault(horizon, []).append(Comparison(theirs[seed], run))
-    return found
-
-
-def median_ratios(comparisons: Sequence[Comparison]) -> tuple[float, float]:
-    """Medians over the seeds of the ratios of steps and of seconds; a seed without a target leaves none."""
-    pairs = [(c.steps_ratio, c.seconds_ratio) for c in comparisons]
-    if any(math.isnan(value) for pair in pairs for value in pair):
+    if not math.isfinite(adamw.final):
         return math.nan, math.nan
-    return median(steps for steps, _ in pairs), median(seconds for _, seconds in pairs)
+    found = reached(run, adamw.final)
+    return (math.inf, math.inf) if found is None else (found[0] / adamw.steps[-1], found[1] / adamw.seconds[-1])
+
+
+def cost(run: Run, adamw: Run) -> float:
+    """Time of a step, relative to AdamW's at the same seed."""
+    return run.ms_per_step / adamw.ms_per_step if adamw.ms_per_step else math.nan
 
 
 def render(problem: Problem, outcomes: dict[str, Outcome]) -> str:
-    """All that is known of one problem, as text."""
-    lines = [f"{problem.name}: {problem.title}", *(_tuning(problem, name, found) for name, found in outcomes.items())]
-    for name, outcome in outcomes.items():
-        lines += [f"Warning: {name}'s {edge} of its grid: a better one may lie beyond." for edge in outcome.edges]
-    if set(outcomes) < {ADAMW, KFAC_NAME}:
-        return "\n".join([*lines, "", table([_ALONE, *_alone(outcomes)])])
-    rows = [_COMPARED]
-    comparisons = compare(outcomes[ADAMW], outcomes[KFAC_NAME])
-    for horizon, group in comparisons.items():
-        rows += [_row(horizon, comparison) for comparison in group]
-    lines += ["", f"Target: AdamW's final {problem.loss_name}. K-FAC's steps and seconds to it, over AdamW's:", table(rows)]
-    for horizon, group in comparisons.items():
-        steps, seconds = median_ratios(group)
-        lines.append(
-            f"{problem.name}, K-FAC over {horizon} steps, AdamW over {problem.steps}: "
-            f"median over {len(group)} seeds {_ratio(steps)} of the steps, {_ratio(seconds)} of the seconds."
-        )
-    return "\n".join(lines)
-
-
-_COMPARED = [
-    *("seed", "horizon", "AdamW loss", "K-FAC loss", "steps", "ratio", "seconds", "ratio", "ms a step"),
-    *("held-out loss", "held-out accuracy"),
-]
-_ALONE = ["", "seed", "horizon", "loss", "ms a step", "held-out loss", "held-out accuracy"]
-
-
-def _row(horizon: int, comparison: Comparison) -> list[str]:
-    adamw, kfac = comparison.adamw, comparison.kfac
-    theirs, ours = reached(adamw, adamw.final), reached(kfac, adamw.final)
-    if not comparison.comparable:
-        steps, seconds = "no target", "no target"
-    else:
-        assert theirs is not None
-        steps = f"{theirs[0]} -> {'never' if ours is None else ours[0]}"
-        seconds = f"{theirs[1]:.1f} -> {'never' if ours is None else format(ours[1], '.1f')}"
-    return [
-        str(kfac.seed),
-        str(horizon),
-        number(adamw.final),
-        number(kfac.final),
-        steps,
-        _ratio(comparison.steps_ratio),
-        seconds,
-        _ratio(comparison.seconds_ratio),
-        f"{adamw.ms_per_step:.1f} -> {kfac.ms_per_step:.1f}",
-        f"{number(adamw.held_out_loss)} -> {number(kfac.held_out_loss)}",
-        f"{adamw.held_out_accuracy:.3f} -> {kfac.held_out_accuracy:.3f}",
+    """All that is known of one problem, as text of at most 80 columns for three seeds."""
+    seeds = ", ".join(str(seed) for seed in next(iter(outcomes.values())).finals)
+    heading = f"{problem.name}: {problem.title}; {problem.steps} steps of {problem.batch}"
+    rows = [["held-out loss:", "mean", f"seeds {seeds}", "steps", "a step", "time"]]
+    rows += [_row(name, outcome, outcomes.get(ADAMW)) for name, outcome in outcomes.items()]
+    of_target = "" if problem.target == HELD_OUT else f"{problem.target} "
+    notes = [
+        f"steps: until AdamW's final {of_target}loss, as shares of AdamW's steps, at each seed ({NEVER}: never); a step: its "
+        "time in units of AdamW's; time: until that loss, in units of AdamW's whole time; medians over the seeds."
     ]
-
-
-def _alone(outcomes: dict[str, Outcome]) -> list[list[str]]:
-    """RowSource of a contestant that races alone."""
-    return [
-        [
-            name,
-            str(seed),
-            str(horizon),
-            number(run.final),
-            f"{run.ms_per_step:.1f}",
-            number(run.held_out_loss),
-            f"{run.held_out_accuracy:.3f}",
-        ]
-        for name, outcome in outcomes.items()
-        for (seed, horizon), run in outcome.finals.items()
-    ]
-
-
-def _tuning(problem: Problem, name: str, outcome: Outcome) -> str:
-    """The tuning budget, the winner, and how every trial ended."""
-    varied = [key for key in outcome.winner if len({str(run.config[key]) for run in outcome.trials}) > 1]
-    trials = "; ".join(f"{settings({key: run.config[key] for key in varied})}: {number(run.final)}" for run in outcome.trials)
-    return (
-        f"{name}: {settings(outcome.winner)}. Tuned on seed {outcome.trials[0].seed}: {len(outcome.trials)} configurations, "
-        f"each over its whole schedule of {horizons(problem, name)[0]} steps ({outcome.tuning_steps} steps in all), "
-        f"by the final {problem.loss_name}: {trials}."
+    notes += _tuning(problem, outcomes)
+    return "\n".join(
+        [heading, "", table(rows), "", *(line for note in notes for line in wrap(note, WIDTH, subsequent_indent="  "))]
     )
+
+
+def _row(name: str, outcome: Outcome, adamw: Outcome | None) -> list[str]:
+    losses = [run.held_out_loss for run in outcome.finals.values()]
+    cells = [name, short(fmean(losses)), " ".join(map(short, losses))]
+    if adamw is None:
+        return [*cells, "", "", ""]
+    pairs = [(run, adamw.finals[seed]) for seed, run in outcome.finals.items()]
+    found = [shares(run, theirs) for run, theirs in pairs]
+    steps = " ".join(_share(of_steps) for of_steps, _ in found)
+    return [*cells, steps, _share(median(cost(*pair) for pair in pairs)), _share(_median([seconds for _, seconds in found]))]
+
+
+def _tuning(problem: Problem, outcomes: dict[str, Outcome]) -> list[str]:
+    """The tuning budgets, the winners, and between what the trials ended."""
+    tuned = {name: outcome for name, outcome in outcomes.items() if not name.endswith(DEFAULT)}
+    counts = {len(outcome.trials) for outcome in tuned.values()}
+    seed = next(iter(tuned.values())).trials[0].seed
+    number_of = f"{counts.pop()} configurations each" if len(counts) == 1 else "unequal numbers of configurations"
+    lines = [f"Tuned on seed {seed}, {number_of}, every one over all steps, by the final {problem.loss_name}:"]
+    for name, outcome in tuned.items():
+        varied = [key for key in outcome.winner if len({str(run.config[key]) for run in outcome.trials}) > 1]
+        finals = [run.final for run in outcome.trials]
+        lines.append(
+            f"  {name}: {settings({key: outcome.winner[key] for key in varied})} "
+            f"({len(finals)} trials: {short(min(finals))} to {short(max(finals))})"
+            + "".join(f"; {edge} of its grid" for edge in outcome.edges)
+        )
+    return lines
 
 
 def settings(config: Config) -> str:
@@ -161,7 +97,20 @@ def number(loss: float) -> str:
     return f"{loss:.4g}" if math.isfinite(loss) else "diverged"
 
 
-def _ratio(ratio: float) -> str:
+def short(loss: float) -> str:
+    """A loss in at most six characters, diverged runs apart: four digits, or three behind a leading zero."""
+    if not math.isfinite(loss):
+        return "inf"
+    digits = max(0, 3 - math.floor(math.log10(loss))) if loss >= 1 else 3 if loss >= 0.1 else 4
+    return f"{loss:.{digits}f}"
+
+
+def _share(ratio: float) -> str:
     if math.isnan(ratio):
-        return "-"
-    return f"{ratio:.2f}" if math.isfinite(ratio) else "never"
+        return "?"
+    return f"{ratio:.2f}" if math.isfinite(ratio) else NEVER
+
+
+def _median(values: Sequence[float]) -> float:
+    """Not a number if one of the values is none."""
+    return math.nan if any(map(math.isnan, values)) else median(values)

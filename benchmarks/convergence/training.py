@@ -7,17 +7,19 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from .contest import Config, make_optimizer
+from .optimizers import Config, make_optimizer
 from .problems import Batch, Problem
 
 WARM_UP = 0.05
 EVALUATED_AT_ONCE = 128
 OnStep = Callable[[], None]
+LossOf = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -27,7 +29,7 @@ class Run:
     Attributes:
         problem: Its name.
         version: Its fingerprint.
-        optimizer: `contest.ADAMW` or `contest.KFAC_NAME`.
+        optimizer: One of `contest.CONTESTANTS`.
         config: Settings of the optimizer.
         seed: Of weights and batches.
         horizon: Steps that the schedule is for.
@@ -36,9 +38,9 @@ class Run:
         sources: Fingerprint of the optimizer's code.
         steps: Steps done at each evaluation, 0 first.
         losses: On the problem's target set at each evaluation; infinite at the end if the run diverged.
-        seconds: Of training until each evaluation.
+        seconds: Of training until each evaluation: of the processor if the network trains on it, else by the clock.
         held_out_loss: At the end.
-        held_out_accuracy: At the end, in [0, 1].
+        held_out_accuracy: At the end, in [0, 1]; 0 if the loss is no cross-entropy.
     """
 
     problem: str
@@ -75,14 +77,14 @@ def schedule(step: int, horizon: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, horizon - warm_up)))
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, config: Config) -> Tensor:
+def train_step(model: nn.Module, optimizer: Any, batch: Batch, config: Config, loss_of: LossOf = cross_entropy) -> Tensor:
     """One step of any contestant; the mean loss before it. The only place that knows how an optimizer is called."""
     inputs, targets = batch
     optimizer.zero_grad()
     outputs = model(inputs)
-    loss = F.cross_entropy(outputs, targets)
+    loss = loss_of(outputs, targets)
     if config.get("fisher", "empirical") != "empirical":
-        optimizer.accumulate_fisher(outputs, targets)  # type: ignore[attr-defined]
+        optimizer.accumulate_fisher(outputs, targets)
     loss.backward()
     if config.get("clip") is not None:
         nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
@@ -91,15 +93,16 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch,
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batch: Batch, paused: AbstractContextManager[None]) -> tuple[float, float]:
+def evaluate(problem: Problem, model: nn.Module, batch: Batch, paused: AbstractContextManager[None]) -> tuple[float, float]:
     """Mean loss and accuracy in evaluation mode; a loss that is not finite counts as infinite."""
     inputs, targets = batch
     model.eval()
     with paused:
         outputs = torch.cat([model(chunk) for chunk in inputs.split(EVALUATED_AT_ONCE)])
     model.train()
-    loss = F.cross_entropy(outputs, targets).item()
-    return loss if math.isfinite(loss) else math.inf, (outputs.argmax(dim=1) == targets).float().mean().item()
+    loss = problem.loss(outputs, targets).item()
+    correct = (outputs.argmax(dim=1) == targets).float().mean().item() if problem.is_classification else 0.0
+    return loss if math.isfinite(loss) else math.inf, correct
 
 
 def train(
@@ -109,7 +112,7 @@ def train(
 
     Args:
         problem: What to train.
-        optimizer_name: `contest.ADAMW` or `contest.KFAC_NAME`.
+        optimizer_name: One of `contest.CONTESTANTS`.
         config: Its settings.
         seed: Of weights, batches and what the optimizer draws.
         horizon: Steps.
@@ -124,12 +127,13 @@ def train(
     target_set, held_out_set = (_to(batch, device) for batch in (problem.target_set(), problem.held_out_set()))
     batches = problem.batches(seed)
     pause = getattr(optimizer, "paused", nullcontext)
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     elapsed, diverged = 0.0, False
 
     def record(step: int) -> None:
         run.steps.append(step)
         run.seconds.append(elapsed)
-        run.losses.append(math.inf if diverged else evaluate(model, target_set, pause())[0])
+        run.losses.append(math.inf if diverged else evaluate(problem, model, target_set, pause())[0])
 
     record(0)
     for step in range(horizon):
@@ -137,13 +141,13 @@ def train(
             group["lr"] = rate * schedule(step, horizon)
         batch = _to(next(batches), device)
         _synchronize(device)
-        start = time.perf_counter()
+        start = clock()
         try:
-            loss = train_step(model, optimizer, batch, config).item()
+            loss = train_step(model, optimizer, batch, config, problem.loss).item()
         except torch.linalg.LinAlgError:  # a factorization that met what no damping saves
             loss = math.inf
         _synchronize(device)
-        elapsed += time.perf_counter() - start
+        elapsed += clock() - start
         diverged = not math.isfinite(loss)
         on_step()
         if diverged or (step + 1) % problem.evaluate_every == 0 or step + 1 == horizon:
@@ -151,7 +155,7 @@ def train(
         if diverged:
             break
     if math.isfinite(run.final):
-        run.held_out_loss, run.held_out_accuracy = evaluate(model, held_out_set, pause())
+        run.held_out_loss, run.held_out_accuracy = evaluate(problem, model, held_out_set, pause())
     close = getattr(optimizer, "close", None)
     if close is not None:
         close()
@@ -164,7 +168,7 @@ def warm_up(problem: Problem, optimizer_name: str, config: Config, device: torch
     optimizer = make_optimizer(optimizer_name, model, config)
     batches = problem.batches(0)
     for _ in range(2):
-        train_step(model, optimizer, _to(next(batches), device), config)
+        train_step(model, optimizer, _to(next(batches), device), config, problem.loss)
     close = getattr(optimizer, "close", None)
     if close is not None:
         close()

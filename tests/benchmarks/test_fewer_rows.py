@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 import torch.nn.functional as F
 
-from benchmarks.convergence import choices, fewer_rows, problems, race
+from benchmarks.convergence import choices, fewer_rows, problems, tasks
 from benchmarks.convergence.choices import CONTROL, EVERYTHING
-from benchmarks.convergence.contest import CONTEST, KFAC_NAME, make_kfac
+from benchmarks.convergence.contest import CONTEST
 from benchmarks.convergence.differences import differences, student
 from benchmarks.convergence.log import Log
+from benchmarks.convergence.optimizers import KFAC_NAME, make_kfac
 from benchmarks.convergence.training import train
 
-COMPARED = [p for p in (*problems.FULL, problems.WIDE) if p.name in fewer_rows.NAMES]
-QUICK = {p.name: p for p in (*problems.QUICK, problems.QUICK_WIDE)}
-MINIATURE = ["--quick", "--quiet", "--problem", "text", "--seeds", "0", "1"]
+COMPARED = [problems.BY_NAME[name] for name in fewer_rows.NAMES]
+QUICK = {problem.name: problem.miniature() for problem in COMPARED}
+MINIATURE = ["--quick", "--quiet", "--problem", "text-large", "--seeds", "0", "1"]
 
 
 # What is compared.
@@ -38,7 +39,7 @@ def test_choices_differ_and_start_with_the_reference(problem: problems.Problem) 
     assert [choice.name for choice in found if choice.config["stats_fraction"] == "auto"] == [choices.DEFAULT]
 
 
-@pytest.mark.parametrize("name", ["text", "vit"])
+@pytest.mark.parametrize("name", ["text-large", "vit-large"])
 def test_the_reference_is_a_configuration_of_the_race(name: str) -> None:
     configs = CONTEST[name][KFAC_NAME].configs()
     assert choices.BASE[name] in configs
@@ -59,7 +60,7 @@ def test_rows_and_blocks_are_those_of_kfac(name: str) -> None:
             assert engine.collector.statistics[number].rows_taken == choice.rows, choice.name
             largest = max(p.size for p in engine.partition.parts if not p.diagonal)
             if choice.block < choice.size:
-                assert largest <= choice.block or name == "vit", choice.name
+                assert largest <= choice.block or name == "vit-large", choice.name
 
 
 # Statistics.
@@ -114,19 +115,19 @@ def test_a_stopped_comparison_shows_what_is_finished_and_continues(
         made.append(arguments)
         return train(*arguments)
 
-    monkeypatch.setattr(race, "train", counted)
+    monkeypatch.setattr(tasks, "train", counted)
     log = tmp_path / "log.json"
     assert fewer_rows.main([*MINIATURE, "--log", str(log)]) == fewer_rows.INTERRUPTED
     printed = capsys.readouterr().out
     assert "Stopped; 5 runs are in" in printed
-    first, second, third = (choice.name for choice in choices.choices(QUICK["text"])[:3])
+    first, second, third = (choice.name for choice in choices.choices(QUICK["text-large"])[:3])
     assert first in printed and second in printed and third not in printed, "one seed of a choice is no row"
 
     made.clear()
     stop_after = -1
     assert fewer_rows.main([*MINIATURE, "--log", str(log)]) == 0
     printed = capsys.readouterr().out
-    compared = choices.choices(QUICK["text"])
+    compared = choices.choices(QUICK["text-large"])
     assert len(made) == 2 * len(compared) - 5
     rows = {re.split(r"\s{2,}", line.strip())[0]: line for line in printed.splitlines()}
     assert all(choice.name in rows for choice in compared)
