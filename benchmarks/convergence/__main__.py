@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from .table import render
 from .trials import Trial, of_one, parse_trial
 
 INTERRUPTED = 130
+MOST_JOBS = 4
 Contest = list[tuple[Problem, dict[str, Entry]]]
 
 
@@ -51,7 +53,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--shampoo", type=Path, metavar="PATH", help="a folder with the package distributed_shampoo")
     parser.add_argument("--device", type=usable_device, default="cpu", help=f"cpu, cuda, cuda:1, ... {shown}")
     parser.add_argument(
-        "--jobs", type=at_least(1), default=1, help=f"processes that share the runs, each of one thread on a CPU {shown}"
+        *("--jobs", "-j"),
+        type=at_least(1),
+        help=f"processes that share the runs, on a CPU of one thread each (default: one for each core, at most {MOST_JOBS}; "
+        "on a GPU one)",
     )
     parser.add_argument(
         "--log", type=writable_file(".json"), default="convergence.json", help=f"finished runs, or {NO_FILE!r} {shown}"
@@ -133,7 +138,8 @@ def _race(arguments: argparse.Namespace, problems: Sequence[Problem], log: Log) 
     contest = _contest(arguments, problems)
     total = sum(total_steps(problem, entries, arguments.seeds) for problem, entries in contest)
     with progress_over(total, arguments.quiet) as progress:
-        standings = Race(arguments.seeds, arguments.device, log, progress, arguments.jobs).compete(contest)
+        jobs = arguments.jobs or (min(MOST_JOBS, os.cpu_count() or 1) if arguments.device.type == "cpu" else 1)
+        standings = Race(arguments.seeds, arguments.device, log, progress, jobs).compete(contest)
     print("\n\n".join(render(problem, outcomes) for problem, outcomes in standings))
     if arguments.output is not None:
         from .picture import draw

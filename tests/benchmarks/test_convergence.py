@@ -24,7 +24,7 @@ from benchmarks.convergence.trials import Trial, parse_settings, parse_trial
 from kfac_triton import KFACAdam
 
 QUICK_TEXT = problems.BY_NAME["text"].miniature()
-MINIATURE = ["--quick", "--quiet", "--output", "none"]
+MINIATURE = ["--quick", "--quiet", "--jobs", "1", "--output", "none"]
 CPU = torch.device("cpu")
 
 
@@ -197,7 +197,7 @@ def test_miniature_race_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFi
     chosen = ["text", "vit", "mlp", "conv", "resnet-large"]
     options = [option for name in chosen for option in ("--problem", name)]
     options += ["--seeds", "0", "1", "--output", str(picture), "--log", str(path)]
-    assert command.main(["--quick", "--quiet", *options]) == 0
+    assert command.main(["--quick", "--quiet", "--jobs", "1", *options]) == 0
     printed = capsys.readouterr()
     assert printed.err == "", "bars in spite of --quiet"
     for name in chosen:
