@@ -124,7 +124,7 @@ CONTEST: dict[str, dict[str, Entry]] = {
     },
     "mlp": {
         ADAMW: _adamw(8e-3, 1.6e-2, 3.2e-2),
-        SGD: _sgd(0.1, 0.2, 0.4),
+        SGD: _sgd(0.2, 0.4, 0.8),
         MUON: _muon(0.03, 0.06, 0.12),
         SOAP: _soap(6e-3, 1.2e-2, 2.4e-2),
         SHAMPOO: _shampoo(8e-3, 1.6e-2, 3.2e-2),

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import kfac_triton
-from kfac_triton import KFAC
+from kfac_triton import KFAC, KFACAdam
 
 from . import peers
 from .muon import MuonWithAdamW
@@ -54,7 +53,7 @@ def make_optimizer(name: str, model: nn.Module, config: Config) -> Any:
     if name == SHAMPOO:
         return peers.make_shampoo(model, **settings)
     if name == KFAC_ADAM:
-        return kfac_triton.KFACAdam(model, **settings)
+        return KFACAdam(model, **settings)
     return make_kfac(model, settings)
 
 
