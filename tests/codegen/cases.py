@@ -359,6 +359,6 @@ def shipped(arch: str) -> list[Case]:
     """All of them for one architecture."""
     families = (
         _covariance, _newton_schulz, _factored_newton, _orthogonal_iteration, _precondition, _lists, _gradients, _first_order,
-        _norm_fisher,
+        _eigen_adam, _norm_fisher,
     )  # fmt: skip
     return [case for family in families for case in family(arch)]
