@@ -23,7 +23,7 @@ from kfac_triton.kernels import operators, ops, runtime
 from kfac_triton.kernels.covariance import launch as covariance_launch
 
 CPU = torch.device("cpu")
-OPERATIONS = ("covariance_ema", "newton_schulz_inverse", "factored_newton_refresh", "precondition")
+OPERATIONS = ("covariance_ema", "newton_schulz_inverse", "factored_newton_refresh", "orthogonal_iteration", "precondition")
 
 
 @pytest.mark.parametrize("sides", [(16,), pytest.param(doctor._INTERPRETED_SIDES, marks=pytest.mark.slow)], ids=str)
@@ -77,6 +77,8 @@ def damaged(monkeypatch, operation, damage):
         ("newton_schulz_inverse", lambda factor, damping, inverse, residual, *rest: residual.fill_(1e-12)),  # a false promise
         ("factored_newton_refresh", lambda factors, dampings, roots, *rest: roots[0].mul_(1.1)),
         ("factored_newton_refresh", lambda factors, dampings, roots, residuals, *rest: residuals[0].fill_(1e-12)),
+        ("orthogonal_iteration", lambda factors, bases, *rest: bases[0].mul_(1.001)),
+        ("orthogonal_iteration", lambda factors, bases, *rest: bases[0].copy_(bases[0].roll(1, -1))),  # not that of the factor
         ("precondition", lambda gradient, left, right, out, *rest: out[0, 0].zero_()),
         ("precondition", lambda gradient, left, right, out, product, *rest: product[0].mul_(1.1)),
         ("precondition", lambda gradient, left, right, out, *rest: out[0, 0, 0].fill_(math.nan)),

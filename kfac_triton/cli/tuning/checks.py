@@ -16,6 +16,7 @@ from ...curvature.factor_stack import padded
 from ...kernels import operators, ops, runtime
 from ...kernels.certificate import damped, mirror
 from ...kernels.covariance.window import flatten
+from ...kernels.orthogonal_iteration import launch as orthogonal_iteration
 
 EMA_DECAY = 0.95
 DAMPING = 1e-3  # over the Frobenius norm of a factor: a condition number of about a thousand
@@ -65,6 +66,14 @@ class Problem(ABC):
         self.run(backend)
         return self.error()
 
+    def can_use(self, arguments: tuple[Any, ...]) -> str | None:
+        """Why no kernel can serve a call; None if one can."""
+        return operators.OPERATORS[self.operation].can_use(*arguments)
+
+    def prefers_library(self) -> bool:
+        """Whether the library serves the calls with backend="auto"."""
+        return bool(operators.OPERATORS[self.operation].prefers_library(self.device))
+
     def is_right(self, error: float) -> bool:
         """Whether an error is allowed; NaN is not."""
         return error <= self.allowed
@@ -72,8 +81,7 @@ class Problem(ABC):
 
 def kernel_obstacle(problem: Problem) -> str | None:
     """Why no Triton kernel can serve a problem; None if one can."""
-    can_use = operators.OPERATORS[problem.operation].can_use
-    reasons = (can_use(*arguments) for arguments in problem.operands)
+    reasons = map(problem.can_use, problem.operands)
     return runtime.obstacle(problem.device) or next(filter(None, reasons), None)
 
 
@@ -220,6 +228,51 @@ class WarmInverses(Inverses):
     def error(self) -> float:
         """See the class."""
         return self.certified_error_of(root.double().mT @ root.double() for root in self.results)
+
+
+class Bases(Problem):
+    """Eigenvectors of factors one batch before, turned to the present factors by a step of orthogonal iteration.
+
+    Error: how far a basis Q is from orthonormal, or Q^T Y from upper triangular in units of Y = (A + s I) Q_before.
+    """
+
+    operation = "orthogonal_iteration"
+    allowed = 3e-4
+    shift, rescue_shift, steps, accept = 1e-3, 1.0, 9, 0.1
+
+    def __init__(self, name: str, stacks: Mapping[int, int], device: torch.device) -> None:
+        """The stacks: side -> number of matrices."""
+        before = [torch.stack([decaying_factor(side, device) for _ in range(count)]) for side, count in stacks.items()]
+        self.factors = [
+            torch.stack([EMA_DECAY * old + (1 - EMA_DECAY) * decaying_factor(old.shape[0], device) for old in stack])
+            for stack in before
+        ]
+        self.starts = [torch.linalg.eigh(stack)[1].flip(-1).contiguous() for stack in before]
+        self.bases = [torch.empty_like(start) for start in self.starts]
+        self.residuals = [stack.new_empty(len(stack)) for stack in before]
+        self.refused = [torch.zeros(len(stack), dtype=torch.bool, device=device) for stack in before]
+        lists = self.factors, self.bases, self.residuals, self.refused
+        written = [*zip(self.bases, self.starts, strict=True), *((r, _UNSET) for r in self.residuals)]
+        super().__init__(name, [(*lists, self.shift, self.rescue_shift, self.steps, self.accept)], written)
+
+    def can_use(self, arguments: tuple[Any, ...]) -> str | None:
+        """See `Problem`; the operation is no operator."""
+        return orthogonal_iteration.can_use(*arguments)
+
+    def prefers_library(self) -> bool:
+        """Never."""
+        return False
+
+    def error(self) -> float:
+        """See the class."""
+        errors = []
+        for factor, start, basis in zip(self.factors, self.starts, self.bases, strict=True):
+            a, before, q = factor.double(), start.double(), basis.double()
+            mean = a.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+            y = a @ before + self.shift * mean * before
+            below = torch.linalg.matrix_norm((q.mT @ y).tril(-1)) / torch.linalg.matrix_norm(y)
+            errors += [*below.tolist(), *torch.linalg.matrix_norm(damped(q.mT @ q, -q.new_ones(len(q)))).tolist()]
+        return worst(errors)
 
 
 class Preconditioning(Problem):

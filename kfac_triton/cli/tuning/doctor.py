@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ... import __version__
-from ...kernels import operators, ops, runtime, tuning
+from ...kernels import ops, runtime, tuning
 from ..arguments import add_device
-from .checks import ColdInverses, Covariance, Preconditioning, Problem, RowSource, WarmInverses, kernel_obstacle
+from .checks import Bases, ColdInverses, Covariance, Preconditioning, Problem, RowSource, WarmInverses, kernel_obstacle
 
 HELP = "say which backend serves each operation, and check every kernel"
 DESCRIPTION = (
@@ -78,6 +78,7 @@ def problems(device: torch.device, sides: Sequence[int] = ()) -> Iterator[Proble
     stacks = dict.fromkeys(sides, 2)
     yield ColdInverses("stacks", stacks, device)
     yield WarmInverses("stacks", stacks, device)
+    yield Bases("stacks", stacks, device)
     shapes = {(m, n): 2 for m in sides[:2] for n in sides[-2:]}
     yield Preconditioning("inverses", shapes, device, factored=False)
     yield Preconditioning("inverse roots", shapes, device)
@@ -104,7 +105,7 @@ def examine(problem: Problem, backend: str) -> Finding:
 
 def choice(problem: Problem) -> tuple[str, str]:
     """The backend that `auto` chooses, and why."""
-    if operators.OPERATORS[problem.operation].prefers_library(problem.device):
+    if problem.prefers_library():
         return "library", "its TF32 products were faster wherever that was measured"
     if (obstacle := kernel_obstacle(problem)) is not None:
         return "torch", obstacle

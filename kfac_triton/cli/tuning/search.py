@@ -20,7 +20,7 @@ import torch
 from ...kernels import ops, runtime, tuning
 from ...kernels.runtime import Target
 from ...kernels.tuning import Config
-from .checks import ColdInverses, Covariance, Preconditioning, Problem, RowSource, WarmInverses, kernel_obstacle
+from .checks import Bases, ColdInverses, Covariance, Preconditioning, Problem, RowSource, WarmInverses, kernel_obstacle
 
 # Values that a key of kernels/configs/*.json may take, by the beginning of its name, the longest first. A key without a list
 # here, such as a register limit, stays as it is.
@@ -150,6 +150,8 @@ def problem_for(kernel: str, side: int, device: torch.device) -> Problem:
         return ColdInverses(kernel, {side: count}, device)
     if kernel.startswith("factored"):
         return WarmInverses(kernel, {side: count}, device)
+    if kernel.startswith("orthogonal"):
+        return Bases(kernel, {side: count}, device)
     if kernel.startswith("precondition"):
         return Preconditioning(kernel, {(side, side): count}, device)
     raise ValueError(f"kernel must belong to an operation that can be tuned, but is {kernel!r}")
