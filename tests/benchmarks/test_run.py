@@ -61,7 +61,7 @@ def test_nothing_is_called_a_gpu_figure(results: Path) -> None:
 
 def test_kernels_are_checked_first(results: Path) -> None:
     checks = json.loads((results / "results.json").read_text())["checks"]
-    assert len(checks) == 9
+    assert len(checks) == 10
     assert all(": right, error" in line for line in checks)
 
 
