@@ -57,11 +57,9 @@ class PreconditionedGradients:
         """The parameters whose first-order averages are in the engine, with curvature="adam"."""
         if self.curvature.adam is None:
             return []
-        return list(dict.fromkeys(p for layer in self.layers for p in self._moved_with(layer)))
-
-    def _moved_with(self, layer: Layer) -> list[nn.Parameter]:
-        """The parameters of a layer that move along the preconditioned gradient."""
-        return [layer.weight] if self.settings.bias == "separate" else layer.parameters()
+        is_separate = self.settings.bias == "separate"
+        moved = (p for layer in self.layers for p in ([layer.weight] if is_separate else layer.parameters()))
+        return list(dict.fromkeys(moved))
 
     def _preconditioned_gradients(
         self, learning_rate: LearningRate, options: Tensor | None
@@ -75,7 +73,7 @@ class PreconditionedGradients:
         else:
             result = self._one_by_one(usable, learning_rate, options)
         if self.settings.bias == "separate":
-            moved = {id(p) for layer in self.layers for p in self._moved_with(layer)}
+            moved = set(map(id, self.moved_by_averages()))
             result = {p: update for p, update in result.items() if id(p) in moved}
         self.mixed = {p for layer in raw for p in (layer.weight, layer.bias) if p in result}
         return result
@@ -94,8 +92,7 @@ class PreconditionedGradients:
     def _accept_unless(self, stays: Tensor, usable: list[bool]) -> None:
         """Notes for `commit` which tiles have a finite gradient; stays: flags of those that are not to be updated."""
         if self.curvature.adam is not None:
-            blocks = self.partition.blocks
-            known = [usable[blocks[block].layer_number] for block in self.curvature.adam.blocks()]
+            known = [usable[number] for number in self.curvature.adam.layers]
             self._accept = device_vector(known, stays.device, torch.bool) & ~stays
 
     def _one_by_one(

@@ -85,6 +85,7 @@ class EigenAdam:
         means: M, (B, m, n) for each tile group.
         squares: V, likewise.
         steps: t, (tiles,).
+        layers: the number of each tile's layer.
     """
 
     def __init__(
@@ -95,14 +96,15 @@ class EigenAdam:
         self._eigenvectors = Eigenvectors([basis for basis in bases if isinstance(basis, EigenvectorStack)])
         order = [number for group in self._groups for number in group.tiles]
         tiles = [partition.tiles[number] for number in order]
-        self._block_of = [tile.block for tile in tiles]
-        self._weight_blocks = [partition.blocks[tile.block] for tile in tiles]
+        self._blocks = [partition.blocks[tile.block] for tile in tiles]
+        self.layers = [block.layer_number for block in self._blocks]
         self._place_of = {number: place for place, number in enumerate(order)}
         self._sizes = [(partition.parts[tile.g].size, partition.parts[tile.a].size) for tile in tiles]
         self._slots = [(bank.slots[tile.g], bank.slots[tile.a]) for tile in tiles]
         self.means, self.squares, starts = [], [], [0]
         for group in self._groups:
-            g, a = (bank.sum_of(bank.slots[part]) for part in _parts(partition, group.tiles[0]))
+            first = partition.tiles[group.tiles[0]]
+            g, a = (bank.sum_of(bank.slots[part]) for part in (first.g, first.a))
             self.means.append(g.new_zeros(len(group.tiles), g.shape[-1], a.shape[-1]))
             self.squares.append(torch.zeros_like(self.means[-1]))
             starts.append(starts[-1] + len(group.tiles))
@@ -130,7 +132,7 @@ class EigenAdam:
 
     def options(self, of_weight: Callable[[nn.Parameter], AdamOptions]) -> Tensor:
         """The options of each tile, (tiles, 4) in double precision, on the device."""
-        rows = tuple([tuple(map(float, of_weight(block.layer.weight))) for block in self._weight_blocks])
+        rows = tuple([tuple(map(float, of_weight(block.layer.weight))) for block in self._blocks])
         return device_table(rows, self.steps.device, torch.float64)
 
     def refresh(self, restart: bool) -> None:
@@ -154,13 +156,12 @@ class EigenAdam:
             self._eigenvectors.refresh(stores, new)
             self._start_again({(store, place) for store, places in enumerate(new) for place in places})
 
-    def rescue(self) -> bool:
-        """Refreshes by QR what products did not make orthonormal, as soon as the host knows; whether there was any."""
+    def rescue(self) -> None:
+        """Refreshes by QR what products did not make orthonormal, as soon as the host knows."""
         overdue = self._eigenvectors.overdue()
         if overdue:
             with self._turning():
                 self._eigenvectors.rescue(self._bank.stacks, overdue)
-        return bool(overdue)
 
     def was_refused(self) -> bool:
         """See `Eigenvectors.was_refused`."""
@@ -200,15 +201,10 @@ class EigenAdam:
             self._eigenvectors.known = self._before.known
         self._rotated, self._before, self._means_of_weights = [], None, []
 
-    def blocks(self) -> list[int]:
-        """The block of each tile."""
-        return self._block_of
-
     def views(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """Views of mean and square of a tile, given its number in the partition, and of its counter."""
         place = self._place_of[number]
-        group = next(i for i, run in enumerate(self._runs) if run.start <= place < run.stop)
-        index = place - self._runs[group].start
+        group, index = self._where(place)
         return self.means[group][index], self.squares[group][index], self.steps[place]
 
     def forget(self, tiles: Sequence[int]) -> None:
@@ -239,11 +235,15 @@ class EigenAdam:
         places = self._bank.places
         for place, slots in enumerate(self._slots):
             if any(places[slot] in changed for slot in slots):
-                group = next(i for i, run in enumerate(self._runs) if run.start <= place < run.stop)
-                index = place - self._runs[group].start
+                group, index = self._where(place)
                 self._means_of_weights[group][index].zero_()
                 self.squares[group][index].zero_()
                 self.steps[place] = 0
+
+    def _where(self, place: int) -> tuple[int, int]:
+        """The tile group of a tile, given its place in vectors over tiles, and its index there."""
+        group = next(i for i, run in enumerate(self._runs) if run.start <= place < run.stop)
+        return group, place - self._runs[group].start
 
     def _noise(self) -> Tensor:
         """The shares of row means and column means that are added to D, (tiles, 2)."""
@@ -285,7 +285,3 @@ class EigenAdam:
         """What `refresh` changes."""
         bases = [x for basis in self._bases if isinstance(basis, EigenvectorStack) for x in (basis.vectors, basis.residual)]
         return [*bases, *self.means, self.steps, *(self.squares if changes_squares else [])]
-
-
-def _parts(partition: Partition, tile: int) -> tuple[int, int]:
-    return partition.tiles[tile].g, partition.tiles[tile].a

@@ -29,7 +29,27 @@ def off_diagonal(rotated: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     return values, (torch.linalg.matrix_norm(rest) + rounding).nan_to_num(nan=torch.inf)
 
 
-class EigenStack(Inverse):
+class Rotation(Inverse):
+    """What rotates into the eigenbases of a stack of factors, and back.
+
+    Attributes:
+        vectors: eigenvectors as columns, (B, n, n).
+    """
+
+    vectors: Tensor
+
+    def left(self, side: SideGroup, x: Tensor, back: bool = False) -> Tensor:
+        """Q^T x, into the eigenbasis, or Q x, back from it."""
+        vectors = side.select(self.vectors)
+        return vectors @ x if back else vectors.mT @ x
+
+    def right(self, side: SideGroup, x: Tensor, back: bool = False) -> Tensor:
+        """Likewise x Q, into the eigenbasis, or x Q^T, back from it."""
+        vectors = side.select(self.vectors)
+        return x @ vectors.mT if back else x @ vectors
+
+
+class EigenStack(Rotation):
     """Eigenvectors and eigenvalues of a stack of factors, refreshed in place.
 
     Args:
@@ -71,16 +91,6 @@ class EigenStack(Inverse):
         for index in remaining.tolist():
             self._decompose(index, factors[index], damping)
         self.is_cold = False
-
-    def left(self, side: SideGroup, x: Tensor, back: bool = False) -> Tensor:
-        """Q^T x, into the eigenbasis, or Q x, back from it; `EigenSolve` divides by the spectrum in between."""
-        vectors = side.select(self.vectors)
-        return vectors @ x if back else vectors.mT @ x
-
-    def right(self, side: SideGroup, x: Tensor, back: bool = False) -> Tensor:
-        """Likewise x Q, into the eigenbasis, or x Q^T, back from it."""
-        vectors = side.select(self.vectors)
-        return x @ vectors.mT if back else x @ vectors
 
     def spectrum(self, side: SideGroup) -> Tensor:
         """Eigenvalues of the factors of a tile group, (tiles, n)."""

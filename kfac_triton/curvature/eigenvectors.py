@@ -11,9 +11,8 @@ from torch import Tensor
 from ..kernels import ops, runtime
 from .async_flags import AsyncFlags
 from .diagonal import DiagonalBasis
+from .eigenbasis import Rotation
 from .factor_stack import FactorStack
-from .groups import SideGroup
-from .inverse import Inverse
 
 # What orthogonal iteration adds to the diagonal, in units of its mean. Without it, rounding errors would rotate eigenvectors
 # with tiny eigenvalues at random.
@@ -27,7 +26,7 @@ def departure(vectors: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(gram)
 
 
-class EigenvectorStack(Inverse):
+class EigenvectorStack(Rotation):
     """Eigenvectors of a stack of factors, in descending order of their eigenvalues, refreshed in place.
 
     They are a basis, and nothing else: no damping is needed, and no eigenvalue is kept. A basis that lags behind its factor is
@@ -101,16 +100,6 @@ class EigenvectorStack(Inverse):
     def forget(self, place: int) -> None:
         """The factor in this place was replaced: the next refresh computes its eigenvectors by eigh."""
         self.is_known[place] = False
-
-    def left(self, side: SideGroup, x: Tensor, back: bool = False) -> Tensor:
-        """Q^T x, into the eigenbasis, or Q x, back from it."""
-        vectors = side.select(self.vectors)
-        return vectors @ x if back else vectors.mT @ x
-
-    def right(self, side: SideGroup, x: Tensor, back: bool = False) -> Tensor:
-        """Likewise x Q, into the eigenbasis, or x Q^T, back from it."""
-        vectors = side.select(self.vectors)
-        return x @ vectors.mT if back else x @ vectors
 
     def restore(self, index: int, values: Tensor, residual: Tensor, damping: Tensor) -> None:
         """Writes what `kept` returned, with its distance from orthonormality."""
