@@ -148,26 +148,50 @@ def test_recipes_for_losses_take_the_statistics_that_the_page_says(monkeypatch: 
         assert all(counts == seen[0] for counts in seen) or word == "for_critic"
 
 
-def _options() -> dict[str, list[Any]]:
-    """Option -> defaults, from README's table: one value, or none where the cell is empty."""
-    table = (ROOT / "README.md").read_text().partition("\n## Options\n")[2].partition("\n\n`lr`")[0]
-    result: dict[str, list[Any]] = {}
-    for line in table.splitlines():
-        cells = line.strip("|").split("|")
-        names = re.findall(r"`(\w+)`", cells[0])
-        values = ast.literal_eval(f"[{cells[1].replace('`', '')}]") if names else []
-        for i, name in enumerate(names):
-            result[name] = values if len(values) < 2 else [values[i]]
+def _options(text: str, head: str) -> list[tuple[str, list[Any]]]:
+    """Names and defaults in tables whose first column has this head: one value each, or none where the cell is empty."""
+    result: list[tuple[str, list[Any]]] = []
+    for table in re.findall(rf"^\| {head} \| default \|.*\n\|[-|:]+\|\n((?:\|.*\n)+)", text, re.MULTILINE):
+        for line in table.splitlines():
+            cells = line.strip("|").split("|")
+            names = re.findall(r"`(\w+)`", cells[0])
+            values = ast.literal_eval(f"[{cells[1].replace('`', '')}]")
+            assert len(values) in {0, 1, len(names)}, line
+            result += [(name, values if len(values) < 2 else [values[i]]) for i, name in enumerate(names)]
     return result
 
 
-def test_every_option_is_in_the_table_with_its_default() -> None:
-    parameters = inspect.signature(KFAC).parameters.values()
-    expected = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    options = _options()
-    assert options.keys() == expected.keys()
+def _own_defaults(optimizer: Any) -> dict[str, Any]:
+    parameters = inspect.signature(optimizer).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def test_every_option_is_in_one_table_with_its_default() -> None:
+    found, expected = _options((ROOT / "docs" / "options.md").read_text(), "option"), _own_defaults(KFAC)
+    options = dict(found)
+    assert sorted(name for name, _ in found) == sorted(expected)
     assert {name: [expected[name]] for name in options if options[name]} == {k: v for k, v in options.items() if v}
     assert [name for name in options if not options[name]] == ["skip", "include"]  # () and "*"
+
+
+def test_every_argument_of_kfac_adam_is_in_its_table_with_its_default() -> None:
+    """In the order of the signature. What it passes on to `KFAC` is in the tables of that."""
+    found = _options((ROOT / "docs" / "adam.md").read_text(), "argument")
+    assert found == [(name, [default]) for name, default in _own_defaults(KFACAdam).items()]
+
+
+def test_what_kfac_adam_takes_of_kfac_is_on_its_page() -> None:
+    """It has each argument of `KFAC` under this or another name, or refuses it; the page names those that it passes on."""
+    text = (ROOT / "docs" / "adam.md").read_text()
+    named = set(re.findall(r"`(\w+)`", text.partition("\nOther arguments are those of")[2].partition(". `loss_terms` and")[0]))
+    model, passed = nn.Linear(2, 2), set()
+    for name, default in _own_defaults(KFAC).items():
+        if name in _own_defaults(KFACAdam):
+            continue
+        with contextlib.suppress(TypeError):
+            KFACAdam(model, **{name: default}).close()
+            passed.add(name)
+    assert named - {"KFAC"} == passed
 
 
 @pytest.mark.parametrize("page", LINKED, ids=_name)
