@@ -87,12 +87,14 @@ class KFACAdam(KFAC):
         TypeError: if an argument has the wrong type or an unknown name, or is about damping, inverses or the KL clip.
         ValueError: if an argument is outside its range, or the model has no layer that K-FAC covers.
 
-    Example:
+    Examples:
         >>> import torch
+        >>> from torch import nn
         >>> from kfac_triton import KFACAdam
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
         >>> optimizer = KFACAdam(model, lr=0.016)
-        >>> loss = torch.nn.functional.cross_entropy(model(torch.randn(16, 4)), torch.randint(2, (16,)))
+        >>> x, y = torch.randn(16, 4), torch.randint(2, (16,))
+        >>> loss = nn.functional.cross_entropy(model(x), y)
         >>> loss.backward()
         >>> optimizer.step()
         >>> optimizer.close()

@@ -34,7 +34,7 @@ class KFACPreconditioner(KFACBase):
         TypeError: if an argument has the wrong type or an unknown name.
         ValueError: if an argument is outside its range, curvature is "adam", or the model has no layer that K-FAC covers.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from kfac_triton import KFACPreconditioner
         >>> model = torch.nn.Linear(4, 2)

@@ -55,13 +55,15 @@ def graphed_step(
         TypeError: if an argument has the wrong type.
         ValueError: if a number is out of range, or a CUDA graph cannot record steps with this optimizer's settings.
 
-    Example:
+    Examples:
         >>> import torch
+        >>> from torch import nn
         >>> from kfac_triton import KFAC, graphed_step
         >>> device = "cuda" if torch.cuda.is_available() else "cpu"
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).to(device)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).to(device)
         >>> optimizer = KFAC(model, lr=0.1, damping=0.1, capturable=True)
-        >>> step = graphed_step(optimizer, lambda x, y: torch.nn.functional.cross_entropy(model(x), y))
+        >>> loss_function = nn.CrossEntropyLoss()
+        >>> step = graphed_step(optimizer, lambda x, y: loss_function(model(x), y))
         >>> for _ in range(5):
         ...     loss = step(torch.randn(16, 4), torch.randint(2, (16,)))
         >>> optimizer.close()

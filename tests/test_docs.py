@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import doctest
 import importlib
 import inspect
 import re
@@ -262,8 +263,8 @@ def test_troubleshooting_names_what_there_is() -> None:
     assert sorted({word[1] for word in words if word is not None} - known - others) == []
 
 
-def test_docstrings_of_the_reference_keep_their_angle_brackets() -> None:
-    """Outside code, `<V` would be taken for an HTML tag, and not be shown."""
+def test_docstrings_of_the_reference_are_shown_as_they_are_meant() -> None:
+    """Outside code, `<V` would be an HTML tag and not be shown. Only `Examples:` is code, and long lines of it are clipped."""
     reference = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
     objects = [_found(path) for path in re.findall(r"^::: (\S+)", reference, re.MULTILINE)]
     members = [
@@ -274,9 +275,24 @@ def test_docstrings_of_the_reference_keep_their_angle_brackets() -> None:
         if name[0] != "_" and str(getattr(value, "__module__", "")).startswith("kfac_triton")
     ]
     assert {KFAC.step, KFAC.factors, preset, ops.precondition} <= {x for x in objects + members if callable(x)}
+    examples = 0
     for thing in objects + members:
-        plain = re.sub(r"`[^`]*`", "", inspect.getdoc(thing) or "")
+        text, _, example = (inspect.getdoc(thing) or "").partition("\nExamples:\n")
+        assert ">>>" not in text, text
+        examples += ">>>" in example
+        assert [line for line in example.splitlines() if len(line) > 78 + len("    >>> ")] == []
+        plain = re.sub(r"`[^`]*`", "", text)
         assert re.search(r"<[A-Za-z/]", plain) is None, plain
+    assert examples >= 6
+
+
+@pytest.mark.filterwarnings("ignore:CUDA graphs need a GPU:UserWarning")
+@pytest.mark.parametrize("module", ["kfac_triton.adam", "kfac_triton.training_graph"])
+def test_examples_of_the_reference_run(module: str) -> None:
+    """Those of other modules run in the tests of these."""
+    result = doctest.testmod(importlib.import_module(module))
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 def _found(path: str) -> Any:

@@ -25,7 +25,7 @@ def kfac_factory() -> Callable[..., KFAC]:
     Returns:
         A function of the model and the options that makes the optimizer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from kfac_triton.integrations import kfac_factory
         >>> from transformers import Trainer, TrainingArguments
@@ -34,11 +34,22 @@ def kfac_factory() -> Callable[..., KFAC]:
         ...         super().__init__()
         ...         self.layer = torch.nn.Linear(4, 2)
         ...     def forward(self, x, labels):
-        ...         return {"loss": torch.nn.functional.mse_loss(self.layer(x), labels)}
-        >>> args = TrainingArguments(max_steps=3, learning_rate=0.1, weight_decay=0.01, max_grad_norm=0, save_strategy="no")
-        >>> options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "damping": 0.03}
-        >>> data = [{"x": torch.randn(4), "labels": torch.randn(2)} for _ in range(16)]
-        >>> trainer = Trainer(Regression(), args, train_dataset=data, optimizer_cls_and_kwargs=(kfac_factory, options))
+        ...         return {"loss": (self.layer(x) - labels).square().mean()}
+        >>> args = TrainingArguments(
+        ...     max_steps=3, learning_rate=0.1, weight_decay=0.01,
+        ...     max_grad_norm=0, save_strategy="no",
+        ... )
+        >>> options = {
+        ...     "lr": args.learning_rate, "weight_decay": args.weight_decay,
+        ...     "damping": 0.03,
+        ... }
+        >>> data = [
+        ...     {"x": torch.randn(4), "labels": torch.randn(2)} for _ in range(16)
+        ... ]
+        >>> trainer = Trainer(
+        ...     Regression(), args, train_dataset=data,
+        ...     optimizer_cls_and_kwargs=(kfac_factory, options),
+        ... )
         >>> result = trainer.train()  # doctest: +ELLIPSIS
         {'train_runtime': ...}
     """
@@ -54,10 +65,12 @@ def kfac_adam_factory() -> Callable[..., KFACAdam]:
     Returns:
         A function of the model and the options that makes the optimizer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from kfac_triton.integrations import kfac_adam_factory
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
+        ... )
         >>> optimizer = kfac_adam_factory()(model, lr=0.016)
         >>> [group["weight_decay"] for group in optimizer.param_groups]
         [0.01, 0.0]
