@@ -100,6 +100,12 @@ def test_code_fits_the_page_and_columns_have_names(page: Path) -> None:
     assert unnamed == []
 
 
+@pytest.mark.parametrize("page", LINKED, ids=_name)
+def test_pages_keep_the_preconditioner(page: Path) -> None:
+    """`attach` returns a handle: `preconditioner = KFACPreconditioner(...).attach(...)` would lose the preconditioner."""
+    assert re.findall(r"KFACPreconditioner\([^`]*?\)\s*\.attach", page.read_text()) == []
+
+
 def test_the_citation_has_the_version() -> None:
     assert f"version = {{{kfac_triton.__version__}}}" in (ROOT / "README.md").read_text()
 
@@ -259,7 +265,20 @@ def test_troubleshooting_names_what_there_is() -> None:
     known = {*report, *report["layers"]["0"], *options, *dir(KFAC)}
     text = re.sub(r"^```.*?^```", "", (ROOT / "docs" / "troubleshooting.md").read_text(), flags=re.DOTALL | re.MULTILINE)
     words = [re.match(r'"?(\w+)', span) for span in re.findall(r"`([^`\n]+)`", text)]
-    others = {"GradScaler", "KFACAdam", "None", "backward", "ggn", "kfac", "mc", "reset_running_stats", "tail", "torch"}
+    others = {
+        "GradScaler",
+        "KFAC",
+        "KFACAdam",
+        "None",
+        "backward",
+        "ggn",
+        "kfac",
+        "make",
+        "mc",
+        "reset_running_stats",
+        "tail",
+        "torch",
+    }
     assert sorted({word[1] for word in words if word is not None} - known - others) == []
 
 
