@@ -29,6 +29,7 @@ _OTHERS = {
 }
 
 
+_STATISTICS_EVERY = 5  # with all rows this costs as much as a fifth of the rows in every step, and hooks rest in between
 _NAMES = {"factor_decay": "ema_decay", "refresh_every": "inverse_every", "refresh_warmup": "warmup"}  # those of the settings
 
 
@@ -72,6 +73,9 @@ class KFACAdam(KFAC):
         refresh_every: steps between refreshes of the eigenvectors: a number, or a function of the step.
         refresh_warmup: number of steps at the start in which statistics are taken and eigenvectors refreshed every time
             (`KFAC`'s warmup).
+        statistics_every: steps between statistics: a number, or a function of the step; None is 5, or `refresh_every` where
+            that is smaller.
+        stats_fraction: largest part of the rows (tokens, images) to take statistics of: see `KFAC`.
         factor_decay: decay of the factors' moving averages, which are bias-corrected (`KFAC`'s ema_decay).
         noise_damping: c; 0 for none.
         bias: "separate" moves biases by Adam in their own coordinates, "joint" along the last column of the update of W. On an
@@ -79,9 +83,8 @@ class KFACAdam(KFAC):
         refresh: how eigenvectors are refreshed: by one step of orthogonal iteration, with "qr" or with "products" (matrix
             products alone, for GPUs), or by "eigh"; "auto" is products on a GPU and QR elsewhere. The first eigenvectors of a
             factor are always computed by eigh.
-        settings: further arguments of `KFAC` by name: `statistics_every`, `fisher`, `loss`, `loss_terms`, `loss_scale`,
-            `stats_fraction`, `max_factor_size`, `oversize`, `skip`, `foreach`, `maximize`, `capturable`, `backend` and others.
-            `norms` is "skip" by default.
+        settings: further arguments of `KFAC` by name: `fisher`, `loss`, `loss_terms`, `loss_scale`, `max_factor_size`,
+            `oversize`, `skip`, `foreach`, `maximize`, `capturable`, `backend` and others. `norms` is "skip" by default.
 
     Raises:
         TypeError: if an argument has the wrong type or an unknown name, or is about damping, inverses or the KL clip.
@@ -112,6 +115,8 @@ class KFACAdam(KFAC):
         nesterov: bool = True,
         refresh_every: Any = 10,
         refresh_warmup: int = 100,
+        statistics_every: Any = None,
+        stats_fraction: float | str = 1.0,
         factor_decay: float = Settings.ema_decay,
         noise_damping: float = Settings.noise_damping,
         bias: str = "separate",
@@ -123,11 +128,14 @@ class KFACAdam(KFAC):
         validation.whole("refresh_every", first)
         validation.whole("refresh_warmup", refresh_warmup, low=0)
         validation.real("factor_decay", factor_decay, high=1.0)
+        if statistics_every is None:
+            statistics_every = _STATISTICS_EVERY if callable(refresh_every) else min(_STATISTICS_EVERY, refresh_every)
         settings.setdefault("norms", "skip")
         super().__init__(
             model, params, lr=lr, momentum=0.0, nesterov=nesterov, weight_decay=weight_decay, tail="adamw", betas=betas,
-            eps=eps, kl_clip=None, ema_decay=factor_decay, inverse_every=refresh_every, warmup=refresh_warmup,
-            curvature="adam", noise_damping=noise_damping, bias=bias, refresh=refresh, **settings,
+            eps=eps, kl_clip=None, ema_decay=factor_decay, statistics_every=statistics_every, inverse_every=refresh_every,
+            warmup=refresh_warmup, stats_fraction=stats_fraction, curvature="adam", noise_damping=noise_damping, bias=bias,
+            refresh=refresh, **settings,
         )  # fmt: skip
 
     def change(self, **settings: Any) -> None:

@@ -97,7 +97,7 @@ _VIT: Config = {"skip": "positions", "ema_decay": 0.95, "rest_lr": 6e-3}
 CONTEST: dict[str, dict[str, Entry]] = {
     "text": {
         ADAMW: _adamw(4e-3, 8e-3, 1.6e-2),
-        SGD: _sgd(0.05, 0.1, 0.2),
+        SGD: _sgd(0.1, 0.2, 0.4),
         MUON: _muon(0.02, 0.04, 0.08),
         SOAP: _soap(6e-3, 1.2e-2, 2.4e-2),
         SHAMPOO: _shampoo(4e-3, 8e-3, 1.6e-2),
@@ -106,19 +106,19 @@ CONTEST: dict[str, dict[str, Entry]] = {
     },
     "vit": {
         ADAMW: _adamw(4e-3, 8e-3, 1.6e-2),
-        SGD: _sgd(0.05, 0.1, 0.2),
+        SGD: _sgd(0.1, 0.2, 0.4),
         MUON: _muon(0.01, 0.02, 0.04),
         SOAP: _soap(3e-3, 6e-3, 1.2e-2),
         SHAMPOO: _shampoo(4e-3, 8e-3, 1.6e-2),
-        KFAC_NAME: _kfac((6e-3, 1.2e-2, 2.4e-2), (3e-4, 1e-3), **_VIT),
+        KFAC_NAME: _kfac((3e-3, 6e-3, 1.2e-2), (3e-4, 1e-3), **_VIT),
         KFAC_ADAM: _kfac_adam(),
     },
     "resnet": {
         ADAMW: _adamw(1e-2, 2e-2, 4e-2),
         SGD: _sgd(0.1, 0.2, 0.4),
         MUON: _muon(0.02, 0.04, 0.08),
-        SOAP: _soap(6e-3, 1.2e-2, 2.4e-2),
-        SHAMPOO: _shampoo(8e-3, 1.6e-2, 3.2e-2),
+        SOAP: _soap(1.2e-2, 2.4e-2, 4.8e-2),
+        SHAMPOO: _shampoo(1.6e-2, 3.2e-2, 6.4e-2),
         KFAC_NAME: _kfac((0.015, 0.03, 0.06), (0.05, 0.1), ema_decay=0.9, rest_lr=0.03),
         KFAC_ADAM: _kfac_adam(),
     },
@@ -132,8 +132,8 @@ CONTEST: dict[str, dict[str, Entry]] = {
         KFAC_ADAM: _kfac_adam(),
     },
     "conv": {
-        ADAMW: _adamw(8e-3, 1.6e-2, 3.2e-2),
-        SGD: _sgd(0.05, 0.1, 0.2),
+        ADAMW: _adamw(1.6e-2, 3.2e-2, 6.4e-2),
+        SGD: _sgd(0.1, 0.2, 0.4),
         MUON: _muon(0.02, 0.04, 0.08),
         SOAP: _soap(6e-3, 1.2e-2, 2.4e-2),
         SHAMPOO: _shampoo(8e-3, 1.6e-2, 3.2e-2),
@@ -143,7 +143,7 @@ CONTEST: dict[str, dict[str, Entry]] = {
     "autoencoder": {
         ADAMW: _four(1e-3, 2e-3, 4e-3, 8e-3, weight_decay=0.01, betas=[0.8, 0.9], clip=100.0),
         SGD: _four(3e-4, 1e-3, 3e-3, 1e-2, clip=100.0),
-        MUON: _four(0.04, 0.08, 0.16, 0.32, rest_lr=2e-3, rest_betas=[0.8, 0.9]),
+        MUON: _four(0.02, 0.04, 0.08, 0.16, rest_lr=2e-3, rest_betas=[0.8, 0.9]),
         SOAP: _four(1e-3, 2e-3, 4e-3, 8e-3, betas=[0.8, 0.9]),
         SHAMPOO: _four(1e-3, 2e-3, 4e-3, 8e-3, betas=[0.8, 0.9], precondition_frequency=10),
         KFAC_NAME: _four(1e-3, 2e-3, 4e-3, 8e-3, **_KFAC | {"damping": 30.0, "ema_decay": 0.95}),
