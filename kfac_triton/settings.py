@@ -197,7 +197,7 @@ class Settings:
         Raises:
             ValueError: if statistics or inverses are not due in every step, a value is scheduled, or the host has to wait.
         """
-        for name in ("statistics_every", "inverse_every"):
+        for name in ("inverse_every", "statistics_every"):
             if getattr(self, name) != 1:
                 shown = "refresh_every" if name == "inverse_every" and self.curvature == "adam" else name
                 raise ValueError(f"capturable is True, so {shown} must be 1, but is {getattr(self, name)!r}")

@@ -114,7 +114,7 @@ def _kept(optimizer: KFACAdam, name: str) -> list[Tensor]:
 def test_a_layer_that_wakes_up_leaves_the_averages_of_the_others() -> None:
     model = _model()
     model.second.requires_grad_(requires_grad=False)
-    optimizer = KFACAdam(model, lr=0.02, refresh_warmup=0, refresh_every=3)
+    optimizer = KFACAdam(model, lr=0.02, refresh_warmup=0, refresh_every=3, statistics_every=1)
     for step in range(5):
         _backward(model, step)
         optimizer.step()
@@ -227,6 +227,8 @@ def test_arguments_of_others_are_refused_in_words() -> None:
         KFACAdam(model, refresh="svd")
     with pytest.raises(ValueError, match="refresh_every must be 1, but is 10"):
         KFACAdam(model, capturable=True)
+    with pytest.raises(ValueError, match="statistics_every must be 1, but is 2"):
+        KFACAdam(model, refresh_every=1, statistics_every=2, capturable=True)
     with pytest.raises(ValueError, match="lr is 'auto'"):
         KFACAdam(model, lr="auto")
     with pytest.raises(ValueError, match="tail of every group must be 'adamw'"):
@@ -246,7 +248,7 @@ def test_it_is_a_mode_of_kfac() -> None:
         KFACAdam(models[0], lr=0.02, refresh_every=2, refresh_warmup=3, factor_decay=0.9),
         KFAC(
             models[1], lr=0.02, curvature="adam", tail="adamw", nesterov=True, betas=(0.9, 0.95), weight_decay=0.01,
-            inverse_every=2, warmup=3, ema_decay=0.9, norms="skip", bias="separate",
+            inverse_every=2, warmup=3, ema_decay=0.9, norms="skip", bias="separate", statistics_every=2, stats_fraction=1.0,
         ),
     ]  # fmt: skip
     for model, optimizer in zip(models, optimizers, strict=True):
@@ -254,6 +256,14 @@ def test_it_is_a_mode_of_kfac() -> None:
             _backward(model, step)
             optimizer.step()
     assert all(torch.equal(x, y) for x, y in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("refresh_every", "expected"), [(10, 5), (5, 5), (3, 3), (1, 1), (lambda step: 1 + step, 5)])
+def test_statistics_are_as_frequent_as_refreshes_at_least(refresh_every: Any, expected: int) -> None:
+    """Every five steps unless a refresh comes sooner: it would find the factors as they were."""
+    settings = KFACAdam(_model(), refresh_every=refresh_every).engine.settings
+    assert (settings.statistics_every, settings.stats_fraction) == (expected, 1.0)
+    assert KFACAdam(_model(), refresh_every=refresh_every, statistics_every=7).engine.settings.statistics_every == 7
 
 
 def test_settings_are_changed_by_their_names_here() -> None:
