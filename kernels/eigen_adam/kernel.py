@@ -62,16 +62,16 @@ def _load(matrix, at, read, own):
 
 
 @triton.jit
-def _weights(options):
+def _weights(rules):
     """b2 and 1 - b2."""
-    keep = tl.load(options + 1)
+    keep = tl.load(rules + 1)
     return keep.to(tl.float32), (1.0 - keep).to(tl.float32)
 
 
 @triton.jit
 def sums_kernel(
     table,  # see above
-    options,  # float64 (tiles, 4): b1, b2, eps, Nesterov's momentum 0 or 1
+    rules,  # float64 (tiles, 4): b1, b2, eps, Nesterov's momentum 0 or 1
     sums,  # float32, written but for the means
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -80,10 +80,10 @@ def sums_kernel(
     They are NaN if the gradient or V' is not finite, or so large that the sum over the tile, or what damping makes of an
     element, at most four times its size, might overflow. ALIGNED: addresses are multiples of 16, and stored columns of 4.
     """
-    entry, options = table + tl.program_id(0) * 9, options + tl.program_id(0) * 4
+    entry, rules = table + tl.program_id(0) * 9, rules + tl.program_id(0) * 4
     m, n, height, width = _shape(entry, ALIGNED)
     gradient, square = _address(entry, ALIGNED), _address(entry + 2, ALIGNED)
-    keep, gain = _weights(options)
+    keep, gain = _weights(rules)
     down, across = tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N)
     of_rows, of_columns, of_blocks, _of_row_means, _of_column_means = _parts(entry, height, width, down, across)
     most = 3.4028234663852886e38 / (4.0 * m.to(tl.float32) * n.to(tl.float32))
@@ -101,7 +101,7 @@ def sums_kernel(
 @triton.jit
 def means_kernel(
     table,  # see above
-    options,  # float64 (tiles, 4): b1, b2, eps, Nesterov's momentum 0 or 1
+    rules,  # float64 (tiles, 4): b1, b2, eps, Nesterov's momentum 0 or 1
     noise,  # float32 (tiles, 2): alpha, beta
     steps,  # float32 (tiles,), before this one
     sums,  # float32, the means are written
@@ -112,7 +112,7 @@ def means_kernel(
 
     In double precision: one minus a power near one would lose digits in single.
     """
-    entry, options, noise = table + tl.program_id(0) * 9, options + tl.program_id(0) * 4, noise + tl.program_id(0) * 2
+    entry, rules, noise = table + tl.program_id(0) * 9, rules + tl.program_id(0) * 4, noise + tl.program_id(0) * 2
     m, n, height, width = _shape(entry, False)
     down, across = tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N)
     of_rows, of_columns, of_blocks, row_means, column_means = _parts(entry, height, width, down, across)
@@ -137,9 +137,9 @@ def means_kernel(
             whole += tl.load(sums + of_blocks + k, mask=k < down * across, other=0.0)
         mean = tl.sum(whole, 0) / (m.to(tl.float32) * n.to(tl.float32))
         t = (tl.load(steps + tl.program_id(0)) + 1.0).to(tl.float64)
-        beta1, beta2 = tl.load(options), tl.load(options + 1)
+        beta1, beta2 = tl.load(rules), tl.load(rules + 1)
         ahead, beside = 1.0 / (1.0 - tl.exp2(t * tl.log2(beta1))), beta1 * 0.0
-        if tl.load(options + 3) != 0.0:
+        if tl.load(rules + 3) != 0.0:
             ahead, beside = ahead * beta1, 1.0 - beta1
         own = factors + tl.program_id(0) * 4
         tl.store(own, (ahead * beta1).to(tl.float32))
@@ -151,7 +151,7 @@ def means_kernel(
 @triton.jit
 def direction_kernel(
     table,  # see above; U is written, wherever it is stored
-    options,  # float64 (tiles, 4): b1, b2, eps, Nesterov's momentum 0 or 1
+    rules,  # float64 (tiles, 4): b1, b2, eps, Nesterov's momentum 0 or 1
     sums,  # float32, the means are read
     factors,  # float32 (tiles, 4), see `means_kernel`
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr,
@@ -160,15 +160,15 @@ def direction_kernel(
 
     All of the matrix is NaN where sums are: the mean over the matrix is in every element of D. ALIGNED: see `sums_kernel`.
     """
-    entry, options, own_factors = table + tl.program_id(0) * 9, options + tl.program_id(0) * 4, factors + tl.program_id(0) * 4
+    entry, rules, own_factors = table + tl.program_id(0) * 9, rules + tl.program_id(0) * 4, factors + tl.program_id(0) * 4
     m, n, height, width = _shape(entry, ALIGNED)
     gradient, mean = _address(entry, ALIGNED), _address(entry + 1, ALIGNED)
     square, out = _address(entry + 2, ALIGNED), _address(entry + 3, ALIGNED)
-    keep, gain = _weights(options)
+    keep, gain = _weights(rules)
     down, across = tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N)
     _of_rows, _of_columns, _of_blocks, row_means, column_means = _parts(entry, height, width, down, across)
     of_mean, of_gradient, of_root = tl.load(own_factors), tl.load(own_factors + 1), tl.load(own_factors + 2)
-    shift, eps = tl.load(own_factors + 3), tl.load(options + 2).to(tl.float32)
+    shift, eps = tl.load(own_factors + 3), tl.load(rules + 2).to(tl.float32)
     for block in range(tl.program_id(1), down * across, tl.num_programs(1)):
         rows, columns, at, read, own = _places(block, m, n, width, across, BLOCK_M, BLOCK_N)
         r = _load(gradient, at, read, own)
@@ -183,10 +183,10 @@ def direction_kernel(
 
 
 # Flags and numbers of tiles may begin anywhere: they must not make a kernel that has not been compiled yet.
-@triton.jit(do_not_specialize_on_alignment=["options", "steps", "accept"])
+@triton.jit(do_not_specialize_on_alignment=["rules", "steps", "accept"])
 def moments_kernel(
     table,  # int64 (tiles, 4): addresses of R, M and V, all float32; number of stored elements
-    options,  # float64 (tiles, 4): b1, b2, eps, Nesterov's momentum 0 or 1
+    rules,  # float64 (tiles, 4): b1, b2, eps, Nesterov's momentum 0 or 1
     steps,  # float32 (tiles,), counted up
     accept,  # uint8 (tiles,)
     BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
@@ -203,9 +203,9 @@ def moments_kernel(
     size = tl.load(row + 3).to(tl.int32)
     if ALIGNED:
         size = tl.multiple_of(size, 4)
-    beta = tl.load(options + tile * 4)
+    beta = tl.load(rules + tile * 4)
     keep, gain = beta.to(tl.float32), (1.0 - beta).to(tl.float32)
-    keep_square, gain_square = _weights(options + tile * 4)
+    keep_square, gain_square = _weights(rules + tile * 4)
     if tl.program_id(1) == 0:
         tl.store(steps + tile, tl.load(steps + tile) + 1.0)
     for start in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
