@@ -1,11 +1,12 @@
-"""The host's share of a K-FAC step: its time, kernel launches and PyTorch operators, with kernels launched into nothing.
+"""The host's share of a step: its time, kernel launches and PyTorch operators, with kernels launched into nothing.
 
     PYTHONPATH=tests python -m benchmarks.steps.host_time --models gpt autoencoder
     PYTHONPATH=tests python -m benchmarks.steps.host_time --tree OTHER    # also for the package of another checkout, in turns
 
 The networks have the structure of those that they are named after, and a fraction of their width, because the time of the host
-does not depend on it. With `few` rows, those of all layers take less memory than the factors. Times are CPU time of one thread;
-only their ratios in one run mean something.
+does not depend on it. With `few` rows, those of all layers take less memory than the factors. With `adam` the optimizer is
+KFACAdam instead of KFAC, in steps without a refresh of the eigenvectors and in steps with one. Times are CPU time of one
+thread; only their ratios in one run mean something.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[2]
-MODELS = ("gpt", "gpt48", "gpt-few", "gpt48-few", "autoencoder", "vit", "resnet")
+ADAM = "-adam"  # ends the names of what KFACAdam trains
+MODELS = ("gpt", "gpt48", "gpt-few", "gpt48-few", "autoencoder", "vit", "resnet", f"gpt{ADAM}", f"gpt48{ADAM}")
+RARELY = 10**6  # steps; more than any measurement has
 # Operators that only make views or memory.
 FREE = frozenset(
     [
@@ -85,21 +89,44 @@ def _clock(step: Callable[[], object], repeats: int) -> float:
     return 1e3 * statistics.median(times)
 
 
-def measure(name: str, settings: dict[str, Any], repeats: int) -> dict[str, float]:
-    """Times, launches and operators of one model; in a process of its own, because it replaces Triton's driver."""
+def _optimizer(name: str, model: nn.Module, terms: str, settings: dict[str, Any]) -> Any:
+    """KFAC with everything fresh in every step, or KFACAdam without refreshes; None if the package has no KFACAdam."""
+    import kfac_triton
+
+    options: dict[str, Any] = {"lr": 1e-4, "loss_terms": terms, "backend": "triton", "stats_fraction": 1.0}
+    if hasattr(model, "positions"):
+        options["skip"] = "positions"
+    if not name.endswith(ADAM):
+        return kfac_triton.KFAC(model, **options | {"tail": "adamw", "damping": 0.1, "inverse": "factored"} | settings)
+    kind = getattr(kfac_triton, "KFACAdam", None)
+    return None if kind is None else kind(model, **options | {"refresh_warmup": 0, "refresh_every": RARELY} | settings)
+
+
+def _count(run: Callable[[], object]) -> tuple[Counter[str], Counter[str], int]:
+    """Kernels and operators of one call by name, and the number of operators that are not free."""
+    from support.launches import CountedOperators
+
+    from . import null_driver
+
+    null_driver.LAUNCHES.clear()
+    with CountedOperators() as operators:
+        run()
+    return Counter(null_driver.LAUNCHES), operators.counts, sum(n for name, n in operators.counts.items() if name not in FREE)
+
+
+def measure(name: str, settings: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Times, launches and operators of one model; in a process of its own, because it replaces Triton's driver.
+
+    Of KFACAdam, `step` has no refresh, and `refresh` is a step with one. Empty if the package has no such optimizer.
+    """
     torch.set_num_threads(1)
     from . import null_driver
 
     null_driver.install()
-    from support.launches import CountedOperators
-
-    from kfac_triton import KFAC
-
     model, loss, terms = task(name)
-    options = {"tail": "adamw", "damping": 0.1, "inverse": "factored", "skip": "positions", "stats_fraction": 1.0, **settings}
-    if not hasattr(model, "positions"):
-        del options["skip"]
-    optimizer = KFAC(model, lr=1e-4, loss_terms=terms, backend="triton", **options)
+    optimizer = _optimizer(name, model, terms, settings)
+    if optimizer is None:
+        return {}
     copies = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
     adamw = torch.optim.AdamW(copies, lr=1e-4, foreach=True)
     for p in copies:
@@ -121,7 +148,7 @@ def measure(name: str, settings: dict[str, Any], repeats: int) -> dict[str, floa
         step.append(_clock(optimizer.step, 1))
     with optimizer.paused():
         without = _clock(passes, repeats)
-    result = {
+    result: dict[str, Any] = {
         "taps_ms": statistics.median(with_taps) - without,
         "step_ms": statistics.median(step),
         "adamw_ms": _clock(adamw.step, repeats),
@@ -129,17 +156,33 @@ def measure(name: str, settings: dict[str, Any], repeats: int) -> dict[str, floa
     }
     counts = {}
     for part, run in (("passes", passes), ("step", optimizer.step)):
-        null_driver.LAUNCHES.clear()
-        with CountedOperators() as operators:
-            run()
-        counts[part] = sum(n for operator, n in operators.counts.items() if operator not in FREE)
-        result[f"{part}_launches"] = sum(null_driver.LAUNCHES.values())
-        result[f"{part}_kernels"] = dict(null_driver.LAUNCHES)  # type: ignore[assignment]
-        result[f"{part}_by_operator"] = dict(operators.counts.most_common())  # type: ignore[assignment]
-    with optimizer.paused(), CountedOperators() as operators:
+        kernels, operators, counts[part] = _count(run)
+        result[f"{part}_launches"] = kernels.total()
+        result[f"{part}_kernels"] = dict(kernels)
+        result[f"{part}_by_operator"] = dict(operators.most_common())
+    with optimizer.paused():
+        plain = _count(passes)[2]
+    result |= {"taps_operators": counts["passes"] - plain, "step_operators": counts["step"]}
+    return result | (_refresh(optimizer, passes, repeats) if name.endswith(ADAM) else {})
+
+
+def _refresh(optimizer: Any, passes: Callable[[], None], repeats: int) -> dict[str, Any]:
+    """The same of a step of KFACAdam that refreshes the eigenvectors by products."""
+    optimizer.change(refresh_every=1)
+    times = []
+    # The first one compiles kernels. There are few of the others: the passes before each of them take longer than they do.
+    for _ in range(2 + repeats // 4):
         passes()
-    plain = sum(n for operator, n in operators.counts.items() if operator not in FREE)
-    return result | {"taps_operators": counts["passes"] - plain, "step_operators": counts["step"]}
+        times.append(_clock(optimizer.step, 1))
+    passes()
+    kernels, operators, computing = _count(optimizer.step)
+    return {
+        "refresh_ms": statistics.median(times[1:]),
+        "refresh_launches": kernels.total(),
+        "refresh_kernels": dict(kernels),
+        "refresh_by_operator": dict(operators.most_common()),
+        "refresh_operators": computing,
+    }
 
 
 def run_in_process(name: str, tree: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -158,17 +201,22 @@ def run_in_process(name: str, tree: Path, arguments: argparse.Namespace) -> dict
 
 
 def table(results: dict[tuple[str, str], dict[str, Any]]) -> str:
-    """One line for each model and checkout."""
+    """One line for each model and checkout, or two with KFACAdam; none where the checkout has no KFACAdam."""
     lines = [
         "| model | package | launches: backward, step | operators: hooks, step | CPU ms: hooks, step, both | AdamW |",
         "|---|---|--:|--:|--:|--:|",
     ]
     for (name, label), r in results.items():
-        lines.append(
-            f"| {name} | {label} | {r['passes_launches']} + {r['step_launches']} = "
-            f"**{r['passes_launches'] + r['step_launches']}** | {r['taps_operators']} + {r['step_operators']} "
-            f"| {r['taps_ms']:.2f} + {r['step_ms']:.2f} = **{r['taps_ms'] + r['step_ms']:.2f}** | {r['adamw_ms']:.2f} |"
-        )
+        for step in ("step", "refresh"):
+            if f"{step}_launches" not in r:
+                continue
+            shown = f"{name}, step with a refresh" if step == "refresh" else name
+            launches, milliseconds = r[f"{step}_launches"], r[f"{step}_ms"]
+            lines.append(
+                f"| {shown} | {label} | {r['passes_launches']} + {launches} = **{r['passes_launches'] + launches}** "
+                f"| {r['taps_operators']} + {r[f'{step}_operators']} "
+                f"| {r['taps_ms']:.2f} + {milliseconds:.2f} = **{r['taps_ms'] + milliseconds:.2f}** | {r['adamw_ms']:.2f} |"
+            )
     return "\n".join(lines)
 
 
@@ -177,7 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="(default: all)")
     parser.add_argument("--tree", type=Path, help="root of a checkout of another version, to compare with")
-    parser.add_argument("--settings", type=json.loads, default={}, help="further arguments of KFAC, as JSON")
+    parser.add_argument("--settings", type=json.loads, default={}, help="further arguments of the optimizer, as JSON")
     parser.add_argument("--repeats", type=int, default=20, help="steps that are timed in a round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median is shown (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for all numbers, launches and operators by name too")
