@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kfac_triton.cli.tuning.checks import (
+    Bases,
     ColdInverses,
     Covariance,
     Inverses,
@@ -20,7 +21,7 @@ from kfac_triton.cli.tuning.checks import (
     kernel_obstacle,
     worst,
 )
-from kfac_triton.kernels import operators, ops, runtime
+from kfac_triton.kernels import ops, runtime
 from kfac_triton.kernels.certificate import damped
 
 from .shapes import Layer, Model
@@ -29,7 +30,7 @@ OURS = "kernel"
 REFERENCE = "torch reference"
 LIBRARY = "auto (library, TF32)"  # where the operation, left to choose, takes a library's products and not the kernel
 # Eigendecompositions run one after the other; beyond this sum of cubed sides they would take the time of all others.
-_MOST_EIGH_CUBES = 1e11
+MOST_EIGH_CUBES = 1e11
 
 
 @dataclass
@@ -83,19 +84,24 @@ def _rows(layer: Layer, model: Model, device: torch.device) -> Iterator[RowSourc
         yield RowSource(numbers(images.batch, layer.outputs, images.out_side, images.out_side), ops.window((1, 1)))
 
 
-def contestants(problem: Problem) -> list[Contestant]:
-    """The kernel, its plain-torch reference, a library where the same call takes that, and what a user would write."""
+def kernel_contestants(problem: Problem) -> list[Contestant]:
+    """The kernel, its plain-torch reference, and a library where the same call takes that."""
     obstacle = kernel_obstacle(problem)
     if obstacle is None and runtime.INTERPRETED:
         obstacle = "it would run in the interpreter, whose times mean nothing"
-    resets = isinstance(problem, WarmInverses)  # it starts from its own result
+    resets = isinstance(problem, WarmInverses | Bases)  # these start from their own result
     ours = [
         Contestant(OURS, lambda: problem.run("triton"), problem.error, problem.prepare, obstacle, resets),
         Contestant(REFERENCE, lambda: problem.run("torch"), problem.error, problem.prepare, None, resets, tf32=False),
     ]
-    prefers_library = operators.OPERATORS[problem.operation].prefers_library
-    if prefers_library is not None and prefers_library(problem.device):
+    if problem.prefers_library():
         ours.append(Contestant(LIBRARY, problem.run, problem.error, problem.prepare, None, resets))
+    return ours
+
+
+def contestants(problem: Problem) -> list[Contestant]:
+    """Those of `kernel_contestants`, and what a user would write."""
+    ours = kernel_contestants(problem)
     if isinstance(problem, Covariance):
         return ours + list(_covariances(problem))
     if isinstance(problem, Inverses):
@@ -163,7 +169,7 @@ def _inverses(problem: Inverses) -> Iterator[Contestant]:
     def one_by_one(invert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda stack: torch.stack([invert(matrix) for matrix in stack])
 
-    too_long = f"sides cubed add up to {cubes:.0e}, which takes too long" if cubes > _MOST_EIGH_CUBES else None
+    too_long = f"sides cubed add up to {cubes:.0e}, which takes too long" if cubes > MOST_EIGH_CUBES else None
     yield contestant("cholesky_ex + cholesky_inverse", _by_cholesky)
     yield contestant("cholesky_ex + cholesky_inverse, loop", one_by_one(_by_cholesky))
     yield contestant("linalg.inv", torch.linalg.inv)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,19 +49,30 @@ def race(operation: str, model: Model, device: torch.device, rates: Rates, secon
     problem = make_problem(operation, model, device)
     cost = OPERATIONS[operation](model)
     floor = rates.seconds(cost)
+    facts = {"floor_seconds": floor, "bytes": cost.bytes, "operations": cost.total}
+    rows = compete(problem, contestants(problem), seconds, facts)
+    for row in rows:
+        if "best_seconds" in row and row["contestant"] in (OURS, REFERENCE, LIBRARY):
+            row["share_of_floor"] = floor / row["best_seconds"]  # the others run other algorithms, with floors of their own
+    return rows
+
+
+def compete(problem: Problem, competitors: Iterable[Contestant], seconds: float, facts: Row | None = None) -> list[Row]:
+    """One row a contestant: its error, its times, or why there are none.
+
+    Args:
+        problem: that all of them solve.
+        competitors: the contestants.
+        seconds: that timing should take, all contestants together.
+        facts: more for every row.
+    """
+    device = problem.device
     rows: list[Row] = []
     running: list[tuple[Contestant, Row, dict[str, Callable[[], object]]]] = []
     stopwatch = Stopwatch(device)
-    for contestant in contestants(problem):
-        row: Row = {
-            "operation": operation,
-            "model": model.name,
-            "contestant": contestant.name,
-            "allowed": problem.allowed,
-            "floor_seconds": floor,
-            "bytes": cost.bytes,
-            "operations": cost.total,
-        }
+    for contestant in competitors:
+        names = {"operation": problem.operation, "model": problem.name, "contestant": contestant.name}
+        row: Row = names | {"allowed": problem.allowed} | (facts or {})
         rows.append(row)
         ways = _admit(contestant, problem, row, device)
         if ways:
@@ -69,11 +80,8 @@ def race(operation: str, model: Model, device: torch.device, rates: Rates, secon
     _time(running, stopwatch, seconds)
     ours = next((row["best_seconds"] for row in rows if row["contestant"] == OURS and "best_seconds" in row), None)
     for row in rows:
-        if "best_seconds" in row:
-            if row["contestant"] in (OURS, REFERENCE, LIBRARY):  # the others run other algorithms, with floors of their own
-                row["share_of_floor"] = floor / row["best_seconds"]
-            if ours is not None:
-                row["over_ours"] = row["best_seconds"] / ours
+        if "best_seconds" in row and ours is not None:
+            row["over_ours"] = row["best_seconds"] / ours
     return rows
 
 
