@@ -36,6 +36,7 @@ class Part:
         more: other names that it knows.
         together: whether each name is a process of its own, all at the same time.
         default: whether `all` includes it.
+        says: the part that its findings belong to, if that is another one.
     """
 
     about: str
@@ -45,25 +46,28 @@ class Part:
     more: tuple[str, ...] = ()
     together: bool = False
     default: bool = True
+    says: str = ""
 
 
 TASKS = ("autoencoder", "gpt", "resnet50", "vit_b")
 CHECKS = (
-    *("covariance", "cold", "warm", "precondition", "engine:mlp", "engine:conv", "engine:norms"),
-    *("hold:sgd", "hold:adamw", "compile:autoencoder", "compile:gpt", "memcheck", "racecheck"),
+    *("covariance", "cold", "warm", "precondition", "bases", "adam", "engine:mlp", "engine:conv", "engine:norms"),
+    *("engine:adam", "hold:sgd", "hold:adamw", "compile:autoencoder", "compile:gpt"),
+    *("compile_adam:autoencoder", "compile_adam:gpt", "memcheck", "racecheck"),
 )
 LAYERS = ("stack_512", "stack_1024", "mixed_20", "stack_2048", "stack_4096", "gpt2")
 # The most valuable ones first, for the budget may end before the last.
 PARTS = {
     "env": Part("versions; rates of products and copies", "ceilings:run", 40),
     "smoke": Part(
-        about="every kernel against float64, K-FAC on kernels against K-FAC on PyTorch, compute-sanitizer",
+        about="every kernel against float64, optimizers on kernels against the same on PyTorch, compute-sanitizer",
         function="checks:run",
         seconds=110,
         names=CHECKS,
         together=True,
     ),
     "step": Part("milliseconds a step of AdamW and K-FAC, host and device apart", "steps:run", 110, TASKS[:2], TASKS[2:]),
+    "adam": Part("the same of KFACAdam, without and with a refresh", "steps:run_adam", 45, TASKS[:2], TASKS[2:], says="step"),
     "graph": Part("a captured step replayed, against eager steps", "graphs:run", 45, TASKS[:1], TASKS[1:]),
     "profile": Part("the kernels that take the time of a step", "profiling:run", 45, TASKS[:2], TASKS[2:]),
     "ops": Part(
@@ -78,6 +82,22 @@ PARTS = {
         function="training:run",
         seconds=120,
         names=("autoencoder", "text_large", "vit", "text", "vit_large"),
+    ),
+    # After `train`, whose best AdamW it races against: what fails here costs nothing there.
+    "train_adam": Part(
+        about="the same of KFACAdam, given AdamW's runs of `train` in the same folder",
+        function="training:run_adam",
+        seconds=45,
+        names=("autoencoder", "text_large", "vit", "text", "vit_large"),
+        says="train",
+    ),
+    "refresh": Part(
+        about="a refresh of eigenvectors by products against QR, eigh and Cholesky",
+        function="refreshes:run",
+        seconds=40,
+        names=("stack_512", "stack_1024", "gpt2"),
+        more=("autoencoder", "resnet50", "vit_b", "stack_2048"),
+        says="ops",
     ),
     "compiled": Part(
         about="steps with the model under torch.compile",
@@ -175,7 +195,7 @@ def _measure(options: argparse.Namespace) -> int:
     """A part, in this process."""
     (name,) = options.part
     module, _, function = PARTS[name].function.partition(":")
-    bench = Bench(options.out, name, options.device, options.quick, options.digits)
+    bench = Bench(options.out, PARTS[name].says or name, options.device, options.quick, options.digits)
 
     def measure() -> None:
         getattr(importlib.import_module(f"{__package__}.{module}"), function)(bench, options.names)

@@ -1,4 +1,4 @@
-"""The part `smoke`: kernels against float64, under compute-sanitizer too, and K-FAC on kernels against K-FAC on PyTorch."""
+"""The part `smoke`: kernels against float64, under compute-sanitizer too, and optimizers on kernels against PyTorch."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from kfac_triton.kernels import operators
-
-from . import engines
+from . import adam_tiles, engines
 from .findings import Bench
-from .others import Problem, examine, kernel_obstacle, problems
+from .others import KFAC_ADAM, KFAC_NAME, Problem, examine, kernel_obstacle, problems
 from .processes import ROOT, environment
 from .workloads import Variant, task, training_step
 
@@ -27,11 +25,14 @@ OPERATIONS = {
     "cold": "newton_schulz_inverse",
     "warm": "factored_newton_refresh",
     "precondition": "precondition",
+    "bases": "orthogonal_iteration",
+    "adam": adam_tiles.AdamTiles.operation,
 }
 MORE_SIDES = (7, 33, 129, 1000)  # to check on a GPU, beside those of `kfac-triton doctor`
 SANITIZER_SIDES = (33, 72)  # small, for every access is looked at
 SANITIZER_SECONDS = 105
 FIRST_STEPS = 3
+FIRST = {"compile": Variant(KFAC_NAME), "compile_adam": Variant(KFAC_ADAM, KFAC_ADAM)}  # optimizers whose kernels are compiled
 
 
 def run(bench: Bench, names: Sequence[str]) -> None:
@@ -44,26 +45,31 @@ def run(bench: Bench, names: Sequence[str]) -> None:
             bench.attempt(name, partial(engines.compare, bench, what))
         elif kind == "hold":
             bench.attempt(name, partial(engines.hold, bench, what))
-        elif kind == "compile":
-            bench.attempt(name, partial(_first_steps, bench, what))
+        elif kind in FIRST:
+            bench.attempt(name, partial(_first_steps, bench, what, FIRST[kind]))
         elif not bench.on_gpu:
             bench.say(f"compute-sanitizer {name}", skipped="no GPU")
         else:
             bench.attempt(f"compute-sanitizer {name}", partial(_sanitize, bench, name))
 
 
+def all_problems(device: torch.device, sides: Sequence[int] = ()) -> Iterator[Problem]:
+    """Those of `kfac-triton doctor`, and Adam in the eigenbasis."""
+    yield from problems(device, sides)
+    yield adam_tiles.AdamTiles("tiles", sides or adam_tiles.SIDES, device)
+
+
 def _kernels(bench: Bench, operation: str) -> None:
     device = torch.device(bench.device)
     for sides in ((), MORE_SIDES) if bench.on_gpu else ((),):
         torch.manual_seed(0)
-        for problem in problems(device, sides):
+        for problem in all_problems(device, sides):
             if problem.operation == operation:
                 what = f"{operation} of {problem.name}" + (f" {sides}" if sides else "")
                 obstacle = kernel_obstacle(problem)
                 facts = {"torch_only": obstacle} if obstacle else {}
                 _check(bench, what, problem, "torch" if obstacle else "triton", facts)
-                prefers_library = operators.OPERATORS[operation].prefers_library
-                if prefers_library is not None and prefers_library(device):
+                if problem.prefers_library():
                     _check(bench, f"{what}, by the library", problem, "auto", {})
 
 
@@ -87,14 +93,15 @@ def _check(bench: Bench, what: str, problem: Problem, backend: str, facts: dict[
     )
 
 
-def _first_steps(bench: Bench, name: str) -> None:
+def _first_steps(bench: Bench, name: str, variant: Variant) -> None:
     """Seconds of the first steps, which compile kernels; later parts find them in Triton's cache."""
     workload = task(bench, name)
     start = time.perf_counter()
-    step, _ = training_step(workload, Variant("K-FAC"))
+    step, _ = training_step(workload, variant)
     losses = [step() for _ in range(FIRST_STEPS)]
     bench.wait()
-    bench.say(f"three first steps of {name}", s=time.perf_counter() - start, loss=float(losses[-1]))
+    what = f"three first steps of {name}" + ("" if variant.optimizer == KFAC_NAME else f" with {variant.optimizer}")
+    bench.say(what, s=time.perf_counter() - start, loss=float(losses[-1]))
 
 
 def _sanitize(bench: Bench, tool: str) -> None:
@@ -125,7 +132,7 @@ def judge(output: str, errors: str) -> dict[str, Any]:
 def solve_small_problems(device: torch.device) -> None:
     """Prints a line for each problem: what compute-sanitizer watches."""
     torch.manual_seed(0)
-    for problem in problems(device, SANITIZER_SIDES):
+    for problem in all_problems(device, SANITIZER_SIDES):
         finding = examine(problem, "triton")
         print(problem.operation, problem.name, finding.right, f"{finding.error:.1e}", finding.complaint, flush=True)
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from kfac_triton import graphed_step
 
 from .findings import Bench
-from .others import Task
+from .others import ADAMW, KFAC_NAME, Task
 from .workloads import Step, Variant, clock, prepared, task, training_step
 
 REPLAYS = 200
 WARM_UP = 4  # eager steps, on the stream that is captured: the first ones allocate state and compile kernels
 ALLOWED = 1e-3  # largest difference between parameters, over the largest distance that one has moved
-CAPTURABLE = tuple(Variant(name, kfac=name == "K-FAC", settings={"capturable": True}) for name in ("AdamW", "K-FAC"))
+CAPTURABLE = tuple(Variant(name, name, {"capturable": True}) for name in (ADAMW, KFAC_NAME))
 
 
 def capture(step: Step, warm_up: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -37,21 +38,23 @@ def run(bench: Bench, names: Sequence[str]) -> None:
     models = {**BY_NAME, **MORE}
 
     def contest(operation: str, name: str) -> None:
-        for row in race(operation, models[name], device, rates, 0.02 if bench.quick else 0.4):
-            what = f"{operation} {name}: {row['contestant']}"
-            if "best_seconds" not in row:
-                bench.say(what, not_timed=row.get("not_timed"))
-                continue
-            milliseconds = {
-                key: 1e3 * row[f"{way}_seconds"]
-                for key, way in (("ms", "best"), ("eager_ms", "eager"))
-                if f"{way}_seconds" in row
-            }
-            more = {"of_ours": row["over_ours"]} if "over_ours" in row else {}
-            more |= {key: row[key] for key in ("no_graph", "not_timed") if key in row}  # errors that left a time
-            bench.say(what, **milliseconds, floor_ms=1e3 * row["floor_seconds"], error=row["error"], **more)
+        say_rows(bench, f"{operation} {name}", race(operation, models[name], device, rates, 0.02 if bench.quick else 0.4))
 
     for operation, sets in RACED.items():
         for name in QUICK if bench.quick else names:
             if bench.quick or sets is None or name in sets:
                 bench.attempt(f"{operation} {name}", partial(contest, operation, name))
+
+
+def say_rows(bench: Bench, race: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Says a race's rows, see `benchmarks.kernels.timing`."""
+    for row in rows:
+        what = f"{race}: {row['contestant']}"
+        if "best_seconds" not in row:
+            bench.say(what, not_timed=row.get("not_timed"))
+            continue
+        times = {key: f"{way}_seconds" for key, way in (("ms", "best"), ("eager_ms", "eager"), ("floor_ms", "floor"))}
+        milliseconds = {key: 1e3 * row[way] for key, way in times.items() if way in row}
+        more = {"of_ours": row["over_ours"]} if "over_ours" in row else {}
+        more |= {key: row[key] for key in ("no_graph", "not_timed") if key in row}  # errors that left a time
+        bench.say(what, **milliseconds, error=row["error"], **more)

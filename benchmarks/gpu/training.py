@@ -1,4 +1,4 @@
-"""The part `train`: seconds to the loss that tuned AdamW ends with, every step a replayed CUDA graph for both optimizers."""
+"""The parts `train` and `train_adam`: seconds to the loss that tuned AdamW ends with, every step a replayed CUDA graph."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ from ..convergence.training import schedule
 from .digits import NoDigitsError
 from .findings import Bench
 from .graphs import capture
-from .training_problems import Batch, Config, TrainingProblem, problem
+from .others import ADAMW, KFAC_ADAM, KFAC_NAME
+from .training_problems import Batch, Config, TrainingProblem, adam_config, problem
 from .workloads import certificates
 
 Curve = list[tuple[int, float, float]]  # steps, seconds, loss on the target
@@ -34,12 +37,12 @@ class Trial:
     Evaluations, the recording and the first steps are not timed; the first steps are billed as the others.
     """
 
-    def __init__(self, bench: Bench, problem: TrainingProblem, kfac: bool, config: Config, horizon: int, batches: list[Batch]):
+    def __init__(self, bench: Bench, problem: TrainingProblem, kind: str, config: Config, horizon: int, batches: list[Batch]):
         self.bench, self.problem, self.horizon, self.batches = bench, problem, horizon, batches
         settings = dict(config)
         self.clip = settings.pop("clip", None)
         self.model = problem.build().to(bench.device)
-        self.optimizer = problem.make(self.model, kfac, settings, bench.on_gpu)
+        self.optimizer = problem.optimizer(self.model, kind, settings, bench.on_gpu)
         self.base_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         if bench.on_gpu:  # a recorded step reads its learning rate where it is written before each replay
             for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
@@ -70,7 +73,7 @@ class Trial:
         return curve
 
     def facts(self) -> dict[str, Any]:
-        """Of the inverses; for K-FAC alone."""
+        """Of the inverses or eigenvectors; none for AdamW."""
         names = {"fallbacks": "refused", "worst_residual": "worst_residual"}
         return {names[name]: value for name, value in certificates(self.optimizer).items()}
 
@@ -117,25 +120,31 @@ def reached(curve: Curve, goal: float) -> tuple[int, float] | None:
     return next(((steps, seconds) for steps, seconds, loss in curve if loss <= goal), None)
 
 
-def run(bench: Bench, names: Sequence[str]) -> None:
-    """Says every run, the best of AdamW, and what K-FAC needs of its steps and seconds."""
-    torch.set_float32_matmul_precision("high")
-    for name in names:
-        bench.attempt(name, partial(_race, bench, name))
+@dataclass
+class Race:
+    """Runs on one problem, with what is kept of them.
 
+    Attributes:
+        bench: which says every run.
+        name: of the problem.
+        problem: what is trained.
+        batches: as many as AdamW takes, on the device.
+        kept: kind, configuration, horizon and curve of every run.
+    """
 
-def _race(bench: Bench, name: str) -> None:
-    try:
-        chosen = problem(bench, name)
-    except NoDigitsError as error:
-        bench.say(name, skipped=str(error))
-        return
-    source = chosen.batches()
-    batches = [(x.to(bench.device), y.to(bench.device)) for x, y in (next(source) for _ in range(chosen.steps))]
-    kept: list[dict[str, Any]] = []
+    bench: Bench
+    name: str
+    problem: TrainingProblem
+    batches: list[Batch]
+    kept: list[dict[str, Any]] = field(default_factory=list)
 
-    def train(kind: str, config: Config, horizon: int) -> Curve:
-        trial = Trial(bench, chosen, kind == "K-FAC", config, horizon, batches)
+    def attempt(self, kind: str, config: Config, horizon: int) -> Curve | None:
+        """Says a run, or why it failed."""
+        found: Curve | None = self.bench.attempt(f"{self.name}: {kind} {config}", lambda: self._train(kind, config, horizon))
+        return found
+
+    def _train(self, kind: str, config: Config, horizon: int) -> Curve:
+        trial = Trial(self.bench, self.problem, kind, config, horizon, self.batches)
         try:
             curve = trial.run()
             facts = trial.facts()
@@ -143,24 +152,78 @@ def _race(bench: Bench, name: str) -> None:
             trial.close()
         steps, seconds, loss = curve[-1]
         figures: dict[str, Any] = {"steps": steps, "s": seconds, "ms_a_step": 1e3 * seconds / steps, "loss": loss}
-        bench.say(f"{name}: {kind} {config}", **figures, least=min(point[2] for point in curve), **facts)
-        kept.append({"kind": kind, "config": config, "horizon": horizon, "curve": curve})
+        self.bench.say(f"{self.name}: {kind} {config}", **figures, least=min(point[2] for point in curve), **facts)
+        self.kept.append({"kind": kind, "config": config, "horizon": horizon, "curve": curve})
         return curve
 
-    def attempt(kind: str, config: Config, horizon: int) -> Curve | None:
-        found: Curve | None = bench.attempt(f"{name}: {kind} {config}", lambda: train(kind, config, horizon))
-        return found
+    def reach(self, kind: str, config: Config, best: Curve) -> None:
+        """Says what a configuration needs of the steps and seconds of AdamW's best run, given shares of its steps."""
+        steps, seconds, goal = best[-1]
+        for share in self.problem.shares:
+            hit = reached(self.attempt(kind, config, max(6, round(steps * share))) or [], goal)
+            ratios = {"of_steps": hit[0] / steps, "of_seconds": hit[1] / seconds} if hit else {"reached": "no"}
+            self.bench.say(f"{self.name}: {kind} to {goal:.4g}", **ratios)
 
-    curves = [attempt("AdamW", config, chosen.steps) for config in chosen.adamw]
-    finished = [curve for curve in curves if curve and math.isfinite(curve[-1][2])]
-    if not finished:
+
+def run(bench: Bench, names: Sequence[str]) -> None:
+    """Says every run, the best of AdamW, and what K-FAC needs of its steps and seconds."""
+    torch.set_float32_matmul_precision("high")
+    for name in names:
+        bench.attempt(name, partial(_race, bench, name))
+
+
+def run_adam(bench: Bench, names: Sequence[str]) -> None:
+    """Says the same of KFACAdam, in a process of its own, on the problems for which `run` has left AdamW's runs."""
+    torch.set_float32_matmul_precision("high")
+    for name in names:
+        bench.attempt(name, partial(_race_adam, bench, name))
+
+
+def _prepared(bench: Bench, name: str) -> Race | None:
+    try:
+        chosen = problem(bench, name)
+    except NoDigitsError as error:
+        bench.say(name, skipped=str(error))
+        return None
+    source = chosen.batches()
+    batches = [(x.to(bench.device), y.to(bench.device)) for x, y in (next(source) for _ in range(chosen.steps))]
+    return Race(bench, name, chosen, batches)
+
+
+def _race(bench: Bench, name: str) -> None:
+    race = _prepared(bench, name)
+    if race is None:
+        return
+    for config in race.problem.adamw:
+        race.attempt(ADAMW, config, race.problem.steps)
+    best = best_of(race.kept)
+    if best is None:
         raise RuntimeError("AdamW has finished with none of its configurations: there is no loss to race to")
-    best = min(finished, key=lambda curve: curve[-1][2])
+    _curves(bench, name).write_text(json.dumps(race.kept), encoding="utf-8")  # for KFACAdam, should the time be over soon
     steps, seconds, goal = best[-1]
     bench.say(f"{name}: best AdamW", loss=goal, steps=steps, s=seconds)
-    for config in chosen.kfac:
-        for share in chosen.shares:
-            hit = reached(attempt("K-FAC", config, max(6, round(steps * share))) or [], goal)
-            ratios = {"of_steps": hit[0] / steps, "of_seconds": hit[1] / seconds} if hit else {"reached": "no"}
-            bench.say(f"{name}: K-FAC to {goal:.4g}", **ratios)
-    (bench.folder / f"train_{name}.json").write_text(json.dumps(kept), encoding="utf-8")
+    for config in race.problem.kfac:
+        race.reach(KFAC_NAME, config, best)
+    _curves(bench, name).write_text(json.dumps(race.kept), encoding="utf-8")
+
+
+def _race_adam(bench: Bench, name: str) -> None:
+    earlier = json.loads(_curves(bench, name).read_text(encoding="utf-8")) if _curves(bench, name).is_file() else []
+    best = best_of(earlier)
+    if best is None:
+        bench.say(f"{name}: {KFAC_ADAM}", skipped="the part `train` has left no loss of AdamW in this folder")
+        return
+    race = _prepared(bench, name)
+    if race is not None:
+        race.reach(KFAC_ADAM, adam_config(bench.on_gpu), best)
+        _curves(bench, name).write_text(json.dumps(earlier + race.kept), encoding="utf-8")
+
+
+def _curves(bench: Bench, name: str) -> Path:
+    return bench.folder / f"train_{name}.json"
+
+
+def best_of(kept: Sequence[dict[str, Any]]) -> Curve | None:
+    """Of the runs of AdamW, the curve that ends with the least loss; None if none ends with a finite one."""
+    curves: list[Curve] = [run["curve"] for run in kept if run["kind"] == ADAMW]
+    return min((curve for curve in curves if math.isfinite(curve[-1][2])), key=lambda curve: curve[-1][2], default=None)

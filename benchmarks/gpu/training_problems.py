@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kfac_triton import KFAC
+from kfac_triton import KFAC, KFACAdam
 
 from ..convergence import problems
 from ..convergence.contest import CONTEST
-from ..convergence.optimizers import KFAC_NAME, make_adamw, make_kfac
+from ..convergence.optimizers import make_adamw, make_kfac
 from .digits import provide
 from .findings import Bench
-from .others import CONTESTANTS, build_autoencoder, load_images, reconstruction_loss, shuffled_batches
+from .others import CONTESTANTS, KFAC_ADAM, KFAC_NAME, build_autoencoder, load_images, reconstruction_loss, shuffled_batches
 
 Batch = tuple[Tensor, Tensor]
 Config = dict[str, Any]
@@ -45,7 +45,7 @@ class TrainingProblem:
         steps: of AdamW.
         shares: of AdamW's steps that K-FAC is given.
         scheduled: whether the learning rate is warmed up and decays to 0.
-        make: (model, whether K-FAC, configuration, whether the step can be captured) to an optimizer.
+        make: (model, "AdamW" or "K-FAC", configuration, whether the step can be captured) to an optimizer.
     """
 
     build: Callable[[], nn.Module]
@@ -57,7 +57,18 @@ class TrainingProblem:
     steps: int
     shares: tuple[float, ...]
     scheduled: bool
-    make: Callable[[nn.Module, bool, Config, bool], torch.optim.Optimizer]
+    make: Callable[[nn.Module, str, Config, bool], torch.optim.Optimizer]
+
+    def optimizer(self, model: nn.Module, kind: str, config: Config, capturable: bool) -> torch.optim.Optimizer:
+        """Of the kinds of `make`, or "KFACAdam"."""
+        if kind != KFAC_ADAM:
+            return self.make(model, kind, config, capturable)
+        return KFACAdam(model, **config, capturable=capturable)
+
+
+def adam_config(capturable: bool) -> Config:
+    """The defaults of KFACAdam, with a refresh in every step where steps are recorded, as in its first hundred steps anyway."""
+    return {"lr": 0.016} | ({"refresh_every": 1} if capturable else {})
 
 
 def problem(bench: Bench, name: str) -> TrainingProblem:
@@ -84,8 +95,8 @@ def _autoencoder(bench: Bench) -> TrainingProblem:
     )
 
 
-def _plain_optimizer(model: nn.Module, kfac: bool, config: Config, capturable: bool) -> torch.optim.Optimizer:
-    if kfac:
+def _plain_optimizer(model: nn.Module, kind: str, config: Config, capturable: bool) -> torch.optim.Optimizer:
+    if kind == KFAC_NAME:
         return KFAC(model, capturable=capturable, **config)
     return torch.optim.Adam(model.parameters(), capturable=capturable, fused=capturable or None, **config)
 
@@ -114,8 +125,8 @@ def _network(bench: Bench, name: str) -> TrainingProblem:
     )
 
 
-def _grouped_optimizer(model: nn.Module, kfac: bool, config: Config, capturable: bool) -> torch.optim.Optimizer:
-    if kfac:
+def _grouped_optimizer(model: nn.Module, kind: str, config: Config, capturable: bool) -> torch.optim.Optimizer:
+    if kind == KFAC_NAME:
         return make_kfac(model, config | {"capturable": capturable})
     optimizer = make_adamw(model, **config)
     for group in optimizer.param_groups:

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kfac_triton import KFAC
+from kfac_triton import KFAC, KFACAdam
 
 from . import vision_models
 from .findings import Bench
-from .others import DAMPING, KL_CLIP, LEARNING_RATE, Task, autoencoder, gpt2
+from .others import ADAMW, DAMPING, KFAC_ADAM, KFAC_NAME, KL_CLIP, LEARNING_RATE, Task, autoencoder, gpt2
 
 Step = Callable[[], Tensor]
-_RARELY = 10**6  # steps; more than any measurement does
+RARELY = 10**6  # steps; more than any measurement does
 # After three steps with statistics and inverses K-FAC computes neither again: what is left is preconditioning and the update.
-FROZEN: dict[str, Any] = {"statistics_every": _RARELY, "inverse_every": _RARELY, "warmup": 3}
+FROZEN: dict[str, Any] = {"statistics_every": RARELY, "inverse_every": RARELY, "warmup": 3}
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Variant:
 
     Attributes:
         name: for tables.
-        kfac: K-FAC or AdamW.
+        optimizer: "AdamW", "K-FAC" or "KFACAdam".
         settings: of the optimizer.
         precision: of float32 products by the library: "highest", or "high" for TF32.
         compiled: whether the model goes through torch.compile.
     """
 
     name: str
-    kfac: bool = True
+    optimizer: str = KFAC_NAME
     settings: dict[str, Any] = field(default_factory=dict)
     precision: str = "highest"
     compiled: bool = False
@@ -64,14 +64,19 @@ def _classification_loss(model: torch.nn.Module, images: Tensor) -> Tensor:
 def prepared(task: Task, variant: Variant) -> tuple[Any, torch.optim.Optimizer]:
     """A copy of the task's model, to be called, and its optimizer."""
     model = copy.deepcopy(task.model)
-    if variant.kfac:
-        settings: dict[str, Any] = {"lr": LEARNING_RATE, "tail": "adamw", "damping": DAMPING, "kl_clip": KL_CLIP}
-        settings |= {"statistics_every": 1, "inverse_every": 1, "loss_terms": task.loss_terms}
+    settings: dict[str, Any] = {"lr": LEARNING_RATE}
+    if variant.optimizer != ADAMW:
+        settings |= {"loss_terms": task.loss_terms}
         if hasattr(model, "positions"):
             settings["skip"] = "positions"  # which are added, and nothing is multiplied by them
-        optimizer: torch.optim.Optimizer = KFAC(model, **settings | variant.settings)
+    optimizer: torch.optim.Optimizer
+    if variant.optimizer == KFAC_NAME:
+        settings |= {"tail": "adamw", "damping": DAMPING, "kl_clip": KL_CLIP, "statistics_every": 1, "inverse_every": 1}
+        optimizer = KFAC(model, **settings | variant.settings)
+    elif variant.optimizer == KFAC_ADAM:
+        optimizer = KFACAdam(model, **settings | variant.settings)
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, **variant.settings)
+        optimizer = torch.optim.AdamW(model.parameters(), **settings | variant.settings)
     return torch.compile(model) if variant.compiled else model, optimizer
 
 
@@ -113,7 +118,7 @@ def clock(bench: Bench, step: Callable[[], object], seconds: float) -> tuple[flo
 
 
 def certificates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Of K-FAC's iterative inverses: how many were refused and computed by Cholesky, and the worst residual."""
+    """How many of K-FAC's iterative inverses were refused, and the worst residual; of KFACAdam's eigenvectors likewise."""
     if not isinstance(optimizer, KFAC):
         return {}
     stacks: list[Any] = [inverse for inverse in optimizer.engine.curvature.inverses if hasattr(inverse, "fallbacks")]
