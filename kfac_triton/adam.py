@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -102,6 +102,8 @@ class KFACAdam(KFAC):
         >>> optimizer.step()
         >>> optimizer.close()
     """
+
+    _argument_names: ClassVar[Mapping[str, str]] = {name: argument for argument, name in _NAMES.items()}
 
     def __init__(
         self,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.optim import Optimizer
 
+from . import summary
 from .base import KFACBase, Run
 from .engine import Engine
 from .state import state_dict as checkpoint
@@ -21,6 +23,15 @@ class StatefulKFAC(KFACBase, Optimizer):
     _model: nn.Module
     _betas: tuple[float, float]
     _is_adam: bool  # curvature="adam"
+    _argument_names: ClassVar[Mapping[str, str]] = {}  # of settings that the constructor calls otherwise
+
+    def __repr__(self) -> str:
+        """The options of the groups, settings of the curvature, and how many parameters it covers; waits for no device."""
+        lines = [f"{self.__class__.__name__} (", *summary.of_groups(self.param_groups)]
+        run: Run | None = getattr(self, "_run", None)  # missing while the constructor runs
+        if run is not None:
+            lines += summary.of_curvature(run.engine, self._parameters(), self._argument_names, is_auto=run.auto is not None)
+        return "\n".join([*lines, ")"])
 
     @property
     def is_auto(self) -> bool:

@@ -21,7 +21,7 @@ FLOORS = (
     ("curvature",),
     ("cuda_graphs", "preconditioned_gradients"),
     ("engine",),
-    ("diagnostics", "steps"),
+    ("diagnostics", "steps", "summary"),
     ("base", "state"),
     ("stateful",),
     ("optimizer", "preconditioner"),
