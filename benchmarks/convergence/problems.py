@@ -222,12 +222,15 @@ LARGE = (
         target=TRAINING,
     ),
 )
-LONG = replace(
-    _text("text-long", "wider char transformer, more steps", width=96, blocks=3, steps=2000, batch=32, evaluated=64),
-    evaluate_every=25,
+LONG = (
+    replace(
+        _text("text-long", "wider char transformer, more steps", width=96, blocks=3, steps=2000, batch=32, evaluated=64),
+        evaluate_every=25,
+    ),
+    replace(RACE[1], name="vit-long", title="vision transformer, digits, more steps", steps=600, evaluate_every=10),
 )
 
 # Not raced: its factors are large enough to be divided into blocks of some hundred rows, as those of GPT-2 are.
 WIDE = _text("wide", "char transformer of width 256", width=256, blocks=1, steps=100, batch=64, evaluated=64)
 
-BY_NAME = {problem.name: problem for problem in (*RACE, *LARGE, LONG, WIDE)}
+BY_NAME = {problem.name: problem for problem in (*RACE, *LARGE, *LONG, WIDE)}
