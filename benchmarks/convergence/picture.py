@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kfac_triton.cli.output import tidy
 
-from .optimizers import ADAMW, KFAC_ADAM, KFAC_NAME, MUON, OURS, SGD, SHAMPOO, SOAP
+from .optimizers import ADAMW, KFAC_ADAM, KFAC_NAME, MUON, SGD, SHAMPOO, SOAP
 from .problems import Problem
 from .race import DEFAULT, Outcome, Standing
 
@@ -45,13 +45,14 @@ def draw(standings: Sequence[Standing], path: Path) -> None:
     columns = min(COLUMNS, len(standings))
     rows = math.ceil(len(standings) / columns)
     figure = Figure(figsize=(max(6.4, 4.2 * columns), 3.3 * rows + 0.7), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, (problem, outcomes) in zip(panels, standings, strict=False):
         _draw_problem(axes, problem, outcomes)
-    for axes in list(panels)[len(standings) :]:
+    for axes in panels[len(standings) :]:
         axes.set_axis_off()
     handles = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
     names = [name for name in STYLES if name in handles]
+    figure.suptitle("Loss over training steps, lower is better. Dotted: AdamW's final loss", fontsize=12)
     ncols = len(names) if columns == COLUMNS else 4
     figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=ncols, frameon=False)
     figure.savefig(path, format="png", dpi=130)
@@ -64,7 +65,7 @@ def _draw_problem(axes: Axes, problem: Problem, outcomes: dict[str, Outcome]) ->
     for name, outcome in outcomes.items():
         color, dashes = STYLES[name]
         steps, losses = mean_curve(outcome)
-        width = 2.4 if name.removesuffix(DEFAULT) in OURS else 1.4
+        width = 2.6 if name.removesuffix(DEFAULT) == KFAC_ADAM else 1.4
         axes.plot(steps, losses, color=color, linestyle=dashes, linewidth=width, label=name)
         shown += [loss for step, loss in zip(steps, losses, strict=True) if step >= EARLY * problem.steps]
     if ADAMW in outcomes:

@@ -114,6 +114,7 @@ def test_the_picture_has_a_panel_a_problem_and_one_legend(tmp_path: Path, monkey
     (figure,) = figures
     curves = [[line for line in axes.lines if line.get_label() in picture.STYLES] for axes in figure.axes]
     assert list(map(len, curves)) == [3, 3, 3, 1, 0, 0]
+    assert [axes.axison for axes in figure.axes] == [True] * 4 + [False] * 2, "empty panels have no frame"
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [ADAMW, MUON, KFAC_ADAM]
     assert all(axes.get_legend() is None for axes in figure.axes)
