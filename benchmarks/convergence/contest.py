@@ -146,8 +146,8 @@ CONTEST: dict[str, dict[str, Entry]] = {
         MUON: _four(0.02, 0.04, 0.08, 0.16, rest_lr=2e-3, rest_betas=[0.8, 0.9]),
         SOAP: _four(2e-3, 4e-3, 8e-3, 1.6e-2, betas=[0.8, 0.9]),
         SHAMPOO: _four(1e-3, 2e-3, 4e-3, 8e-3, betas=[0.8, 0.9], precondition_frequency=10),
-        KFAC_NAME: _four(1e-3, 2e-3, 4e-3, 8e-3, **_KFAC | {"damping": 30.0, "ema_decay": 0.95}),
-        KFAC_ADAM: Entry({}, {"lr": (8e-3, 1.6e-2, 3.2e-2, 6.4e-2)}, default={"lr": 1.6e-2}),
+        KFAC_NAME: _four(5e-4, 1e-3, 2e-3, 4e-3, **_KFAC | {"damping": 30.0, "ema_decay": 0.95}),
+        KFAC_ADAM: Entry({}, {"lr": (4e-3, 8e-3, 1.6e-2, 3.2e-2)}, default={"lr": 1.6e-2}),
     },
 }
 
