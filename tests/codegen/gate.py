@@ -23,18 +23,25 @@ MARK = "codegen: "  # starts the lines of a child
 # Spills that stay, by (Triton, architecture, case), in bytes. The fused inverse of 64 rows fills Hopper's registers: nothing is
 # spilled with four warps under 3.6 and 3.7, with eight under 3.9. By stages it would be a dozen launches instead of one. From
 # 3.8 on, some bytes are spilled for images on Ampere, and on Hopper if they are copied 8 bytes at a time. On Ampere, 3.8 alone
-# spills some of two other cases; on Blackwell, 3.9 spills two registers of a norm, so that six programs fit.
+# spills some of six other cases: five are products of 64 rows in three parts of TF32, and spill outside of their loops.
+# On Blackwell, 3.9 spills two registers of a norm, so that six programs fit, and three of a Gram matrix, so that three do,
+# before its loop. Two stages would spill none there, but then no kernel of orthogonal iteration would load two blocks ahead.
 KNOWN_SPILLS = {
     ("3.8.0", "sm_80", "covariance_images/any/covariance_kernel/bf16"): 24,
     ("3.8.0", "sm_80", "covariance_images/any/covariance_kernel/bf16, 8 bytes"): 64,
     ("3.8.0", "sm_80", "newton_schulz_fused/32/fused_kernel/32"): 8,
     ("3.8.0", "sm_80", "newton_schulz_step/any/step_kernel/-"): 40,
+    ("3.8.0", "sm_80", "orthogonal_iteration/any/turn_kernel/aligned"): 24,
+    ("3.8.0", "sm_80", "orthogonal_iteration/any/gram_kernel/aligned, start"): 24,
+    ("3.8.0", "sm_80", "orthogonal_iteration/any/apply_kernel/aligned"): 64,
+    ("3.8.0", "sm_80", "orthogonal_iteration/any/apply_kernel/unaligned"): 40,
     ("3.8.0", "sm_90", "covariance_images/any/covariance_kernel/bf16, 8 bytes"): 8,
     ("3.8.0", "sm_90", "newton_schulz_fused/64/fused_kernel/64"): 136,
     ("3.9.0", "sm_80", "covariance_images/any/covariance_kernel/bf16"): 24,
     ("3.9.0", "sm_80", "covariance_images/any/covariance_kernel/bf16, 8 bytes"): 64,
     ("3.9.0", "sm_90", "covariance_images/any/covariance_kernel/bf16, 8 bytes"): 8,
     ("3.9.0", "sm_90", "newton_schulz_fused/64/fused_kernel/64"): 216,
+    ("3.9.0", "sm_100", "orthogonal_iteration/any/gram_kernel/aligned"): 16,
     ("3.9.0", "sm_100", "-/-/channel_sums_kernel/bf16, channels first, positions"): 8,
 }
 # On Blackwell, all but 3.7 read the sizes of a window for each block of rows, in loads of 4 and 8 bytes beside the patches.
