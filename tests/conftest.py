@@ -1,5 +1,6 @@
 """Fixtures of every test. Kernels are interpreted, to be said before they are imported; `make gpu` runs them compiled."""
 
+import gc
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -41,6 +42,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest file comes first: nobody should wait for it at the end."""
     items.sort(key=lambda item: item.path.name != "test_codegen.py")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: garbage collections need not look at all of it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
