@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -169,34 +170,42 @@ def test_by_default_linear_layers_take_a_part_of_many_tokens(examples: int, leng
         assert [int(s.rows_taken) for s in ours.engine.statistics] == [-(-examples * length // stride)] * 2
 
 
+def _factors_of_equal_rows(how: str, terms: str, setting: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of three passes of different lengths, in each of which all rows are equal."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+    model = model.float() if how == "kernels" else model
+    run = torch.compile(model, backend="aot_eager") if how == "compiled" else model
+    options = {"loss_terms": terms, "ema_decay": 0.0, "backend": "triton" if how == "kernels" else "torch"}
+    with KFACPreconditioner(model, **options, **setting) as ours:
+        losses = []
+        for value, (examples, length) in ((1.0, (8, 1024)), (3.0, (8, 64)), (-2.0, (9, 35))):
+            x = torch.full((examples, length, 5), value, dtype=model[0].weight.dtype)
+            loss = value * run(x).sum() / (examples if terms == "examples" else examples * length)
+            losses.append(loss)
+            if how != "two calls":
+                loss.backward()
+        if how == "two calls":
+            sum(losses).backward()
+        ours.precondition_()
+        return ours.factors()
+
+
+@functools.cache
+def _factors_of_all_rows(how: str, terms: str) -> dict[str, tuple[Tensor, Tensor]]:
+    return _factors_of_equal_rows(how, terms, {"stats_fraction": 1.0})
+
+
 @pytest.mark.parametrize("setting", [{}, {"stats_fraction": 0.3}, {"max_stats_tokens": 500}], ids=str)
 @pytest.mark.parametrize("terms", ["examples", "tokens"])
 @pytest.mark.parametrize("how", ["two backward passes", "two calls", "compiled", "kernels"])
 def test_passes_of_different_lengths_count_as_if_all_rows_were_taken(how: str, terms: str, setting: dict[str, Any]) -> None:
     """All rows of a pass are equal, so any part of them has the same second moments. Strides differ: 7 or 8, and 1 or 3."""
-    results = []
-    for options in ({"stats_fraction": 1.0}, setting):
-        torch.manual_seed(0)
-        torch.compiler.reset()
-        model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).double()
-        model = model.float() if how == "kernels" else model
-        run = torch.compile(model, backend="aot_eager") if how == "compiled" else model
-        options |= {"loss_terms": terms, "ema_decay": 0.0, "backend": "triton" if how == "kernels" else "torch"}
-        with KFACPreconditioner(model, **options) as ours:
-            losses = []
-            for value, (examples, length) in ((1.0, (8, 1024)), (3.0, (8, 64)), (-2.0, (9, 35))):
-                x = torch.full((examples, length, 5), value, dtype=model[0].weight.dtype)
-                loss = value * run(x).sum() / (examples if terms == "examples" else examples * length)
-                losses.append(loss)
-                if how != "two calls":
-                    loss.backward()
-            if how == "two calls":
-                sum(losses).backward()
-            ours.precondition_()
-            results.append(ours.factors())
-    for name, pair in results[0].items():
-        for exact, sampled in zip(pair, results[1][name], strict=True):
-            assert relative_error(sampled, exact) <= (1e-5 if how == "kernels" else 1e-10)
+    sampled = _factors_of_equal_rows(how, terms, setting)
+    for name, pair in _factors_of_all_rows(how, terms).items():
+        for exact, found in zip(pair, sampled[name], strict=True):
+            assert relative_error(found, exact) <= (1e-5 if how == "kernels" else 1e-10)
 
 
 def test_by_default_everything_else_takes_all_rows() -> None:
