@@ -23,6 +23,7 @@ if find_spec("hypothesis") is not None:  # the environment of the trainers has n
     settings.register_profile("repeatable", derandomize=True)
     settings.load_profile("repeatable")
 
+LONGEST = ("test_codegen.py", "test_budget.py", "test_queued_sums.py")
 TABLE = "table"  # name under which a test's report carries what it shows
 
 
@@ -40,8 +41,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file comes first: nobody should wait for it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_codegen.py")
+    """The longest files come first: nobody should wait for them at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_collection_finish() -> None:
