@@ -44,7 +44,7 @@ def test_settings_of_kfac() -> None:
 def test_settings_of_kfacadam_have_its_names(bias: str, covered: str) -> None:
     optimizer = KFACAdam(network(), refresh_every=3, factor_decay=0.875, noise_damping=0.5, bias=bias)
     share = {"48 of 74": 64.8, "58 of 74": 78.3}[covered]
-    settings = ["statistics_every: 1", "refresh_every: 3", "factor_decay: 0.875", "noise_damping: 0.5", f"bias: {bias}"]
+    settings = ["statistics_every: 3", "refresh_every: 3", "factor_decay: 0.875", "noise_damping: 0.5", f"bias: {bias}"]
     assert lines(optimizer) == [*settings, f"covered: 2 layers, {covered} trainable parameters ({share} %)"]
 
 

@@ -19,8 +19,8 @@ EVERYTHING, CONTROL = "everything", "control: damping 2 % higher"
 DEFAULT = "the default"  # which takes all rows of layers that the other choices reduce, such as a ViT's head
 
 _TEXT = CONTEST["text-large"][KFAC_NAME].fixed
-# Configurations of the race's grid: of two to four that were tried on seed 0 with all rows and whole factors, those with the
-# lowest loss. The wide transformer has the settings of text; with two blocks, half the learning rate was worse there.
+# Settings of the race, and of two to four rates and dampings that were tried on seed 0 with all rows and whole factors, the
+# best. The wide transformer has the settings of text; with two blocks, half the learning rate was worse there.
 BASE: dict[str, Config] = {
     "text-large": _TEXT | {"lr": 6e-3, "damping": 1e-3, "ema_decay": 0.8},
     "vit-large": CONTEST["vit-large"][KFAC_NAME].fixed | {"lr": 6e-3, "damping": 3e-4, "weight_sharing": "expand"},

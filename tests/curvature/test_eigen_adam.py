@@ -102,16 +102,22 @@ def _moved(layer: Any, before: dict[int, Tensor], blocks: list[Tensor]) -> dict[
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("refresh", "every", "nesterov"), [("qr", 1, True), ("qr", 3, True), ("eigh", 2, False)])
+@pytest.mark.parametrize(
+    ("refresh", "every", "statistics", "nesterov"),
+    [("qr", 1, 1, True), ("qr", 3, 1, True), ("eigh", 2, 1, False), ("qr", 4, 2, True), ("qr", 3, None, True)],
+)
 @pytest.mark.parametrize("bias", ["joint", "separate"])
-def test_steps_against_a_plain_implementation(name: str, refresh: str, every: int, nesterov: bool, bias: str) -> None:
+def test_steps_against_a_plain_implementation(
+    name: str, refresh: str, every: int, statistics: int | None, nesterov: bool, bias: str
+) -> None:
     make, draw, rows = CASES[name]
     torch.manual_seed(0)
     model = make().double()
     options: dict[str, Any] = {"nesterov": nesterov, "noise_damping": 0.4, "betas": (0.8, 0.9)}
     optimizer = KFACAdam(
-        model, lr=LR, weight_decay=DECAY, refresh_every=every, refresh_warmup=2, refresh=refresh, eps=1e-6, bias=bias, **options
-    )
+        model, lr=LR, weight_decay=DECAY, refresh_every=every, refresh_warmup=2, statistics_every=statistics, refresh=refresh,
+        eps=1e-6, bias=bias, **options,
+    )  # fmt: skip
     assert len(optimizer.engine.layers) == len(rows)
     plain = [[PlainEigenAdam(eps=1e-6, **options) for _ in range(layer.groups)] for layer in optimizer.engine.layers]
     for step in range(6):
@@ -126,7 +132,8 @@ def test_steps_against_a_plain_implementation(name: str, refresh: str, every: in
             for (gradient, (a, g)), state in zip(tiles, own, strict=True):
                 if step < 2 or step % every == 0:
                     state.refresh(a, g, refresh)
-                updates.append(state.direction(gradient, count, (g.dim() > 1, a.dim() > 1)))
+                is_new = step < 2 or step % (every if statistics is None else statistics) == 0
+                updates.append(state.direction(gradient, count if is_new else None, (g.dim() > 1, a.dim() > 1)))
             wanted = _moved(layer, before, updates)
             for p in layer.parameters() if bias == "joint" else [layer.weight]:
                 part = layer.part_of(p)

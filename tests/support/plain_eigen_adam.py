@@ -48,13 +48,14 @@ class PlainEigenAdam:
         variance = sum(weight**2 / rows for weight, rows in zip(weights, self.rows, strict=True))
         return min(1.0, self.noise_damping * size * variance)
 
-    def direction(self, gradient: Tensor, rows: int, dense: tuple[bool, bool] = (True, True)) -> Tensor:
-        """U for a gradient whose factors have just been updated from so many rows; averages take the gradient."""
+    def direction(self, gradient: Tensor, rows: int | None, dense: tuple[bool, bool] = (True, True)) -> Tensor:
+        """U for a gradient whose factors have just been updated from so many rows, if at all; averages take the gradient."""
         gradient = gradient.double()
         (beta1, beta2), (left, right) = self.betas, self.bases
         if self.mean is None or self.square is None:
             self.mean, self.square = torch.zeros_like(gradient), torch.zeros_like(gradient)
-        self.rows.append(rows)
+        if rows is not None:
+            self.rows.append(rows)
         self.steps += 1
         self.mean = beta1 * self.mean + (1 - beta1) * gradient
         rotated = left.T @ gradient @ right
