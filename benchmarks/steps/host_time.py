@@ -90,7 +90,7 @@ def _clock(step: Callable[[], object], repeats: int) -> float:
 
 
 def _optimizer(name: str, model: nn.Module, terms: str, settings: dict[str, Any]) -> Any:
-    """KFAC with everything fresh in every step, or KFACAdam without refreshes; None if the package has no KFACAdam."""
+    """KFAC with everything fresh in every step, or KFACAdam with statistics alone; None if the package has no KFACAdam."""
     import kfac_triton
 
     options: dict[str, Any] = {"lr": 1e-4, "loss_terms": terms, "backend": "triton", "stats_fraction": 1.0}
@@ -99,7 +99,8 @@ def _optimizer(name: str, model: nn.Module, terms: str, settings: dict[str, Any]
     if not name.endswith(ADAM):
         return kfac_triton.KFAC(model, **options | {"tail": "adamw", "damping": 0.1, "inverse": "factored"} | settings)
     kind = getattr(kfac_triton, "KFACAdam", None)
-    return None if kind is None else kind(model, **options | {"refresh_warmup": 0, "refresh_every": RARELY} | settings)
+    rest = {"statistics_every": 1, "refresh_warmup": 0, "refresh_every": RARELY}
+    return None if kind is None else kind(model, **options | rest | settings)
 
 
 def _count(run: Callable[[], object]) -> tuple[Counter[str], Counter[str], int]:
