@@ -57,9 +57,11 @@ class PreconditionedGradients:
         """The parameters whose first-order averages are in the engine, with curvature="adam"."""
         if self.curvature.adam is None:
             return []
-        is_separate = self.settings.bias == "separate"
-        moved = (p for layer in self.layers for p in ([layer.weight] if is_separate else layer.parameters()))
-        return list(dict.fromkeys(moved))
+        return list(dict.fromkeys(p for layer in self.layers for p in self.moved_with(layer)))
+
+    def moved_with(self, layer: Layer) -> list[nn.Parameter]:
+        """The parameters of a layer that move along the preconditioned gradient: with separate biases, the weight alone."""
+        return [layer.weight] if self.settings.bias == "separate" else layer.parameters()
 
     def _preconditioned_gradients(
         self, learning_rate: LearningRate, options: Tensor | None

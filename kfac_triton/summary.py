@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from .engine import Engine
-from .layers import Layer
 from .settings import Settings
 
 _KFAC = ("curvature", "damping", "kl_clip", "statistics_every", "inverse_every")
@@ -46,7 +45,7 @@ def of_curvature(
         yield "    lr: auto"
     trained = {id(p): p.numel() for p in parameters if p.requires_grad}
     total = sum(trained.values())
-    covered = sum(_covered(engine.layers, settings, trained).values())
+    covered = sum(_covered(engine, trained).values())
     # Rounded down: 100 % are all of them.
     share = covered * 1000 // total / 10 if total else 0.0
     layers = f"{len(engine.layers)} layer{'s' if len(engine.layers) > 1 else ''}"
@@ -63,11 +62,11 @@ def _shown(engine: Engine, settings: Settings, name: str) -> Any:
     return f"{engine.progress.damping}, by a function of the step" if name == "damping" else "a function of the step"
 
 
-def _covered(layers: Sequence[Layer], settings: Settings, trained: Mapping[int, int]) -> dict[int, int]:
+def _covered(engine: Engine, trained: Mapping[int, int]) -> dict[int, int]:
     """Elements of each trained parameter that layers cover, by its identity."""
     covered: dict[int, int] = {}
-    for layer in layers:
-        for p in [layer.weight] if settings.bias == "separate" else layer.parameters():
+    for layer in engine.layers:
+        for p in engine.moved_with(layer):
             if id(p) in trained:
                 rows = layer.part_of(p)  # of a packed parameter
                 size = p.numel() if rows is None else (rows.stop - rows.start) * p[0].numel()

@@ -45,6 +45,8 @@ class Entry:
 
 
 AVERAGES = ([0.9, 0.99], [0.8, 0.9])
+DEFAULT_RATE = 1.6e-2  # of KFACAdam
+AROUND_DEFAULT = (DEFAULT_RATE / 2, DEFAULT_RATE, DEFAULT_RATE * 2)
 
 
 def _adamw(*rates: float) -> Entry:
@@ -74,8 +76,8 @@ def _kfac(rates: tuple[float, ...], damping: tuple[float, ...], **fixed: Any) ->
 
 def _kfac_adam() -> Entry:
     """The same everywhere; the default is that of the constructor."""
-    grid = {"lr": (8e-3, 1.6e-2, 3.2e-2), "betas": ([0.9, 0.95], [0.8, 0.9])}
-    return Entry({}, grid, default={"lr": 1.6e-2, "betas": [0.9, 0.95]})
+    grid = {"lr": AROUND_DEFAULT, "betas": ([0.9, 0.95], [0.8, 0.9])}
+    return Entry({}, grid, default={"lr": DEFAULT_RATE, "betas": [0.9, 0.95]})
 
 
 def _four(*rates: float, **fixed: Any) -> Entry:
@@ -147,14 +149,13 @@ CONTEST: dict[str, dict[str, Entry]] = {
         SOAP: _four(2e-3, 4e-3, 8e-3, 1.6e-2, betas=[0.8, 0.9]),
         SHAMPOO: _four(1e-3, 2e-3, 4e-3, 8e-3, betas=[0.8, 0.9], precondition_frequency=10),
         KFAC_NAME: _four(5e-4, 1e-3, 2e-3, 4e-3, **_KFAC | {"damping": 30.0, "ema_decay": 0.95}),
-        KFAC_ADAM: Entry({}, {"lr": (4e-3, 8e-3, 1.6e-2, 3.2e-2)}, default={"lr": 1.6e-2}),
+        KFAC_ADAM: Entry({}, {"lr": (4e-3, 8e-3, 1.6e-2, 3.2e-2)}, default={"lr": DEFAULT_RATE}),
     },
 }
 
 
-# On request: three learning rates each, and of the other settings those that won with ordinary batches.
 def _three(of_kfac: Config, **rates: tuple[float, float, float]) -> dict[str, Entry]:
-    """Entries of everybody from three rates of each, by the names on the command line; KFACAdam's are the same everywhere."""
+    """Of problems on request: three rates each, by the names on the command line; other settings are those that won above."""
     fixed: dict[str, Config] = {
         ADAMW: {"weight_decay": 0.01, "clip": 1.0, "betas": [0.8, 0.9]},
         SGD: {"clip": 1.0, "momentum": 0.8},
@@ -164,7 +165,7 @@ def _three(of_kfac: Config, **rates: tuple[float, float, float]) -> dict[str, En
         KFAC_NAME: _KFAC | of_kfac,
     }
     entries = {name: Entry(settings, {"lr": rates[KEYS[name]]}) for name, settings in fixed.items()}
-    return entries | {KFAC_ADAM: Entry({}, {"lr": (8e-3, 1.6e-2, 3.2e-2)}, default={"lr": 1.6e-2})}
+    return entries | {KFAC_ADAM: Entry({}, {"lr": AROUND_DEFAULT}, default={"lr": DEFAULT_RATE})}
 
 
 CONTEST |= {

@@ -55,6 +55,7 @@ CHECKS = (
     *("engine:adam", "hold:sgd", "hold:adamw", "compile:autoencoder", "compile:gpt"),
     *("compile_adam:autoencoder", "compile_adam:gpt", "memcheck", "racecheck"),
 )
+TRAINED = ("autoencoder", "text_large", "vit", "text", "vit_large")
 LAYERS = ("stack_512", "stack_1024", "mixed_20", "stack_2048", "stack_4096", "gpt2")
 # The most valuable ones first, for the budget may end before the last.
 PARTS = {
@@ -81,14 +82,14 @@ PARTS = {
         about="seconds to the loss that tuned AdamW ends with",
         function="training:run",
         seconds=120,
-        names=("autoencoder", "text_large", "vit", "text", "vit_large"),
+        names=TRAINED,
     ),
     # After `train`, whose best AdamW it races against: what fails here costs nothing there.
     "train_adam": Part(
         about="the same of KFACAdam, given AdamW's runs of `train` in the same folder",
         function="training:run_adam",
         seconds=45,
-        names=("autoencoder", "text_large", "vit", "text", "vit_large"),
+        names=TRAINED,
         says="train",
     ),
     "refresh": Part(
